@@ -1,0 +1,62 @@
+"""The GRPO loss on flat completion tokens: pure functions of tensors.
+
+    loss = sum_t w_t · ( -min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t) + beta · k3_t ),   r_t = exp(logp_t - old_t)
+    k3_t = exp(ref_t - logp_t) - (ref_t - logp_t) - 1
+
+DeepSeekMath, arXiv 2402.03300, eq. 3-4; separate low and high clip from DAPO, arXiv 2503.14476; k3 from
+http://joschu.net/blog/kl-approx.html. The weights w_t hold the whole normalisation, so that micro-batches and ranks
+simply add up.
+"""
+
+import torch
+
+
+def token_weights(lengths, normaliser, totals, max_new_tokens):
+    """(N,) weight of each token of completions with these lengths.
+
+    totals: {"tokens", "completions"} of the whole step, over all micro-batches and ranks, computed once beforehand.
+    "token": 1 / all tokens (DAPO). "sequence": 1 / (own length · all completions) (DeepSeekMath, Open-R1-Video).
+    "constant": 1 / (max_new_tokens · all completions) (Dr. GRPO, arXiv 2503.20783).
+    """
+    lengths = torch.as_tensor(lengths)
+    per_completion = {
+        "token": torch.full(lengths.shape, 1.0 / max(totals["tokens"], 1)),
+        "sequence": 1.0 / (lengths.clamp(min=1) * max(totals["completions"], 1)),
+        "constant": torch.full(lengths.shape, 1.0 / (max_new_tokens * max(totals["completions"], 1))),
+    }[normaliser]
+    return per_completion.repeat_interleave(lengths)
+
+
+def kl_k3(logprobs, ref_logprobs):
+    """(N,) unbiased, never negative estimate of KL(policy || reference) for each sampled token."""
+    difference = ref_logprobs - logprobs
+    return difference.exp() - difference - 1
+
+
+def policy_loss(
+    logprobs, old_logprobs, advantages, weights, clip_low, clip_high,
+    ref_logprobs=None, kl_coef=0.0, sampler_logprobs=None, importance_cap=None,
+):  # fmt: skip
+    """Returns (loss, {metric: sum over tokens}); all inputs (N,), none is written to.
+
+    With `importance_cap` c each token's policy term is weighted by min(exp(old - sampler), c): truncated importance
+    sampling against a sampler whose arithmetic differs from the scorer's (Yao et al. 2025, "Your efficient RL
+    framework secretly brings you off-policy RL training").
+    """
+    ratio = (logprobs - old_logprobs).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    gain = torch.minimum(ratio * advantages, clipped * advantages)
+    if importance_cap is not None:
+        gain = gain * (old_logprobs - sampler_logprobs).exp().clamp(max=importance_cap)
+    per_token = -gain
+    sums = {}
+    if ref_logprobs is not None:
+        kl = kl_k3(logprobs, ref_logprobs)
+        per_token = per_token + kl_coef * kl
+        sums["kl"] = kl.detach().sum()
+    with torch.no_grad():
+        sums["clip_low_share"] = ((ratio < 1 - clip_low) & (advantages < 0)).float().sum()
+        sums["clip_high_share"] = ((ratio > 1 + clip_high) & (advantages > 0)).float().sum()
+        if sampler_logprobs is not None:
+            sums["sampler_gap"] = (old_logprobs - sampler_logprobs).abs().sum()
+    return (weights * per_token).sum(), sums

@@ -1,0 +1,91 @@
+"""The model as the loop sees it: log-probabilities of packed groups, and the two forwards of sampling.
+
+All three are methods of one module, so that a wrapper such as FSDP has one root whose forwards it can hook.
+"""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from grpo import model as models
+from grpo.attention import PackedLayout
+
+# Logits of this many numbers at a time: 64 Mi in fp32 are 256 MiB, about 440 tokens of Qwen2-VL's vocabulary.
+LOGITS_PER_CHUNK = 2**26
+
+
+class Policy(nn.Module):
+    """Wraps a transformers Qwen2-VL or Qwen2.5-VL.
+
+    `forward(packed, temperature)` -> (logprobs (N,), entropy (N,)) of completion tokens, one prompt pass a group.
+    `prefill(packed)` -> (logits (B, V), prompt keys and values); `decode(tokens, positions, layout)` -> logits (R, V).
+    Logits of `spec.never_sampled` are -inf in all three.
+    """
+
+    def __init__(self, model, spec):
+        super().__init__()
+        self.model, self.spec = model, spec
+        self.register_buffer("never_sampled", torch.tensor(spec.never_sampled), persistent=False)
+
+    @property
+    def device(self):
+        return self.never_sampled.device
+
+    def vision_features(self, packed):
+        """Features of the packed images and videos, None for what is not there. Reusable while the tower is frozen."""
+        return tuple(
+            None if pair is None else models.vision_features(self.model, *pair, is_video=is_video)
+            for pair, is_video in ((packed.images, False), (packed.videos, True))
+        )
+
+    def _hidden(self, packed, layout, features=None):
+        embeds = models.decoder(self.model).embed_tokens(packed.input_ids)
+        features = self.vision_features(packed) if features is None else features
+        for token_id, feature in zip((self.spec.image_token_id, self.spec.video_token_id), features):
+            if feature is not None:
+                here = (packed.input_ids == token_id)[..., None].expand_as(embeds)
+                embeds = embeds.masked_scatter(here, feature.to(embeds.dtype))
+        return self._decoder(embeds, packed.position_ids, layout)
+
+    def _decoder(self, embeds, position_ids, layout):
+        out = models.decoder(self.model)(
+            inputs_embeds=embeds,
+            position_ids=position_ids,
+            attention_mask={"full_attention": None},
+            use_cache=False,
+            layout=layout,
+        )
+        return out.last_hidden_state
+
+    def _logits(self, hidden):
+        return self.model.lm_head(hidden).float().index_fill(-1, self.never_sampled, float("-inf"))
+
+    def _score(self, hidden, targets, temperature):
+        logprobs = (self._logits(hidden) / temperature).log_softmax(-1)
+        with torch.no_grad():
+            entropy = torch.special.entr(logprobs.exp()).sum(-1)
+        return logprobs.gather(-1, targets[:, None])[:, 0], entropy
+
+    def forward(self, packed, temperature=1.0, features=None):
+        """See the class. `features`: the value of `vision_features`, where the caller has it already."""
+        hidden = self._hidden(packed, PackedLayout(packed.groups), features)[0][packed.predict]
+        size = max(1, LOGITS_PER_CHUNK // self.model.lm_head.weight.shape[0])
+        # Each chunk is checkpointed: the (N, V) logits never exist whole, in forward or in backward.
+        scores = [
+            checkpoint(self._score, h, t, temperature, use_reentrant=False)
+            for h, t in zip(hidden.split(size), packed.targets.split(size))
+        ]
+        return tuple(torch.cat(column) for column in zip(*scores))
+
+    def prefill(self, packed, features=None):
+        layout = PackedLayout(packed.groups, keep_prompt_kv=True)
+        last = torch.tensor([size for size, _ in packed.groups], device=self.device).cumsum(0) - 1
+        hidden = self._hidden(packed, layout, features)[0][last]
+        return self._logits(hidden), layout.prompt_kv
+
+    def decode(self, tokens, positions, layout):
+        """tokens (R,), positions (R,): one step further for each row."""
+        embeds = models.decoder(self.model).embed_tokens(tokens[:, None])
+        hidden = self._decoder(embeds, positions[None, :, None].expand(3, -1, -1), layout)
+        layout.length += 1
+        return self._logits(hidden[:, 0])

@@ -1,0 +1,97 @@
+"""Tiny models, prompts of every kind, and the naive forward that is the oracle of the packed one."""
+
+
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from grpo.model import load_model, model_spec
+from grpo.policy import Policy
+from grpo.positions import prompt_positions
+from grpo.tiny import build_tiny_model
+from video.dataset import Sample
+from video.prompt import Prompt
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+PIXEL_FIELDS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """{family: folder} of one tiny checkpoint each."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {family: build_tiny_model(root / family, family, seed=1) for family in FAMILIES}
+
+
+@pytest.fixture(params=FAMILIES)
+def tiny(request, checkpoints):
+    """(policy through this project's attention, naive model through transformers' own, tokenizer) of equal weights."""
+    return load_pair(checkpoints[request.param])
+
+
+@pytest.fixture
+def tiny_vl(checkpoints):
+    return load_pair(checkpoints["qwen2_vl"])
+
+
+def load_pair(folder):
+    processor = AutoProcessor.from_pretrained(folder)
+    model = load_model(folder)
+    naive = type(model).from_pretrained(folder, attn_implementation="sdpa")
+    return Policy(model, model_spec(model, processor.tokenizer)), naive, processor.tokenizer
+
+
+def make_prompt(tokenizer, kinds, seed=0, words="Which direction does the shape move?", key=None):
+    """A prompt with random patches; kinds: e.g. ("video", (t, h, w)) grids in patches, in order."""
+    gen = torch.Generator().manual_seed(seed)
+    pad = {"video": "<|video_pad|>", "image": "<|image_pad|>"}
+    text, pixels, grids = "<|im_start|>user\n", {"video": [], "image": []}, {"video": [], "image": []}
+    for kind, (t, h, w) in kinds:
+        text += "<|vision_start|>" + pad[kind] * (t * h * w // 4) + "<|vision_end|>"
+        pixels[kind].append(torch.randn(t * h * w, 1176, generator=gen))
+        grids[kind].append([t, h, w])
+    text += words + "<|im_end|>\n<|im_start|>assistant\n"
+    join = lambda kind: (torch.cat(pixels[kind]), torch.tensor(grids[kind])) if grids[kind] else (None, None)
+    images, videos = join("image"), join("video")
+    return Prompt(
+        sample=Sample(key=key or f"test:{seed}", problem=words, answer="A"),
+        input_ids=torch.tensor(tokenizer.encode(text)),
+        pixel_values=images[0], image_grid_thw=images[1],
+        pixel_values_videos=videos[0], video_grid_thw=videos[1],
+        seconds_per_grid=[1.0] * len(grids["video"]),
+    )  # fmt: skip
+
+
+PROMPT_KINDS = {
+    "video": [("video", (4, 4, 6))],
+    "long small video": [("video", (9, 2, 2))],
+    "image": [("image", (1, 4, 4))],
+    "two videos": [("video", (3, 4, 4)), ("video", (2, 6, 4))],
+    "image and video": [("image", (1, 6, 4)), ("video", (2, 4, 4))],
+    "text": [],
+}
+
+
+def random_completions(tokenizer, lengths, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 390, (n,), generator=gen) for n in lengths]
+
+
+def naive_logprobs(model, spec, prompt, completions, temperature=1.0):
+    """Flat (N,) log-probabilities by the model's own forward on each [prompt | completion], prompt repeated each time;
+    given the same explicit positions as the packed forward."""
+    own, first = prompt_positions(prompt, spec)
+    rows = []
+    for tokens in completions:
+        positions = torch.cat([own, (first + torch.arange(len(tokens))).expand(3, -1)], dim=1)[:, None]
+        logits = model(
+            input_ids=torch.cat([prompt.input_ids, tokens])[None],
+            position_ids=positions,
+            **{name: value for name in PIXEL_FIELDS if (value := getattr(prompt, name)) is not None},
+            use_cache=False,
+        ).logits[0, len(prompt.input_ids) - 1 : -1].clone()  # fmt: skip
+        logits[:, list(spec.never_sampled)] = float("-inf")
+        rows.append((logits / temperature).log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
+    return torch.cat(rows)
+
+

@@ -1,0 +1,192 @@
+"""The one idea: computing a prompt once per group gives the same log-probabilities and gradients as repeating it."""
+
+import pytest
+import torch
+from conftest import PIXEL_FIELDS, PROMPT_KINDS, load_pair, make_prompt, naive_logprobs, random_completions
+
+from grpo.model import checkpoint_activations
+from grpo.packing import pack
+from grpo.positions import prompt_positions
+from grpo.sampler import SamplingSettings, sample
+
+LENGTHS = {"even": (5, 5, 5), "uneven": (1, 7, 3, 4)}
+
+
+@pytest.mark.parametrize("kind", PROMPT_KINDS)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_packed_logprobs_equal_naive(tiny, kind, lengths):
+    policy, naive, tokenizer = tiny
+    prompt = make_prompt(tokenizer, PROMPT_KINDS[kind])
+    completions = random_completions(tokenizer, lengths)
+    logprobs, _ = policy(pack([prompt], [completions], policy.spec), temperature=0.7)
+    expected = naive_logprobs(naive, policy.spec, prompt, completions, temperature=0.7)
+    assert (logprobs - expected).abs().max() <= 1e-5
+
+
+def test_several_prompts_in_one_row_equal_naive(tiny):
+    policy, naive, tokenizer = tiny
+    prompts = [make_prompt(tokenizer, kinds, seed=i, words="a b c"[: 1 + i]) for i, kinds in enumerate(PROMPT_KINDS.values())]
+    groups = [random_completions(tokenizer, (2 + i, 3), seed=i) for i in range(len(prompts))]
+    logprobs, _ = policy(pack(prompts, groups, policy.spec))
+    expected = torch.cat([naive_logprobs(naive, policy.spec, p, g) for p, g in zip(prompts, groups)])
+    assert (logprobs - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["video", "image", "two videos", "text"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_gradients_equal_naive(tiny, kind, checkpointing):
+    policy, naive, tokenizer = tiny
+    prompt = make_prompt(tokenizer, PROMPT_KINDS[kind])
+    completions = random_completions(tokenizer, (1, 7, 3, 4))
+    weights = torch.linspace(-1, 1, 15)
+    if checkpointing:
+        checkpoint_activations(policy.model)
+    logprobs, _ = policy(pack([prompt], [completions], policy.spec))
+    (logprobs * weights).sum().backward()
+    (naive_logprobs(naive, policy.spec, prompt, completions) * weights).sum().backward()
+    compared = 0
+    for (name, mine), (_, theirs) in zip(policy.model.named_parameters(), naive.named_parameters(), strict=True):
+        if theirs.grad is None:
+            assert mine.grad is None, name
+            continue
+        scale = theirs.grad.abs().max()
+        assert (mine.grad - theirs.grad).abs().max() <= 1e-4 * scale, name
+        compared += 1
+    assert compared > 20
+
+
+def test_chunked_logits_equal_whole(tiny_vl, monkeypatch):
+    policy, _, tokenizer = tiny_vl
+    packed = pack([make_prompt(tokenizer, PROMPT_KINDS["video"])], [random_completions(tokenizer, (5, 6))], policy.spec)
+    whole, entropy = policy(packed)
+    grads = torch.autograd.grad(whole.sum(), list(policy.model.lm_head.parameters()))
+    monkeypatch.setattr("grpo.policy.LOGITS_PER_CHUNK", 3 * policy.model.lm_head.weight.shape[0])
+    chunked, chunked_entropy = policy(packed)
+    chunked_grads = torch.autograd.grad(chunked.sum(), list(policy.model.lm_head.parameters()))
+    torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=0)
+    torch.testing.assert_close(chunked_entropy, entropy, atol=1e-6, rtol=0)
+    torch.testing.assert_close(chunked_grads, grads, atol=1e-5, rtol=1e-5)
+
+
+def test_whole_logits_are_never_alive(tiny_vl, monkeypatch):
+    """Trap 13: lm_head must run on completion positions only, a chunk at a time."""
+    policy, _, tokenizer = tiny_vl
+    monkeypatch.setattr("grpo.policy.LOGITS_PER_CHUNK", 4 * policy.model.lm_head.weight.shape[0])
+    rows = []
+    policy.model.lm_head.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[0]))
+    policy(pack([make_prompt(tokenizer, PROMPT_KINDS["video"])], [random_completions(tokenizer, (5, 6))], policy.spec))
+    assert rows == [4, 4, 3]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampler_logprobs_equal_scorer(tiny, temperature):
+    """Traps 10 and 11; prompts of different kinds and lengths in one batch, rows that end at different times."""
+    policy, _, tokenizer = tiny
+    prompts = [make_prompt(tokenizer, kinds, seed=i, words="move " * (i + 1)) for i, kinds in enumerate(PROMPT_KINDS.values())]
+    settings = SamplingSettings(temperature=temperature, max_new_tokens=40)
+    policy.spec = spec_with_frequent_eos(policy.spec)
+    rollouts = sample(policy, prompts, 4, settings, list(range(len(prompts))), tokenizer)
+    lengths = [n for r in rollouts for n in r.lengths]
+    assert len(set(lengths)) > 5, "the test wants rows that end at different times"
+    logprobs, _ = policy(pack(prompts, [r.tokens for r in rollouts], policy.spec), temperature=temperature)
+    seen = torch.cat([x for r in rollouts for x in r.logprobs])
+    assert (logprobs - seen).abs().max() <= 1e-5
+
+
+def spec_with_frequent_eos(spec):
+    """A random model hardly ever ends: let a twelfth of the vocabulary be EOS."""
+    from dataclasses import replace
+
+    return replace(spec, eos_ids=tuple(range(0, 390, 12)))
+
+
+def test_finished_rows_cost_nothing_more(tiny_vl):
+    policy, _, tokenizer = tiny_vl
+    policy.spec = spec_with_frequent_eos(policy.spec)
+    rows = []
+    decode = policy.decode
+    policy.decode = lambda tokens, positions, layout: (rows.append(len(tokens)), decode(tokens, positions, layout))[1]
+    prompts = [make_prompt(tokenizer, PROMPT_KINDS["video"], seed=i) for i in range(3)]
+    rollouts = sample(policy, prompts, 4, SamplingSettings(max_new_tokens=60), [5, 6, 7], tokenizer)
+    # The first token of a row comes from the prefill; each further one costs one decoded row, and no more.
+    assert sum(rows) == sum(n - 1 for r in rollouts for n in r.lengths)
+
+
+@pytest.mark.parametrize("kind", PROMPT_KINDS)
+def test_greedy_equals_generate(tiny, kind):
+    """Token for token against transformers' generate, which continues from the largest position, as the trained rule
+    does. generate computes the prompt's positions itself, so it is handed ours where the two rules differ."""
+    policy, naive, tokenizer = tiny
+    prompt = make_prompt(tokenizer, PROMPT_KINDS[kind])
+    mine = sample(policy, [prompt], 1, SamplingSettings(temperature=0, max_new_tokens=30), [0], tokenizer)[0].tokens[0]
+    assert mine.tolist() == greedy_reference(naive, policy.spec, prompt, 30)
+
+
+def greedy_reference(model, spec, prompt, count):
+    positions, first = prompt_positions(prompt, spec)
+    model.model.rope_deltas = None
+    # Both sides get the same explicit positions: the rule of transformers 5 is what test_positions is about.
+    model.model.get_rope_index = lambda *a, **k: (positions[:, None], torch.tensor([[first - len(prompt.input_ids)]]))
+    types = torch.zeros_like(prompt.input_ids)
+    types[prompt.input_ids == spec.image_token_id] = 1
+    types[prompt.input_ids == spec.video_token_id] = 2
+    out = model.generate(
+        input_ids=prompt.input_ids[None], attention_mask=torch.ones_like(prompt.input_ids)[None],
+        mm_token_type_ids=types[None],
+        **{name: value for name in PIXEL_FIELDS if (value := getattr(prompt, name)) is not None},
+        max_new_tokens=count, do_sample=False, eos_token_id=list(spec.eos_ids), suppress_tokens=list(spec.never_sampled),
+    )  # fmt: skip
+    return out[0, len(prompt.input_ids) :].tolist()
+
+
+def test_a_changed_video_changes_the_logprobs(tiny):
+    """Traps 14 and 31: pixels must reach the scorer."""
+    policy, _, tokenizer = tiny
+    prompt, other = (make_prompt(tokenizer, PROMPT_KINDS["video"], seed=s) for s in (0, 1))
+    completions = random_completions(tokenizer, (5, 6))
+    a, b = (policy(pack([p], [completions], policy.spec))[0] for p in (prompt, other))
+    assert (a - b).abs().max() > 1e-2
+
+
+def test_pixels_follow_their_prompt(tiny):
+    """Trap 6: two prompts with their videos swapped must not score as before."""
+    policy, _, tokenizer = tiny
+    prompts = [make_prompt(tokenizer, PROMPT_KINDS["video"], seed=s) for s in (0, 1)]
+    groups = [random_completions(tokenizer, (4, 2), seed=s) for s in (0, 1)]
+    together = policy(pack(prompts, groups, policy.spec))[0]
+    alone = torch.cat([policy(pack([p], [g], policy.spec))[0] for p, g in zip(prompts, groups)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_one_vision_pass_and_one_prompt_pass_per_group(tiny_vl):
+    """Trap 32: what goes through tower and decoder is 1 video and P + G·C tokens, in scoring and in sampling."""
+    policy, _, tokenizer = tiny_vl
+    patches, tokens = [], []
+    policy.model.model.visual.register_forward_hook(lambda m, args, kw, out: patches.append(args[0].shape[0]), with_kwargs=True)
+    policy.model.model.language_model.layers[0].register_forward_pre_hook(lambda m, args: tokens.append(args[0].shape[0] * args[0].shape[1]))
+    prompt = make_prompt(tokenizer, PROMPT_KINDS["video"])
+    size = len(prompt.input_ids)
+    policy(pack([prompt], [random_completions(tokenizer, (5,) * 8)], policy.spec))
+    assert (patches, tokens) == ([96], [size + 40])
+    patches.clear(), tokens.clear()
+    rollout = sample(policy, [prompt], 8, SamplingSettings(max_new_tokens=5), [0], tokenizer)[0]
+    assert (patches, sum(tokens)) == ([96], size + sum(n - 1 for n in rollout.lengths))
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_save_and_load_keep_the_logprobs(tmp_path, tie):
+    """Trap 19: tied and untied embeddings."""
+    from transformers import AutoProcessor
+
+    from grpo.model import save_model
+    from grpo.tiny import build_tiny_model
+
+    policy, _, tokenizer = load_pair(build_tiny_model(tmp_path / "a", tie=tie))
+    packed = pack([make_prompt(tokenizer, PROMPT_KINDS["video"])], [random_completions(tokenizer, (5, 6))], policy.spec)
+    with torch.no_grad():
+        policy.model.model.language_model.embed_tokens.weight.mul_(1.1)
+        before = policy(packed)[0]
+        save_model(policy.model, AutoProcessor.from_pretrained(tmp_path / "a"), tmp_path / "b")
+        after = load_pair(tmp_path / "b")[0](packed)[0]
+    assert torch.equal(before, after)
+    assert (policy.model.lm_head.weight is policy.model.model.language_model.embed_tokens.weight) == tie
