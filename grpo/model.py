@@ -29,19 +29,22 @@ class ModelSpec:
     image_token_id: int
     video_token_id: int
     merge_size: int
+    patch_values: int
     tokens_per_second: float | None
     eos_ids: tuple
     never_sampled: tuple
 
     @classmethod
     def of(cls, config, eos_ids, vision_pad_id):
+        vision = config.vision_config
         vision_ids = {config.image_token_id, config.video_token_id, vision_pad_id}
         vision_ids |= {config.vision_start_token_id, config.vision_end_token_id}
         return cls(
             image_token_id=config.image_token_id,
             video_token_id=config.video_token_id,
-            merge_size=config.vision_config.spatial_merge_size,
-            tokens_per_second=getattr(config.vision_config, "tokens_per_second", None),
+            merge_size=vision.spatial_merge_size,
+            patch_values=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+            tokens_per_second=getattr(vision, "tokens_per_second", None),
             eos_ids=tuple(sorted(set(eos_ids))),
             never_sampled=tuple(sorted(vision_ids - {None})),
         )
@@ -102,10 +105,9 @@ def decoder(model):
     return model.model.language_model
 
 
-def vision_features(model, pixels, grid, is_video):
-    """(rows of pixels, 1176) and (n, 3) grids -> (merged tokens, hidden) features, in order."""
-    get = model.get_video_features if is_video else model.get_image_features
-    return torch.cat(get(pixels, grid, return_dict=True).pooler_output)
+def vision_features(model, pixels, grids):
+    """(patches, 1176) and (n, 3) grids of images and videos, which the tower treats alike -> (merged tokens, hidden)."""
+    return torch.cat(model.get_image_features(pixels, grids, return_dict=True).pooler_output)
 
 
 def checkpoint_activations(model, vision=True):

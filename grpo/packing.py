@@ -2,7 +2,7 @@
 
 import torch
 
-from grpo.positions import prompt_positions
+from grpo.positions import media_spans, prompt_positions
 from grpo.types import Packed
 
 
@@ -37,11 +37,19 @@ def pack(prompts, completions, spec):
         predict=torch.cat(predict or [empty]),
         targets=torch.cat(targets or [empty]),
         groups=groups,
-        images=_join([(p.pixel_values, p.image_grid_thw) for p in prompts]),
-        videos=_join([(p.pixel_values_videos, p.video_grid_thw) for p in prompts]),
+        **_vision(prompts, spec),
     )
 
 
-def _join(pairs):
-    pairs = [(pixels, grid) for pixels, grid in pairs if pixels is not None]
-    return tuple(torch.cat(column) for column in zip(*pairs)) if pairs else None
+def _vision(prompts, spec):
+    """Patches and grids of all images and videos in the order of their placeholders, which is all the tower needs."""
+    pixels, grids = [], []
+    for prompt in prompts:
+        kinds = {True: (prompt.pixel_values, prompt.image_grid_thw), False: (prompt.pixel_values_videos, prompt.video_grid_thw)}
+        split = {kind: p.split(g.prod(-1).tolist()) for kind, (p, g) in kinds.items() if p is not None}
+        for span in media_spans(prompt, spec):
+            pixels.append(split[span.is_image][span.index])
+            grids.append(span.grid)
+    if not grids:
+        return {"pixels": None, "grids": None}
+    return {"pixels": torch.cat(pixels), "grids": torch.tensor(grids)}

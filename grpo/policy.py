@@ -24,7 +24,7 @@ class Policy(nn.Module):
 
     def __init__(self, model, spec):
         super().__init__()
-        self.model, self.spec = model, spec
+        self.model, self.spec, self.sharded = model, spec, False
         self.register_buffer("never_sampled", torch.tensor(spec.never_sampled), persistent=False)
 
     @property
@@ -32,19 +32,28 @@ class Policy(nn.Module):
         return self.never_sampled.device
 
     def vision_features(self, packed):
-        """Features of the packed images and videos, None for what is not there. Reusable while the tower is frozen."""
-        return tuple(
-            None if pair is None else models.vision_features(self.model, *pair, is_video=is_video)
-            for pair, is_video in ((packed.images, False), (packed.videos, True))
-        )
+        """(merged tokens, hidden) features of the packed images and videos; reusable while the tower is frozen.
+
+        A sharded tower must run in every process at every forward, so text alone gets the features of one blank patch
+        group there, which `_hidden` adds with weight 0; else None.
+        """
+        if packed.grids is not None:
+            return models.vision_features(self.model, packed.pixels, packed.grids)
+        if not self.sharded:
+            return None
+        merge = self.spec.merge_size
+        blank = packed.position_ids.new_zeros(merge * merge, self.spec.patch_values, dtype=torch.float32)
+        return models.vision_features(self.model, blank, packed.position_ids.new_tensor([[1, merge, merge]]))
 
     def _hidden(self, packed, layout, features=None):
         embeds = models.decoder(self.model).embed_tokens(packed.input_ids)
         features = self.vision_features(packed) if features is None else features
-        for token_id, feature in zip((self.spec.image_token_id, self.spec.video_token_id), features):
-            if feature is not None:
-                here = (packed.input_ids == token_id)[..., None].expand_as(embeds)
-                embeds = embeds.masked_scatter(here, feature.to(embeds.dtype))
+        if packed.grids is not None:
+            ids = packed.input_ids
+            here = (ids == self.spec.image_token_id) | (ids == self.spec.video_token_id)
+            embeds = embeds.masked_scatter(here[..., None].expand_as(embeds), features.to(embeds.dtype))
+        elif features is not None:
+            embeds = embeds + 0 * features.sum()
         return self._decoder(embeds, packed.position_ids, layout)
 
     def _decoder(self, embeds, position_ids, layout):

@@ -6,6 +6,8 @@ grid, time included. transformers >= 5 instead continues from max(height, width)
 steps than merged rows or columns text overlaps time; transformers <= 4.57 and vLLM follow the rule below.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 
@@ -23,34 +25,60 @@ def vision_grid_positions(grid, merge_size, seconds_per_grid, tokens_per_second)
     return torch.stack([axis.flatten() for axis in axes])
 
 
+@dataclass(frozen=True)
+class MediaSpan:
+    """Where one image or video stands in a prompt: tokens start to stop, the index among its kind, grid in patches."""
+
+    start: int
+    stop: int
+    is_image: bool
+    index: int
+    grid: tuple
+
+
+def media_spans(prompt, spec):
+    """The prompt's images and videos in order of appearance. Raises ValueError, naming the sample, where placeholder
+    tokens and grids disagree."""
+    grids = {True: prompt.image_grid_thw, False: prompt.video_grid_thw}
+    counts = {kind: 0 if grid is None else len(grid) for kind, grid in grids.items()}
+    seen, spans, at = {True: 0, False: 0}, [], 0
+    ids = prompt.input_ids.tolist()
+    while at < len(ids):
+        if ids[at] not in (spec.image_token_id, spec.video_token_id):
+            at += 1
+            continue
+        is_image = ids[at] == spec.image_token_id
+        index = seen[is_image]
+        if index == counts[is_image]:
+            raise ValueError(f"{prompt.sample.key}: more vision placeholders than images and videos")
+        grid = tuple(grids[is_image][index].tolist())
+        stop = at + grid[0] * grid[1] * grid[2] // spec.merge_size**2
+        if ids[at:stop] != [ids[at]] * (stop - at):
+            raise ValueError(f"{prompt.sample.key}: grid {grid} needs {stop - at} placeholders in a row")
+        spans.append(MediaSpan(at, stop, is_image, index, grid))
+        seen[is_image], at = index + 1, stop
+    if seen != counts:
+        raise ValueError(f"{prompt.sample.key}: fewer vision placeholders than images and videos")
+    return spans
+
+
 def prompt_positions(prompt, spec):
     """Returns ((3, P) int64 positions, first position after the prompt) of one `video.prompt.Prompt`.
 
-    spec: `grpo.model.ModelSpec` (placeholder ids, merge size, tokens per second).
-    Raises ValueError where placeholders and grids disagree, naming the sample.
+    spec: `grpo.model.ModelSpec` (placeholder ids, merge size, tokens per second). Raises as `media_spans`.
     """
-    images = iter([] if prompt.image_grid_thw is None else prompt.image_grid_thw.tolist())
-    videos = iter([] if prompt.video_grid_thw is None else prompt.video_grid_thw.tolist())
-    seconds = iter(prompt.seconds_per_grid)
-    ids = prompt.input_ids.tolist()
-    parts, start, i = [], 0, 0
-    while i < len(ids):
-        if ids[i] in (spec.image_token_id, spec.video_token_id):
-            is_image = ids[i] == spec.image_token_id
-            grid = next(images if is_image else videos, None)
-            if grid is None:
-                raise ValueError(f"{prompt.sample.key}: more vision placeholders than images and videos")
-            part = vision_grid_positions(grid, spec.merge_size, 0.0 if is_image else next(seconds), spec.tokens_per_second)
-            if ids[i : i + part.shape[1]] != [ids[i]] * part.shape[1]:
-                raise ValueError(f"{prompt.sample.key}: grid {grid} needs {part.shape[1]} placeholders in a row")
-        else:
-            end = i
-            while end < len(ids) and ids[end] not in (spec.image_token_id, spec.video_token_id):
-                end += 1
-            part = torch.arange(end - i).expand(3, -1)
-        parts.append(part + start)
-        start = int(parts[-1].max()) + 1
-        i += part.shape[1]
-    if next(images, None) is not None or next(videos, None) is not None:
-        raise ValueError(f"{prompt.sample.key}: fewer vision placeholders than images and videos")
-    return torch.cat(parts, dim=1), start
+    parts, at, position = [], 0, 0
+
+    def add(part):
+        nonlocal position
+        if part.shape[1]:
+            parts.append(part + position)
+            position = int(parts[-1].max()) + 1
+
+    for span in media_spans(prompt, spec):
+        add(torch.arange(span.start - at).expand(3, -1))
+        seconds = 0.0 if span.is_image else prompt.seconds_per_grid[span.index]
+        add(vision_grid_positions(span.grid, spec.merge_size, seconds, spec.tokens_per_second))
+        at = span.stop
+    add(torch.arange(len(prompt.input_ids) - at).expand(3, -1))
+    return torch.cat(parts, dim=1), position

@@ -33,7 +33,8 @@ class Packed:
     """Rows `[prompt | c_1 | ... | c_G]` of several prompts, one after another, as one forward takes them.
 
     input_ids (1, L); position_ids (3, 1, L); next_position (B,) where each prompt's completions start; predict (N,) index of the hidden state that predicts each completion
-    token; targets (N,); groups for `PackedLayout`; images and videos: (pixel rows, grids) or None, in prompt order.
+    token; targets (N,); groups for `PackedLayout`; pixels (patches, 1176) and grids (n, 3) of all images and videos in
+    the order of their placeholders, or None.
     """
 
     input_ids: torch.Tensor
@@ -42,15 +43,9 @@ class Packed:
     predict: torch.Tensor
     targets: torch.Tensor
     groups: list
-    images: tuple | None
-    videos: tuple | None
+    pixels: torch.Tensor | None
+    grids: torch.Tensor | None
 
     def to(self, device):
-        moved = {}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, torch.Tensor):
-                moved[item.name] = value.to(device, non_blocking=True)
-            elif isinstance(value, tuple):
-                moved[item.name] = tuple(tensor.to(device, non_blocking=True) for tensor in value)
-        return replace(self, **moved)
+        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})

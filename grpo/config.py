@@ -1,0 +1,207 @@
+"""The configuration: one dataclass that is the command line, the presets' target and what is saved with a run."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rewards import parse_rewards
+from video.frames import VideoSettings
+from video.prompt import TEMPLATE
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: one line that names the flag and the mend."""
+
+
+def flag(default, sentence, **limits):
+    """A field whose help is `sentence`. limits: least, most (inclusive), above (exclusive), choices."""
+    return field(default=default, metadata={"help": sentence, **limits})
+
+
+@dataclass
+class Config:
+    # what is trained, on what, where to
+    preset: str = flag("qwen2-vl-7b", "Named set of values that the other flags override.")
+    model: str = flag("Qwen/Qwen2-VL-7B-Instruct", "Folder or hub name of a Qwen2-VL or Qwen2.5-VL checkpoint.")
+    data: str = flag("data/LLaVA-Video-large-swift-origin.jsonl", "Training questions: jsonl as in open-r1-video-4k.")
+    video_root: str | None = flag(None, "Folder that video paths are under (default: the data file's folder).")
+    eval_data: str | None = flag(None, "Held-out questions (default: --eval_samples rows held out of --data).")
+    eval_samples: int = flag(100, "How many questions to evaluate on; 0 turns evaluation off.", least=0)
+    output: str = flag("runs/qwen2-vl-7b", "Run folder: configuration, metrics, curve, checkpoints.")
+    resume: str = flag("auto", "Go on from the run folder's newest checkpoint, or start anew.", choices=("auto", "no"))
+    demo: bool = flag(False, "Build the demo's tiny model and videos at --model and --data where they are missing.")
+    seed: int = flag(42, "Seed of data order and sampling.", least=0)
+
+    # the group and its sampling
+    prompts_per_step: int = flag(4, "Prompts of one step, over all processes.", least=1)
+    group_size: int = flag(8, "Completions sampled for each prompt (G).", least=2)
+    max_new_tokens: int = flag(256, "Longest completion, in tokens.", least=1)
+    max_prompt_tokens: int = flag(8192, "Longer prompts are skipped and counted, never cut.", least=1)
+    temperature: float = flag(1.0, "Sampling temperature, also of the log-probabilities.", above=0.0)
+    top_k: int = flag(0, "Sample among the k likeliest tokens; 0 is off.", least=0)
+    top_p: float = flag(1.0, "Sample among the likeliest tokens of this total probability; 1 is off.", above=0.0, most=1.0)
+
+    # rewards and advantages
+    reward: tuple = flag(("accuracy:1",), "Rewards as name:weight, or file.py:function:weight.")
+    reward_timeout: float = flag(30.0, "Seconds that one of your own reward functions may take for a group.", above=0.0)
+    scale_advantages: str = flag("group", "Divide by the group's standard deviation, or not.", choices=("group", "none"))
+    filter_groups: bool = flag(False, "Leave out groups whose completions are all equally accurate (DAPO).")
+
+    # loss
+    clip_low: float = flag(0.2, "Lower clip of the ratio.", above=0.0, most=1.0)
+    clip_high: float = flag(0.2, "Upper clip of the ratio.", above=0.0)
+    kl_coef: float = flag(0.1, "Weight of the KL (k3) to the frozen reference; 0 loads no reference.", least=0.0)
+    loss_normaliser: str = flag(
+        "token", "What a token's loss is divided by: all tokens, its sequence, or a constant.",
+        choices=("token", "sequence", "constant"),
+    )  # fmt: skip
+    importance_cap: float | None = flag(None, "Cap of truncated importance sampling against the sampler.", above=0.0)
+    updates_per_batch: int = flag(1, "Update passes over each batch (mu).", least=1)
+
+    # optimiser and schedule
+    epochs: float = flag(1.0, "Passes over the training questions; --steps overrides.", above=0.0)
+    steps: int | None = flag(None, "GRPO steps.", least=0)
+    learning_rate: float = flag(1e-6, "Peak learning rate of AdamW.", above=0.0)
+    lr_schedule: str = flag("linear", "Decay after warm-up.", choices=("linear", "cosine", "constant"))
+    lr_warmup_steps: int = flag(0, "Steps of linear warm-up.", least=0)
+    weight_decay: float = flag(0.0, "Weight decay of AdamW.", least=0.0)
+    adam_beta2: float = flag(0.999, "Second beta of AdamW.", above=0.0, most=0.9999999)
+    grad_clip: float = flag(1.0, "Largest norm of the gradient.", above=0.0)
+
+    # supervised warm-up
+    sft_data: str | None = flag(None, "Questions with `completions` for a supervised pass before GRPO.")
+    sft_steps: int = flag(0, "Most steps of that pass.", least=0)
+    sft_prompts_per_step: int = flag(32, "Prompts of one supervised step, over all processes.", least=1)
+    sft_learning_rate: float = flag(1e-5, "Peak learning rate of that pass.", above=0.0)
+
+    # video
+    fps: float = flag(2.0, "Frames taken for each second of video.", above=0.0)
+    nframes: int | None = flag(None, "Frames taken of each video, whatever its length (overrides --fps).", least=2)
+    min_frames: int = flag(4, "Fewest frames.", least=2)
+    max_frames: int = flag(16, "Most frames, spread evenly.", least=2)
+    min_pixels: int = flag(128 * 28 * 28, "Fewest pixels of a frame after resizing.", least=1)
+    max_pixels: int = flag(196 * 28 * 28, "Most pixels of a frame after resizing.", least=1)
+    total_pixels: int | None = flag(None, "Bound on frames x pixels / 2 of one video.", least=1)
+    image_min_pixels: int = flag(4 * 28 * 28, "Fewest pixels of an image after resizing.", least=1)
+    image_max_pixels: int = flag(1280 * 28 * 28, "Most pixels of an image after resizing.", least=1)
+    prompt_template: str = flag(TEMPLATE, "What is asked; {problem} is replaced by the question.")
+    workers: int = flag(2, "Processes that decode videos ahead, for each trainer; 0 decodes in the trainer.", least=0)
+    decode_timeout: float = flag(60.0, "Seconds after which a video counts as unreadable.", above=0.0)
+
+    # memory and speed
+    device: str = flag("auto", "Where to run.", choices=("auto", "cuda", "cpu"))
+    threads: int = flag(0, "CPU threads of each process; 0 leaves torch's choice.", least=0)
+    prompts_per_forward: int = flag(1, "Prompts packed into one forward and backward.", least=1)
+    prompts_per_rollout: int = flag(1, "Prompts whose completions are decoded together.", least=1)
+    gradient_checkpointing: bool = flag(True, "Recompute activations in backward.")
+    freeze_vision: bool = flag(False, "Do not train the vision tower; its features are then computed once a step.")
+
+    # evaluation and output
+    eval_every: int = flag(0, "Evaluate every so many steps; 0: only before and after.", least=0)
+    eval_batch: int = flag(4, "Prompts decoded together in evaluation.", least=1)
+    controls: bool = flag(False, "Close with accuracy on shuffled, reversed and blank videos.")
+    save_every: int = flag(100, "Save a checkpoint every so many steps; the last is always saved.", least=1)
+    keep_checkpoints: int = flag(2, "How many of the latest checkpoints to keep.", least=1)
+
+    def video_settings(self):
+        names = (f.name for f in dataclasses.fields(VideoSettings))
+        return VideoSettings(**{name: getattr(self, name) for name in names if hasattr(self, name)})
+
+
+DEMO = Path("runs/demo")
+
+PRESETS = {
+    # Open-R1-Video's one launch script: 4 processes, one prompt each a step, accuracy reward only. Its loss is a mean
+    # over each sequence, then over sequences.
+    "qwen2-vl-7b": {"loss_normaliser": "sequence"},
+    "demo": dict(
+        model=str(DEMO / "start"), data=str(DEMO / "data/train.jsonl"), eval_data=str(DEMO / "data/val.jsonl"),
+        sft_data=str(DEMO / "data/warmup.jsonl"), output=str(DEMO / "run"), demo=True,
+        sft_steps=400, sft_learning_rate=2e-3, sft_prompts_per_step=32,
+        steps=300, prompts_per_step=32, group_size=8, max_new_tokens=24,
+        reward=("accuracy:1", "format:0.5"), kl_coef=0.15, learning_rate=5e-4, adam_beta2=0.95,
+        min_pixels=28 * 28, max_pixels=28 * 28, nframes=8,
+        workers=1, prompts_per_forward=32, prompts_per_rollout=32, gradient_checkpointing=False,
+        eval_samples=1000, eval_every=20, eval_batch=128, controls=True, save_every=1000,
+    ),  # fmt: skip
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parse_config(arguments=None):
+    """Returns the checked Config of a command line: defaults, then the preset, then the flags given.
+
+    An unknown flag or a value of the wrong type exits with code 2; a wrong value raises ConfigError.
+    """
+    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    for item in dataclasses.fields(Config):
+        _add_flag(parser, item)
+    given = vars(parser.parse_args(arguments))
+    preset = given.get("preset", Config.preset)
+    if preset not in PRESETS:
+        raise ConfigError(f"--preset {preset}: unknown; presets are {', '.join(PRESETS)}")
+    config = Config(**{**PRESETS[preset], **given})
+    check(config)
+    return config
+
+
+def _add_flag(parser, item):
+    limits = item.metadata
+    kind = next(t for t in (*typing.get_args(item.type), item.type) if t is not type(None))
+    text = f"{limits['help']} [{item.default}]".replace("%", "%%")
+    options = {"default": argparse.SUPPRESS, "help": text, "dest": item.name}
+    if kind is bool:
+        parser.add_argument(f"--{item.name}", action=argparse.BooleanOptionalAction, **options)
+    elif kind is tuple:
+        parser.add_argument(f"--{item.name}", nargs="+", **options)
+    else:
+        parser.add_argument(f"--{item.name}", type=kind, metavar=item.name.upper(), **options)
+
+
+def check(config):
+    """Raises ConfigError for the first setting out of its range, naming its flag."""
+    for item in dataclasses.fields(config):
+        value, limits = getattr(config, item.name), item.metadata
+        if value is None:
+            continue
+        for name, holds, words in (
+            ("choices", lambda v, c: v in c, "one of"),
+            ("least", lambda v, c: v >= c, "at least"),
+            ("above", lambda v, c: v > c, "above"),
+            ("most", lambda v, c: v <= c, "at most"),
+        ):
+            if name in limits and not holds(value, limits[name]):
+                raise ConfigError(f"--{item.name} {value}: must be {words} {limits[name]}")
+    rules = (
+        ("{problem}" in config.prompt_template, "--prompt_template must hold {problem}, where the question goes"),
+        (not config.sft_steps or config.sft_data, "--sft_steps needs --sft_data, a jsonl whose rows have `completions`"),
+    )
+    for holds, message in rules:
+        if not holds:
+            raise ConfigError(message)
+    for attempt in (config.video_settings, lambda: parse_rewards(config.reward)):
+        try:
+            attempt()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def save_config(config, path):
+    Path(path).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def load_config(path):
+    """The Config that `save_config` wrote. Raises ConfigError where the file is not one."""
+    try:
+        return Config(**json.loads(Path(path).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: not a configuration of this project ({error})") from error

@@ -1,0 +1,37 @@
+"""Which questions a step takes: a pure function of seed and step, so that the step number is the whole data position."""
+
+import torch
+
+
+def epoch_order(count, seed, epoch):
+    """A permutation of range(count), another one each epoch."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def step_samples(samples, step, prompts_per_step, seed):
+    """The samples of `step` (0-based), over all processes: the next prompts_per_step of an endless run of epochs.
+
+    No sample is left out or repeated within an epoch, whatever the remainder and the number of processes.
+    """
+    start, count, orders = step * prompts_per_step, len(samples), {}
+    chosen = []
+    for slot in range(start, start + prompts_per_step):
+        epoch = slot // count
+        if epoch not in orders:
+            orders[epoch] = epoch_order(count, seed, epoch)
+        chosen.append(samples[orders[epoch][slot % count]])
+    return chosen
+
+
+def hold_out(samples, count, seed):
+    """(training samples, `count` held-out ones) of one file. No video or image is on both sides: a training sample that
+    shares one with a held-out sample is left out of both."""
+    held = [samples[i] for i in epoch_order(len(samples), seed, 10**6)[:count]]
+    media = {m for sample in held for m in (sample.key, *sample.videos, *sample.images)}
+    train = [s for s in samples if media.isdisjoint((s.key, *s.videos, *s.images))]
+    return train, held
+
+
+def chunks(items, size):
+    return [items[i : i + size] for i in range(0, len(items), size)]

@@ -1,0 +1,103 @@
+"""Processes, and the model sharded over them with FSDP2. With one process on a CPU nothing here does anything."""
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from grpo import model as models
+
+
+@dataclass
+class Processes:
+    """This process among its peers. `mesh` is None where the model is not sharded: one process on a CPU."""
+
+    rank: int
+    world: int
+    device: torch.device
+    mesh: DeviceMesh | None
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def sum(self, values):
+        """{name: number} summed over processes; every process must pass the same names."""
+        if self.world == 1:
+            return dict(values)
+        total = torch.tensor([float(values[name]) for name in sorted(values)], dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return dict(zip(sorted(values), total.tolist()))
+
+    def gather(self, item):
+        """[item of rank 0, ...] on every process; items are plain Python values."""
+        items = [None] * self.world
+        if self.world == 1:
+            return [item]
+        dist.all_gather_object(items, item)
+        return items
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+
+def start(device="auto"):
+    """Joins torchrun's processes where there are any, else stands alone. Returns the `Processes`."""
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if kind == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if kind == "cpu" and world == 1:
+        return Processes(0, 1, device, None)
+    backend = "nccl" if kind == "cuda" else "gloo"
+    if world == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend)
+    return Processes(rank, world, device, init_device_mesh(kind, (world,)))
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(policy, processes, dtype=None):
+    """Shards a Policy in place: each vision block and decoder layer, then the rest; returns it.
+
+    Parameters stay as loaded (fp32 masters), `dtype` (bf16 on a GPU) is what is gathered and computed in; gradients
+    are reduced in fp32.
+    """
+    if processes.mesh is None:
+        return policy
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype else MixedPrecisionPolicy()
+    options = {"mesh": processes.mesh, "mp_policy": precision}
+    for block in [*models.vision_tower(policy.model).blocks, *models.decoder(policy.model).layers]:
+        fully_shard(block, **options)
+    fully_shard(policy, **options)
+    for name in ("prefill", "decode", "vision_features"):
+        register_fsdp_forward_method(policy, name)
+    policy.sharded = True
+    return policy
+
+
+@contextmanager
+def gathered(policy):
+    """Holds all weights gathered, once, so that nothing inside is collective and processes may decode at their own pace."""
+    sharded = [m for m in policy.modules() if isinstance(m, FSDPModule)]
+    for module in sharded:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(module is not policy, recurse=False)
+            module.reshard()
