@@ -76,6 +76,7 @@ class Config:
     sft_data: str | None = flag(None, "Questions with `completions` for a supervised pass before GRPO.")
     sft_steps: int = flag(0, "Most steps of that pass.", least=0)
     sft_prompts_per_step: int = flag(32, "Prompts of one supervised step, over all processes.", least=1)
+    sft_until: float = flag(1.0, "End it once answers are predicted with this mean probability.", above=0.0, most=1.0)
     sft_learning_rate: float = flag(1e-5, "Peak learning rate of that pass.", above=0.0)
 
     # video
@@ -121,7 +122,7 @@ PRESETS = {
     "demo": dict(
         model=str(DEMO / "start"), data=str(DEMO / "data/train.jsonl"), eval_data=str(DEMO / "data/val.jsonl"),
         sft_data=str(DEMO / "data/warmup.jsonl"), output=str(DEMO / "run"), demo=True,
-        sft_steps=400, sft_learning_rate=2e-3, sft_prompts_per_step=32,
+        sft_steps=500, sft_until=0.97, sft_learning_rate=2e-3, sft_prompts_per_step=32,
         steps=300, prompts_per_step=32, group_size=8, max_new_tokens=24,
         reward=("accuracy:1", "format:0.5"), kl_coef=0.15, learning_rate=5e-4, adam_beta2=0.95,
         min_pixels=28 * 28, max_pixels=28 * 28, nframes=8,

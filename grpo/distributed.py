@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from grpo import model as models
 
@@ -86,6 +87,12 @@ def shard(policy, processes, dtype=None):
         register_fsdp_forward_method(policy, name)
     policy.sharded = True
     return policy
+
+
+def clip_gradients(policy, limit):
+    """Scales the gradient, over all processes, to a norm of at most `limit`; returns the norm it had."""
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), limit)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 @contextmanager

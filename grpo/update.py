@@ -1,12 +1,16 @@
 """Gradient steps: the GRPO update of a scored batch, and the supervised step of a warm-up."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 
+from grpo.advantage import has_signal
 from grpo.data import chunks
+from grpo.distributed import clip_gradients
 from grpo.loss import policy_loss, token_weights
 from grpo.packing import pack
+from grpo.types import Packed, Rollout
 
 
 def learning_rate(step, steps, peak, schedule, warmup_steps):
@@ -25,20 +29,135 @@ def make_optimizer(policy, config):
     )
 
 
-class Batch:
-    """What an update needs of this process's share of a step, cut into chunks of prompts that are one forward each.
+@dataclass
+class Chunk:
+    """Prompts and completions of one forward and backward; tensors are flat over its N completion tokens."""
 
-    The number of chunks is the same in every process, for each forward of a sharded model is collective: where samples
-    were skipped or filtered out, chunks are empty and a placeholder of weight 0 takes their place.
+    packed: Packed
+    lengths: list
+    advantages: torch.Tensor | None = None
+    sampler_logprobs: torch.Tensor | None = None
+    old_logprobs: torch.Tensor | None = None
+    ref_logprobs: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+
+
+def make_chunks(prompts, rollouts, config, policy, processes):
+    """The `Chunk`s of this process's prompts and scored rollouts, a forward each.
+
+    Groups that config filters out are left out. Every process gets the same number of chunks, for each forward of a
+    sharded model is collective: where samples were skipped or left out, placeholders of no weight take their place.
     """
+    kept = [pair for pair in zip(prompts, rollouts) if not config.filter_groups or has_signal(pair[1].parts["accuracy"])]
+    made = []
+    for batch in chunks(kept, config.prompts_per_forward):
+        lengths = [n for _, group in batch for n in group.lengths]
+        advantages = torch.cat([group.advantages for _, group in batch])
+        made.append(
+            Chunk(
+                pack([p for p, _ in batch], [group.tokens for _, group in batch], policy.spec).to(policy.device),
+                lengths,
+                advantages.repeat_interleave(torch.tensor(lengths)).to(policy.device),
+                torch.cat([row for _, group in batch for row in group.logprobs]).to(policy.device),
+            )
+        )
+    if processes.world > 1:
+        share = math.ceil(config.prompts_per_step / processes.world)
+        made += [placeholder(policy)] * (math.ceil(share / config.prompts_per_forward) - len(made))
+    return made
 
-    def __init__(self, groups, share, config, processes, spec):
-        count = math.ceil(math.ceil(share / processes.world) / config.prompts_per_forward)
-        self.chunks = chunks(groups, config.prompts_per_forward)
-        self.chunks += [[] for _ in range(count - len(self.chunks))] if processes.world > 1 else []
-        self.packed = [
-            pack([p for p, _ in c], [r.tokens for _, r in c], spec).to(processes.device) if c else None
-            for c in self.chunks
-        ]
-"""
-"""
+
+def placeholder(policy):
+    """A chunk of one prompt token and one completion token, of no completion that counts."""
+    one = torch.zeros(1, dtype=torch.long)
+    text = Packed(torch.zeros(1, 2, dtype=torch.long), torch.zeros(3, 1, 2, dtype=torch.long), one, one, one,
+                  [(1, (1,))], None, None)  # fmt: skip
+    return Chunk(text.to(policy.device), lengths=[])
+
+
+@torch.no_grad()
+def add_features(policy, made):
+    """Vision features of each chunk, computed once for reference and policy while the tower is frozen."""
+    for chunk in made:
+        chunk.features = policy.vision_features(chunk.packed)
+
+
+@torch.no_grad()
+def add_reference(reference, made, temperature):
+    """Log-probabilities of the frozen model for each chunk: one prompt pass a group, pixels included."""
+    for chunk in made:
+        chunk.ref_logprobs, _ = reference(chunk.packed, temperature, chunk.features)
+
+
+def count_totals(made, processes):
+    """{"tokens", "completions"} of the step over all chunks and processes: the one denominator, computed once."""
+    lengths = [n for chunk in made for n in chunk.lengths]
+    return processes.sum({"tokens": sum(lengths), "completions": len(lengths)})
+
+
+def update(policy, optimizer, made, config, processes):
+    """μ passes of forward, clipped loss, backward, gradient clip and optimizer step. Returns {metric: mean over tokens}.
+
+    The first pass runs on the weights that the old log-probabilities are of, so it yields them: no forward of their own.
+    """
+    totals, metrics = count_totals(made, processes), {}
+    for number in range(config.updates_per_batch):
+        sums = dict.fromkeys(("loss", "entropy", "kl", "clip_low_share", "clip_high_share", "sampler_gap"), 0.0)
+        for chunk in made:
+            logprobs, entropy = policy(chunk.packed, config.temperature, chunk.features)
+            if not chunk.lengths:
+                (0 * logprobs.sum()).backward()
+                continue
+            if number == 0:
+                chunk.old_logprobs = logprobs.detach()
+            weights = token_weights(chunk.lengths, config.loss_normaliser, totals, config.max_new_tokens)
+            loss, parts = policy_loss(
+                logprobs, chunk.old_logprobs, chunk.advantages, weights.to(policy.device),
+                config.clip_low, config.clip_high, chunk.ref_logprobs, config.kl_coef,
+                chunk.sampler_logprobs, config.importance_cap,
+            )  # fmt: skip
+            (loss * processes.world).backward()  # a sharded gradient is averaged over processes; the loss is a sum
+            for name, value in {"loss": loss.detach() * totals["tokens"], "entropy": entropy.sum(), **parts}.items():
+                sums[name] += value
+        applied, norm = apply_gradients(policy, optimizer, config.grad_clip)
+        sums = processes.sum({name: float(value) for name, value in sums.items()})
+        means = {name: value / max(totals["tokens"], 1) for name, value in sums.items()}
+        if number == 0:
+            metrics = means | {"grad_norm": norm, "updates_skipped": 0}
+        metrics["clip_low_share"], metrics["clip_high_share"] = means["clip_low_share"], means["clip_high_share"]
+        metrics["updates_skipped"] += not applied
+    return metrics
+
+
+def apply_gradients(policy, optimizer, grad_clip):
+    """Clips the gradient's norm and steps; an update whose norm is not finite is left out. Returns (applied, norm)."""
+    norm = clip_gradients(policy, grad_clip)
+    applied = math.isfinite(norm)
+    if applied:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return applied, norm
+
+
+def supervised_step(policy, optimizer, prompts, targets, config, processes):
+    """One step of maximum likelihood on targets: B lists of (C,) tokens. Returns (loss, [(C,) probabilities of each
+    target's tokens]), the loss a mean over all target tokens of the step."""
+    empty = [Rollout(group, [torch.zeros(len(t)) for t in group], [], []) for group in targets]
+    for group in empty:
+        group.advantages = torch.zeros(len(group.tokens))
+    made = make_chunks(prompts, empty, config, policy, processes)
+    totals = count_totals(made, processes)
+    total, probabilities = 0.0, []
+    for chunk in made:
+        logprobs, _ = policy(chunk.packed)
+        loss = -logprobs.sum() / max(totals["tokens"], 1) if chunk.lengths else 0 * logprobs.sum()
+        (loss * processes.world).backward()
+        total += loss.item()
+        probabilities += logprobs.detach().exp().cpu().split(chunk.lengths) if chunk.lengths else []
+    apply_gradients(policy, optimizer, config.grad_clip)
+    return processes.sum({"loss": total})["loss"], probabilities
+
+
+def set_learning_rate(optimizer, rate):
+    for group in optimizer.param_groups:
+        group["lr"] = rate

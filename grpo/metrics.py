@@ -1,0 +1,134 @@
+"""What a run leaves to look at: metrics.jsonl, TensorBoard events, a curve as PNG, and a progress bar."""
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from grpo.config import save_config
+
+
+class RunLog:
+    """Writes a step's metrics everywhere; in processes other than the first it does nothing.
+
+    metrics.jsonl gets one line a step, with a `phase` ("warmup", "train" or "eval"); TensorBoard the same names under
+    the phase. On resume, lines from `first_step` on are dropped: those steps are made again.
+    """
+
+    def __init__(self, folder, is_main, first_step=0):
+        self.folder, self.is_main, self.bar = Path(folder), is_main, None
+        if not is_main:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import; only here
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "metrics.jsonl"
+        if first_step and path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if _before(json.loads(line), first_step)))
+        self.file = open(path, "a" if first_step else "w")
+        self.board = SummaryWriter(self.folder, purge_step=first_step or None)
+
+    def describe(self, config, versions):
+        """run.json: the whole configuration; versions.json: command, versions, git revision."""
+        if self.is_main:
+            save_config(config, self.folder / "run.json")
+            (self.folder / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+
+    def start(self, title, total, first=0):
+        if self.is_main:
+            self.bar = tqdm(total=total, initial=first, desc=title, dynamic_ncols=True, mininterval=0.5)
+
+    def step(self, phase, step, metrics, shown=()):
+        """shown: names of the metrics that the progress bar shows."""
+        if not self.is_main:
+            return
+        self.write(phase, step, metrics)
+        self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown}, refresh=False)
+        self.bar.update()
+
+    def write(self, phase, step, metrics):
+        if not self.is_main:
+            return
+        self.file.write(json.dumps({"phase": phase, "step": step, **metrics}) + "\n")
+        self.file.flush()
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(f"{phase}/{name}", value, step)
+
+    def evaluation(self, step, summary):
+        """Held-out accuracy of a `grpo.evaluate.summarise`, overall and by kind."""
+        if summary:
+            kinds = {f"accuracy_{kind}": value for kind, value in summary["kinds"].items()}
+            self.write("eval", step, {"accuracy": summary["overall"], **kinds, "unparsed": summary["unparsed"]})
+
+    def say(self, text, everywhere=False):
+        """Prints a line above the progress bar; `everywhere`: also in processes other than the first."""
+        if self.is_main or everywhere:
+            tqdm.write(text)
+
+    def stop(self):
+        """Ends the phase's progress bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def close(self):
+        self.stop()
+        if self.is_main:
+            self.file.close()
+            self.board.close()
+
+
+def _before(line, step):
+    return line["phase"] == "warmup" or line["step"] < step
+
+
+def describe_run():
+    """{what a reader needs to run this again}: command, versions, git revision ("" outside a checkout)."""
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    return {
+        "command": " ".join(sys.argv),
+        "revision": git.stdout.strip(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def read_metrics(folder, phase):
+    """The lines of one phase of a run's metrics.jsonl."""
+    with open(Path(folder) / "metrics.jsonl") as file:
+        return [row for row in map(json.loads, file) if row["phase"] == phase]
+
+
+def plot_run(folder):
+    """Writes curve.png: reward, accuracy with held-out accuracy, KL, length, entropy, and the sampler's gap by step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    train, held_out = read_metrics(folder, "train"), read_metrics(folder, "eval")
+    panels = ("reward", "accuracy", "kl", "length", "entropy", "sampler_gap")
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
+    for axis, name in zip(axes.flat, panels):
+        steps, values = zip(*[(r["step"], r[name]) for r in train if name in r]) if train else ((), ())
+        axis.plot(steps, values, linewidth=1, label="training")
+        if name == "accuracy" and held_out:
+            axis.plot([r["step"] for r in held_out], [r["accuracy"] for r in held_out], "o-", markersize=3, label="held out")
+            axis.legend()
+        axis.set_title(name)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    path = Path(folder) / "curve.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

@@ -1,0 +1,189 @@
+"""What surrounds the loop: reading data, building models, batches that arrive decoded, evaluation, the closing table."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+
+from grpo import distributed
+from grpo.checkpoint import checkpoints
+from grpo.config import Config, ConfigError, load_config
+from grpo.data import hold_out, step_samples
+from grpo.evaluate import mean, predict, summarise
+from grpo.metrics import RunLog
+from grpo.model import checkpoint_activations, load_model, model_spec, vision_tower
+from grpo.policy import Policy
+from rewards import answer_stats, check_sample
+from video.dataset import DataError, read_samples
+from video.loader import PromptLoader
+from video.prompt import Skipped
+
+DEMO_COMMAND = "python train.py --preset demo"
+
+
+@dataclass
+class Run:
+    """One run's surroundings. `first` is the step it starts at, `state` what its checkpoint remembers."""
+
+    config: Config
+    processes: distributed.Processes
+    processor: object
+    loader: PromptLoader
+    log: RunLog
+
+    @property
+    def tokenizer(self):
+        return self.processor.tokenizer
+
+    def batches(self, samples, first, last, per_step, seed):
+        """Yields (prompts of this process, {"skipped", "seconds_waiting"}) for steps first to last - 1.
+
+        Worker processes decode ahead. A sample that could not be read is named and counted, and its step is smaller.
+        """
+        own = slice(self.processes.rank, None, self.processes.world)
+        shares = (step_samples(samples, step, per_step, seed)[own] for step in range(first, last))
+        encoded, asked = self.loader.batches(shares), time.perf_counter()
+        for batch in encoded:
+            waited = time.perf_counter() - asked
+            prompts = [p for p in batch if not isinstance(p, Skipped)]
+            for p in batch:
+                if isinstance(p, Skipped):
+                    self.log.say(f"skipped {p.key}: {p.path}: {p.reason}", everywhere=True)
+            yield prompts, {"skipped": len(batch) - len(prompts), "seconds_waiting": waited}
+            asked = time.perf_counter()
+
+    def evaluate(self, policy, samples, control=None):
+        """`summarise`d accuracy on samples, greedy; {} where there are none."""
+        config = self.config
+        if not samples:
+            return {}
+        records = predict(
+            policy, self.loader, samples, self.tokenizer, self.processes, config.max_new_tokens, config.eval_batch,
+            control=control,
+        )  # fmt: skip
+        return summarise(records)
+
+
+def describe_rollouts(prompts, rollouts, processes):
+    """Means over the step's completions, in all processes: rewards and their parts, lengths, what was answered."""
+    samples = [p.sample for p, group in zip(prompts, rollouts) for _ in group.texts]
+    texts = [text for group in rollouts for text in group.texts]
+    stats = answer_stats(texts, samples)
+    columns = {
+        "reward": [r for group in rollouts for r in group.rewards],
+        "length": [n for group in rollouts for n in group.lengths],
+        "cut_share": [not done for group in rollouts for done in group.finished],
+    }
+    for group in rollouts:
+        for name, part in group.parts.items():
+            columns.setdefault(name, []).extend(part)
+    spreads = [torch.tensor(group.rewards).std().item() for group in rollouts]
+    accuracies = [group.parts["accuracy"] for group in rollouts if "accuracy" in group.parts]
+    groups = {
+        "reward_std": spreads,
+        "all_right_share": [min(a) == 1 for a in accuracies],
+        "all_wrong_share": [max(a) == 0 for a in accuracies],
+    }
+    shares = processes.gather((columns, groups, stats, len(texts)))
+    merged = {}
+    for part in (0, 1):
+        for name in dict.fromkeys(name for share in shares for name in share[part]):
+            merged[name] = mean([value for share in shares for value in share[part].get(name, [])])
+    count = max(sum(share[3] for share in shares), 1)
+    for name in ("no_answer", "several_answers"):
+        merged[f"{name}_share"] = sum(share[2][name] * share[3] for share in shares) / count
+    letters = sorted({letter for share in shares for letter in share[2]["letters"]})
+    return merged | {
+        f"letter_{letter}": sum(share[2]["letters"].get(letter, 0) for share in shares) / count for letter in letters
+    }
+
+
+def check_inputs(config):
+    """Raises ConfigError at once, before anything loads, where weights or data are missing: what, and how to get them."""
+    missing = []
+    if not config.demo:
+        if not Path(config.data).is_file():
+            missing.append(
+                f"--data {config.data}: no such file (open-r1-video-4k: `hf download Xiaodong/open-r1-video-4k "
+                "--repo-type dataset --local-dir data`, its videos beside it or under --video_root)"
+            )
+        if not Path(config.model).exists() and not try_to_load_from_cache(config.model, "config.json"):
+            if os.environ.get("HF_HUB_OFFLINE") or missing:
+                missing.append(f"--model {config.model}: not on this machine (`hf download {config.model}`)")
+    if missing:
+        raise ConfigError("; ".join([*missing, f"or try `{DEMO_COMMAND}`, which needs neither"]))
+
+
+# What may differ between a run and its continuation without making it another run.
+FREE_TO_CHANGE = {"output", "resume", "workers", "decode_timeout", "device", "threads", "prompts_per_rollout",
+                  "save_every", "keep_checkpoints", "eval_batch", "controls", "video_root", "reward_timeout"}  # fmt: skip
+
+
+def find_checkpoint(config):
+    """The newest checkpoint in the run folder, None where there is none or a new start is asked for.
+
+    Raises ConfigError where it belongs to a run with other settings.
+    """
+    found = checkpoints(config.output)
+    if config.resume == "no" or not found:
+        return None
+    saved = load_config(found[-1] / "run.json")
+    other = [
+        f"--{name} was {old!r}, is {getattr(config, name)!r}"
+        for name, old in vars(saved).items()
+        if name not in FREE_TO_CHANGE and _plain(old) != _plain(getattr(config, name))
+    ]
+    if other:
+        raise ConfigError(
+            f"--output {config.output} holds a run with other settings ({'; '.join(other)}); "
+            "choose another --output, or --resume no to start anew there"
+        )
+    return found[-1]
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def read_data(config):
+    """(training samples, held-out samples, samples of the supervised pass), each sample checked against its reward."""
+    train = read_samples(config.data, config.video_root)
+    held_out = []
+    if config.eval_samples and config.eval_data:
+        held_out = read_samples(config.eval_data, config.video_root)[: config.eval_samples]
+    elif config.eval_samples:
+        train, held_out = hold_out(train, config.eval_samples, config.seed)
+        if not train:
+            raise DataError(f"--eval_samples {config.eval_samples}: holds out all of --data {config.data}; lower it")
+    sft = read_samples(config.sft_data, config.video_root) if config.sft_steps else []
+    for sample in sft:
+        if not sample.completions:
+            raise DataError(f"{sample.key}: --sft_data rows need `completions`, a list of target texts")
+    for sample in (*train, *held_out):
+        try:
+            check_sample(sample)
+        except (ValueError, ImportError) as error:
+            raise DataError(str(error)) from error
+    return train, held_out, sft
+
+
+def build_policy(path, config, processor, processes, master=torch.float32):
+    """The sharded Policy of a checkpoint folder: masters in fp32, computed in bf16 on a GPU."""
+    model = load_model(path, master).to(processes.device)
+    if config.freeze_vision:
+        vision_tower(model).requires_grad_(False)
+    if config.gradient_checkpointing and master is torch.float32:
+        checkpoint_activations(model, vision=not config.freeze_vision)
+    compute = torch.bfloat16 if processes.device.type == "cuda" else None
+    return distributed.shard(Policy(model, model_spec(model, processor.tokenizer)).to(processes.device), processes, compute)
+
+
+def build_reference(path, config, processor, processes):
+    """The frozen reference of a checkpoint folder, None where β = 0: nothing is loaded then."""
+    if config.kl_coef == 0:
+        return None
+    dtype = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
+    return build_policy(path, config, processor, processes, dtype).requires_grad_(False)

@@ -1,0 +1,45 @@
+"""A supervised pass before GRPO, through the same packed forward: several target completions share their prompt.
+
+Rows carry `completions`. It ends at `sft_steps`, or as soon as what stands between <answer> and </answer> has been
+predicted with a mean probability above `sft_until` over the last ten steps: by then the model's thought determines its
+answer, whatever the thought says.
+"""
+
+from collections import deque
+
+import torch
+
+from grpo.update import learning_rate, make_optimizer, set_learning_rate, supervised_step
+
+RAMP = 20  # steps of linear warm-up of the learning rate, which then stays
+
+
+def target_tokens(tokenizer, text):
+    """((C,) tokens of a completion with its EOS, (C,) bool marks of the tokens between <answer> and </answer>)."""
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    start, stop = text.find("<answer>") + len("<answer>"), text.find("</answer>")
+    marks = [a < stop and b > start and a >= start for a, b in encoded["offset_mapping"]]
+    return torch.tensor([*encoded["input_ids"], tokenizer.eos_token_id]), torch.tensor([*marks, False])
+
+
+def warm_up(policy, run, samples):
+    """Trains on the `completions` of `samples`; see the top of this file for when it ends."""
+    config, tokenizer, processes = run.config, run.tokenizer, run.processes
+    optimizer, recent = make_optimizer(policy, config), deque(maxlen=10)
+    batches = run.batches(samples, 0, config.sft_steps, config.sft_prompts_per_step, config.seed + 1)
+    run.log.start("warm-up", config.sft_steps)
+    for step, (prompts, _) in enumerate(batches):
+        rate = learning_rate(step, config.sft_steps, config.sft_learning_rate, "constant", RAMP)
+        set_learning_rate(optimizer, rate)
+        targets = [[target_tokens(tokenizer, text) for text in prompt.sample.completions] for prompt in prompts]
+        loss, probabilities = supervised_step(
+            policy, optimizer, prompts, [[tokens for tokens, _ in group] for group in targets], config, processes
+        )
+        marks = [marks for group in targets for _, marks in group]
+        answers = [p[m] for p, m in zip(probabilities, marks)]
+        sums = processes.sum({"p": float(sum(a.sum() for a in answers)), "n": sum(len(a) for a in answers)})
+        recent.append(sums["p"] / max(sums["n"], 1))
+        run.log.step("warmup", step, {"loss": loss, "answer_probability": recent[-1]}, ("loss", "answer_probability"))
+        if len(recent) == recent.maxlen and sum(recent) / len(recent) > config.sft_until:
+            break
+    run.log.stop()

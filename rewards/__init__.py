@@ -1,0 +1,245 @@
+"""Rewards: plain functions of text and sample, one file each; this file chooses, weighs and sums them.
+
+A reward is `f(completion, sample) -> float`, or, where it depends on the other completions, `f(completion, sample,
+group)` (see `Group`). It is called once for each completion. `sample` has `answer` (the ground truth),
+`problem_type`, `options`, `problem` and `meta`. To add your own, write one such function, `def` or `async def`, in a
+file, and name it:
+
+    --reward accuracy:1 format:0.5 my_file.py:my_function:0.3
+"""
+
+import asyncio
+import functools
+import importlib.util
+import inspect
+import math as _math
+import numbers
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rewards.answer import answer_text, answers_given, choice_letter, choice_letters
+from rewards.choice import choice
+from rewards.diagnostics import answer_stats
+from rewards.format import format
+from rewards.length import length_cosine, length_window
+from rewards.math import math
+from rewards.numeric import mean_relative_accuracy, numeric
+from rewards.ocr import ocr
+from rewards.regression import regression
+from rewards.repetition import repetition
+from rewards.tag_count import tag_count
+from rewards.temporal import temporal_bonus
+from rewards.text import rouge
+
+__all__ = ["ACCURACY", "REWARDS", "Group", "GroupScore", "Reward", "accuracy", "answer_stats", "answer_text",
+           "answers_given", "check_sample", "choice_letter", "choice_letters", "parse_rewards", "score_group",
+           "score_prediction", "temporal_bonus"]
+
+# problem_type -> f(prediction, sample), in [0, 1]. The prediction is the content of the answer tag.
+ACCURACY: dict[str, Callable] = {"multiple choice": choice, "numerical": numeric, "mra": mean_relative_accuracy,
+                                 "OCR": ocr, "free-form": rouge, "regression": regression, "math": math}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The completions of one prompt, as a reward that compares them sees them."""
+
+    completions: list[str]
+    index: int  # of the completion being scored
+    lengths: list[int]  # in tokens; empty where the caller did not give them
+    accuracy: list[float]  # raw, of every completion; empty where accuracy is not among the rewards
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One entry of `--reward`: its function, how much it weighs, and whether it is the user's own."""
+
+    name: str
+    weight: float
+    function: Callable
+    wants_group: bool = False
+    user: bool = False
+
+
+@dataclass
+class GroupScore:
+    """What `score_group` returns; lists have one entry for each completion."""
+
+    total: list[float]  # sum over rewards of weight * part
+    parts: dict[str, list[float]] = field(default_factory=dict)  # unweighted; parts["accuracy"] is the raw accuracy
+    failed: int = 0  # user rewards that raised, came late, or returned no finite number, and so scored 0
+    errors: dict[str, str] = field(default_factory=dict)  # reward name -> the first failure's message
+
+
+def score_prediction(prediction: str | None, sample) -> float:
+    """The accuracy, in [0, 1], of what `answer_text` found, by the problem type of this very sample; 0.0 for None.
+
+    Evaluation calls it with `answer_text(completion, strict=False)`. ValueError for a type that no file here scores, or
+    for a ground truth that does not fit its type.
+    """
+    if sample.problem_type not in ACCURACY:
+        raise ValueError(f"{_name(sample)}: unknown problem_type {sample.problem_type!r}; known: {', '.join(ACCURACY)}")
+    try:
+        # None is scored as "", which is wrong in every type, so that an unfit ground truth shows all the same.
+        score = ACCURACY[sample.problem_type](prediction or "", sample)
+    except ValueError as error:
+        raise ValueError(f"{_name(sample)}: {error}") from error
+    return 0.0 if prediction is None else score
+
+
+def accuracy(completion: str, sample) -> float:
+    """How right the one answer in the completion's answer tag is, in [0, 1]; 0.0 without one, or with several."""
+    return score_prediction(answer_text(completion), sample)
+
+
+def check_sample(sample) -> None:
+    """Raises ValueError or ImportError where `accuracy` could not score this sample; call it before training."""
+    score_prediction(None, sample)
+
+
+REWARDS: dict[str, Callable] = {"accuracy": accuracy, "format": format, "tag_count": tag_count,
+                                "repetition": repetition, "length_window": length_window,
+                                "length_cosine": length_cosine}
+
+
+def parse_rewards(specs: list[str]) -> list[Reward]:
+    """The rewards that `--reward` names: `NAME[:WEIGHT]` or `FILE.py:FUNCTION[:WEIGHT]`, weight 1 where none is given.
+
+    A weight is any finite number but 0; a negative one turns the reward into a penalty. ValueError names the flag.
+    """
+    if not specs:
+        raise ValueError("--reward: at least one is needed, such as accuracy:1")
+    rewards: list[Reward] = []
+    for spec in specs:
+        file, is_file, rest = spec.partition(".py:")
+        name, _, weight = (rest if is_file else spec).partition(":")
+        if not is_file and name not in REWARDS:
+            raise ValueError(f"--reward {spec}: no reward is called {name!r}; use one of {', '.join(REWARDS)}, "
+                             "or FILE.py:FUNCTION for your own")
+        function = _load(spec, file + ".py", name) if is_file else REWARDS[name]
+        rewards.append(Reward(name, _weight(spec, weight), function, _wants_group(spec, function), bool(is_file)))
+    names = [reward.name for reward in rewards]
+    for reward, spec in zip(rewards, specs):
+        if names.count(reward.name) > 1 or (reward.user and reward.name in REWARDS):
+            raise ValueError(f"--reward {spec}: the name {reward.name!r} is taken; give each reward a name of its own")
+        if reward.wants_group and not reward.user and "accuracy" not in names:
+            raise ValueError(f"--reward {spec}: {reward.name} depends on the accuracy; add accuracy:1")
+    return sorted(rewards, key=lambda reward: reward.name != "accuracy")  # first, since the group rewards read it
+
+
+def score_group(rewards: list[Reward], completions: list[str], sample, lengths: list[int] | None = None,
+                reward_timeout: float = 60.0) -> GroupScore:
+    """The total and the named parts of each completion of one prompt.
+
+    total[i] = sum over rewards r of r.weight * parts[r.name][i]. `lengths` are in tokens; the length rewards need them.
+
+    A user's reward may be slow or fail: it gets `reward_timeout` seconds for the group, all completions at once, each
+    in a thread. One that raises, is late or returns no finite number scores 0, is counted in `failed`, and its first
+    message is kept. A thread cannot be killed: a late one runs on, unheard, and does not hold up the end of the
+    program. An error in a built-in reward is a bug or a bad sample, and is raised.
+    """
+    score = GroupScore(total=[0.0] * len(completions))
+    for reward in rewards:
+        group = Group(completions, 0, lengths or [], score.parts.get("accuracy", []))
+        if not reward.user and reward.wants_group and len(group.lengths) != len(completions):
+            raise ValueError(f"{reward.name} needs the length in tokens of each completion")
+        calls = [(completion, sample, replace(group, index=i)) if reward.wants_group else (completion, sample)
+                 for i, completion in enumerate(completions)]
+        if reward.user:
+            part, errors = _run_user(reward.function, calls, reward_timeout)
+            score.failed += len(errors)
+            if errors:
+                score.errors[reward.name] = errors[min(errors)]
+        else:
+            part = [reward.function(*call) for call in calls]
+        score.parts[reward.name] = part
+        score.total = [total + reward.weight * value for total, value in zip(score.total, part)]
+    return score
+
+
+def _run_user(function: Callable, calls: list[tuple], seconds: float) -> tuple[list[float], dict[int, str]]:
+    """The value of each call, 0.0 where it failed, and the failures' messages by index."""
+    done: queue.SimpleQueue = queue.SimpleQueue()
+
+    def work(i: int) -> None:
+        try:
+            value = function(*calls[i])
+            if inspect.isawaitable(value):
+                value = asyncio.run(_finish(value))
+            if not isinstance(value, numbers.Real) or not _math.isfinite(value):
+                raise TypeError(f"returned {value!r}, not a finite number")
+            done.put((i, float(value), None))
+        # The one place that swallows errors: another's code must not end a run of days. Counted, and shown by the loop.
+        except (Exception, SystemExit) as error:  # noqa: BLE001
+            done.put((i, 0.0, f"{type(error).__name__}: {error}"))
+
+    for i in range(len(calls)):
+        threading.Thread(target=work, args=(i,), daemon=True).start()
+    values, errors = [0.0] * len(calls), dict.fromkeys(range(len(calls)), f"no result within {seconds:g} s")
+    deadline = time.monotonic() + seconds
+    for _ in calls:
+        try:
+            i, values_i, error = done.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            break
+        values[i] = values_i
+        if error is None:
+            del errors[i]
+        else:
+            errors[i] = error
+    return values, errors
+
+
+async def _finish(awaitable):
+    return await awaitable
+
+
+def _weight(spec: str, text: str) -> float:
+    try:
+        weight = float(text) if text else 1.0
+    except ValueError:
+        weight = _math.nan
+    if not _math.isfinite(weight) or weight == 0:
+        raise ValueError(f"--reward {spec}: the weight must be finite and not 0; to drop a reward, leave it out")
+    return weight
+
+
+def _wants_group(spec: str, function: Callable) -> bool:
+    """Whether the function takes the group as its third argument."""
+    parameters = inspect.signature(function).parameters.values()
+    needed = sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    if needed not in (2, 3):
+        raise ValueError(f"--reward {spec}: the function must take (completion, sample) or (completion, sample, group)")
+    return needed == 3
+
+
+def _load(spec: str, path: str, name: str) -> Callable:
+    """The function `name` of the user's file."""
+    if not Path(path).is_file():
+        raise ValueError(f"--reward {spec}: there is no file {path}")
+    try:
+        function = getattr(_module(str(Path(path).resolve())), name, None)
+    except Exception as error:  # whatever the user's file raises at import
+        raise ValueError(f"--reward {spec}: {path} cannot be imported: {type(error).__name__}: {error}") from error
+    if callable(function):
+        return function
+    raise ValueError(f"--reward {spec}: {path} defines no function {name!r}")
+
+
+@functools.cache
+def _module(path: str):
+    """The file as a module, executed once however many rewards it holds."""
+    module_spec = importlib.util.spec_from_file_location("reward_file_" + Path(path).stem, path)
+    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)  # for dataclasses
+    module_spec.loader.exec_module(module)
+    return module
+
+
+def _name(sample) -> str:
+    """How to point at a sample in an error: its key, or the beginning of its question."""
+    return f"sample {getattr(sample, 'key', None) or sample.problem[:60]!r}"

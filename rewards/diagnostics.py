@@ -1,0 +1,24 @@
+"""What a step's completions answer, for the log."""
+
+from collections import Counter
+
+from rewards.answer import answers_given, choice_letters
+
+
+def answer_stats(completions: list[str], samples: list) -> dict:
+    """`{"letters": {letter: count}, "no_answer": share, "several_answers": share}` of completions and their samples.
+
+    One sample for each completion. Letters are those of multiple-choice samples. `no_answer`: no answer tag, or
+    nothing in it that names an option. `several_answers`: different tags, or one that names several options. Shares
+    are of all completions, 0.0 where there is none.
+    """
+    letters, none, several = Counter(), 0, 0
+    for completion, sample in zip(completions, samples, strict=True):
+        given = answers_given(completion)
+        if len(given) == 1 and sample.problem_type == "multiple choice":
+            given = choice_letters(given[0], sample.options)
+            letters.update(given if len(given) == 1 else ())
+        none += not given
+        several += len(given) > 1
+    n = max(1, len(completions))
+    return {"letters": dict(sorted(letters.items())), "no_answer": none / n, "several_answers": several / n}

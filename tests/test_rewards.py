@@ -1,0 +1,390 @@
+"""Every reward against literal numbers, and what the loop relies on: weights, named parts, failures counted."""
+
+import functools
+import importlib.util
+import math
+import random
+import threading
+import time
+from dataclasses import dataclass, field
+
+import pytest
+
+from rewards import (
+    ACCURACY,
+    REWARDS,
+    Group,
+    accuracy,
+    answer_stats,
+    check_sample,
+    parse_rewards,
+    score_group,
+    score_prediction,
+    temporal_bonus,
+)
+from rewards.numeric import parse_number
+from rewards.text import edit_distance, lcs_length
+
+
+@dataclass
+class Sample:
+    answer: str
+    problem_type: str = "multiple choice"
+    options: tuple = ()
+    problem: str = "Which colour is the ball?"
+    meta: dict = field(default_factory=dict)
+    key: str = "balls.jsonl:7"
+
+
+COLOURS = ("A. red", "B. blue", "C. green", "D. white")
+RIGHT, WRONG = "<think>t</think><answer>B</answer>", "<think>t</think><answer>C</answer>"
+
+PREDICTIONS = [  # problem type, answer, prediction, score
+    # multiple choice; the first four are trap 23: Open-R1-Video pays the first two, Video-R1 refuses the others
+    ("multiple choice", "A", "A or B", 0.0), ("multiple choice", "A", "Apple", 0.0),
+    ("multiple choice", "A", "A.", 1.0), ("multiple choice", "A.", "A", 1.0),
+    ("multiple choice", "B", "(b)", 1.0), ("multiple choice", "B", "A", 0.0), ("multiple choice", "B", "Based on", 0.0),
+    ("multiple choice", "B", "blue", 1.0), ("multiple choice", "blue", "B", 1.0), ("multiple choice", "blue", "A", 0.0),
+    ("multiple choice", "B. blue", "B", 1.0), ("multiple choice", "B", "", 0.0), ("multiple choice", "B", "E", 0.0),
+    # numerical; the second and third are trap 24
+    ("numerical", "3", "3", 1.0), ("numerical", "3", "3.0", 1.0), ("numerical", "3.00", "3", 1.0),
+    ("numerical", "3", "4", 0.0),
+    ("numerical", "3", "3.004", 1.0), ("numerical", "3", "3.006", 0.0), ("numerical", "-3", "3", 0.0),
+    ("numerical", "-3", "\u22123", 1.0), ("numerical", "1234.5", "1,234.5", 1.0), ("numerical", "3", "3 metres", 1.0),
+    ("numerical", "3", "3 or 4", 0.0), ("numerical", "3", "three", 0.0), ("numerical", "3", "", 0.0),
+    ("numerical", "0", "0.0", 1.0), ("numerical", "0.5", "1/2", 1.0), ("numerical", "3", "nan", 0.0),
+    ("numerical", "3", "1e999", 0.0), ("numerical", "50%", "50", 1.0),
+    # mean relative accuracy: how many of the ten thresholds hold
+    ("mra", "10", "10", 1.0), ("mra", "10", "10.5", 1.0), ("mra", "10", "11", 0.9), ("mra", "10", "9", 0.9),
+    ("mra", "10", "12.2", 0.6), ("mra", "10", "14.9", 0.1), ("mra", "10", "15", 0.1), ("mra", "10", "15.1", 0.0),
+    ("mra", "10", "-10", 0.0), ("mra", "-10", "-11", 0.9), ("mra", "10", "ten", 0.0), ("mra", "0", "0", 1.0),
+    ("mra", "0", "1", 0.0), ("mra", "10", "0", 0.0),
+    # OCR: 1 - edits / words
+    ("OCR", "one two three four", "one two three four", 1.0), ("OCR", "one two three four", "one two three", 0.75),
+    ("OCR", "one two three four", "one two three five", 0.75), ("OCR", "one two", "one big two", 0.5),
+    ("OCR", "one two", "two one", 0.0), ("OCR", "STOP", "stop", 0.0), ("OCR", "one", "a b c d", 0.0),
+    ("OCR", "one", "", 0.0),
+    ("OCR", "\u51fa\u53e3", "\u51fa\u53e3", 1.0), ("OCR", "one two three", "  one\ttwo\nthree ", 1.0),
+    # free-form: (ROUGE-1 + ROUGE-2 + ROUGE-L) / 3
+    ("free-form", "the cat sat", "The cat sat.", 1.0), ("free-form", "the cat sat", "dogs run", 0.0),
+    ("free-form", "the cat sat", "the cat", (4 / 5 + 2 / 3 + 4 / 5) / 3),
+    ("free-form", "a b c d", "d c b a", (1 + 0 + 1 / 4) / 3),
+    ("free-form", "a a b", "a b b", (2 / 3 + 1 / 2 + 2 / 3) / 3), ("free-form", "cat", "cat", 1.0),
+    ("free-form", "cat", "the cat", (2 / 3 + 0 + 2 / 3) / 3), ("free-form", "cat", "", 0.0),
+    ("free-form", "cat", "?!", 0.0),
+    ("free-form", "\u7ea2\u8272 \u7403", "\u7ea2\u8272 \u7403", 1.0),
+    # regression: 1 - relative distance
+    ("regression", "10", "10", 1.0), ("regression", "10", "9", 0.9), ("regression", "10", "11", 0.9),
+    ("regression", "10", "25", 0.0), ("regression", "-4", "-5", 0.75), ("regression", "0", "0", 1.0),
+    ("regression", "0", "1", 0.0), ("regression", "10", "none", 0.0), ("regression", "10", "", 0.0),
+]
+
+NUMBERS = [
+    ("7", 7.0), ("+7", 7.0), ("-7.25", -7.25), (".5", 0.5), ("1,234,567", 1234567.0), ("$1,000.50", 1000.5),
+    ("2e3", 2000.0),
+    ("1/4", 0.25), ("-1/4", -0.25), ("1/0", None), ("7.", 7.0), ("about 7 m\u00b2", 7.0), ("25 m2", 25.0),
+    ("x = 3, so 3", 3.0),
+    ("3-4", None), ("10:30", None), ("1.2.3", None), ("3,5", None), ("12,34", None), ("1,2345", None), ("", None),
+    ("seven", None), ("inf", None), ("NaN", None), ("5e99999", None), ("9" * 400, None), ("\uff15", 5.0),
+]
+
+FORMATS = [  # completion, format, tag_count; the trailing "x" is trap 25
+    ("<think>a</think><answer>B</answer>", 1.0, 1.0), ("<think>a</think>\n\n<answer>B</answer>", 1.0, 1.0),
+    ("<think>a\nb</think> <answer>\nB\n</answer>", 1.0, 1.0),
+    ("<think>\u7ea2</think><answer>\u7403</answer>", 1.0, 1.0),
+    ("<think>a<b</think><answer>1 < 2</answer>", 1.0, 1.0),
+    ("<think>a</think><answer>B</answer>x", 0.0, 1.0), ("<think>a</think><answer>B</answer>\n", 0.0, 1.0),
+    (" <think>a</think><answer>B</answer>", 0.0, 1.0), ("x<think>a</think><answer>B</answer>", 0.0, 1.0),
+    ("<think>a</think>x<answer>B</answer>", 0.0, 1.0), ("<answer>B</answer><think>a</think>", 0.0, 1.0),
+    ("<think>a<answer>B</answer></think>", 0.0, 1.0), ("<think>a</think><answer></answer>", 0.0, 1.0),
+    ("<think> </think><answer>B</answer>", 0.0, 1.0), ("<think>a</think><answer>B", 0.0, 0.75),
+    ("<think>a<answer>B</answer>", 0.0, 0.75), ("<answer>B</answer>", 0.0, 0.5),
+    ("<think>a</think><think>a</think><answer>B</answer>", 0.0, 0.5),
+    ("<think>a</think><answer>B</answer><answer>B</answer>", 0.0, 0.5),
+    ("<think><think>a</think></think><answer>B</answer>", 0.0, 0.5), ("<think>a", 0.0, 0.25),
+    ("", 0.0, 0.0), ("B", 0.0, 0.0),
+    ("<THINK>a</THINK><answer>B</answer>", 0.0, 0.5),
+]
+
+REPEATS = [("", 0.0), ("a b", 0.0), ("a b c", 0.0), ("a b c d", 0.0), ("a a a a", -0.5), ("A a a", 0.0),
+           ("a b c a b c", -0.25), (" ".join(["x"] * 102), -0.99)]
+
+
+def test_the_tables_are_as_large_as_promised():
+    assert len(PREDICTIONS) + len(NUMBERS) + len(FORMATS) + len(REPEATS) >= 120
+
+
+@pytest.mark.parametrize(("problem_type", "answer", "prediction", "score"), PREDICTIONS)
+def test_accuracy_of_each_type(problem_type, answer, prediction, score):
+    sample = Sample(answer, problem_type, COLOURS if problem_type == "multiple choice" else ())
+    assert score_prediction(prediction, sample) == pytest.approx(score, abs=1e-8)
+    assert accuracy(f"<think>t</think><answer>{prediction}</answer>", sample) == pytest.approx(score, abs=1e-8)
+
+
+@pytest.mark.parametrize(("text", "number"), NUMBERS)
+def test_parse_number(text, number):
+    assert parse_number(text) == number
+
+
+@pytest.mark.parametrize(("completion", "form", "tags"), FORMATS)
+def test_format_and_tag_count(completion, form, tags):
+    assert REWARDS["format"](completion, Sample("B")) == form
+    assert REWARDS["tag_count"](completion, Sample("B")) == tags
+
+
+@pytest.mark.parametrize(("completion", "penalty"), REPEATS)
+def test_repetition(completion, penalty):
+    assert REWARDS["repetition"](completion, Sample("B")) == pytest.approx(penalty)
+
+
+def test_only_a_well_formed_answer_is_accurate():
+    sample = Sample("B", options=COLOURS)
+    for completion in ("B", "<answer>B", "<answer>B</answer><answer>C</answer>", "",
+                       "<think><answer>B</answer></think>"):
+        assert accuracy(completion, sample) == 0.0, completion
+    assert accuracy("<answer>B</answer>", sample) == 1.0
+
+
+def test_the_type_is_that_of_each_row_and_not_of_the_first():
+    """Trap 24: by the first row's type, "3.0" would be compared as a letter."""
+    rows = [(Sample("B", options=COLOURS), "B"), (Sample("3", "numerical"), "3.0"), (Sample("stop", "OCR"), "stop")]
+    rewards = parse_rewards(["accuracy"])
+    assert [score_group(rewards, [f"<answer>{p}</answer>"], s).total for s, p in rows] == [[1.0], [1.0], [1.0]]
+
+
+def test_mean_relative_accuracy_equals_the_formula_of_the_benchmark():
+    numpy = pytest.importorskip("numpy")
+    thresholds = numpy.linspace(0.5, 0.95, 10)
+    for prediction in [8 + i / 20 for i in range(140)]:
+        expected = float((abs(prediction - 10) / 10 <= 1 - thresholds).mean())
+        assert score_prediction(repr(prediction), Sample("10", "mra")) == pytest.approx(expected), prediction
+
+
+def test_edit_distance_and_subsequence_equal_their_definitions():
+    rng = random.Random(0)
+
+    def edits(a, b):
+        row = list(range(len(b) + 1))
+        for i, x in enumerate(a, 1):
+            previous, row = row, [i]
+            for j, y in enumerate(b, 1):
+                row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (x != y)))
+        return row[-1]
+
+    def subsequence(a, b):
+        row = [0] * (len(b) + 1)
+        for x in a:
+            previous, row = row, [0]
+            for j, y in enumerate(b, 1):
+                row.append(previous[j - 1] + 1 if x == y else max(previous[j], row[-1]))
+        return row[-1]
+
+    for _ in range(300):
+        a, b = ([rng.choice("abc") for _ in range(rng.randrange(80))] for _ in range(2))
+        assert edit_distance(a, b) == edits(a, b), (a, b)
+        assert lcs_length(a, b) == subsequence(a, b), (a, b)
+
+
+@pytest.mark.parametrize("problem_type", sorted(set(ACCURACY) - {"math"}))
+@pytest.mark.parametrize("unit", ["word ", "1", "1,", "1,111,", "1/", "A or ", "<answer>",
+                                  "<think>x</think><answer>", " ", "a\n", "e1"])
+def test_100_000_characters_take_less_than_50_ms(problem_type, unit):
+    answer = {"multiple choice": "B", "OCR": "word word two", "free-form": "a word"}.get(problem_type, "3")
+    text, sample = (unit * 100_000)[:100_000], Sample(answer, problem_type)
+    functions = [functools.partial(score_prediction, text), *(functools.partial(f, text) for n, f in REWARDS.items()
+                                                              if not n.startswith("length"))]
+    for function in functions:
+        best = math.inf
+        for _ in range(3):
+            start = time.perf_counter()
+            function(sample)
+            best = min(best, time.perf_counter() - start)
+        assert best < 0.05, function
+
+
+def test_a_bad_ground_truth_raises_and_names_the_sample():
+    for sample in (Sample("B", "riddle"), Sample("E", options=COLOURS), Sample("A or B"), Sample("many", "numerical"),
+                   Sample("3 or 4", "mra"), Sample("", "OCR"), Sample("?", "free-form"), Sample("far", "regression")):
+        with pytest.raises(ValueError, match="balls.jsonl:7"):
+            check_sample(sample)
+        with pytest.raises(ValueError, match="balls.jsonl:7"):
+            accuracy(RIGHT, sample)
+    with pytest.raises(ValueError, match="unknown problem_type 'riddle'; known: multiple choice, numerical"):
+        check_sample(Sample("B", "riddle"))
+    check_sample(Sample("B", options=COLOURS))
+
+
+HAS_MATH = importlib.util.find_spec("math_verify") is not None
+
+
+@pytest.mark.skipif(HAS_MATH, reason="math-verify is installed")
+def test_mathematics_without_the_package_says_how_to_get_it():
+    with pytest.raises(ImportError, match="pip install .math-verify"):
+        accuracy(RIGHT, Sample("1/2", "math"))
+
+
+@pytest.mark.skipif(not HAS_MATH, reason="needs math-verify")
+def test_mathematics_off_the_main_thread_and_without_end():
+    """Trap 26: math-verify's SIGALRM raises in any other thread; and 9^9^9^9 stops for no signal."""
+    scores = []
+
+    def work():
+        cases = [("1/2", "0.5"), ("\\frac{1}{2}", "$\\frac{2}{4}$"), ("x+1", "1+x"), ("1/2", "0.6"), ("3", ""),
+                 ("3", "9^{9^{9^{9}}}"), ("3", "3")]
+        scores.extend(score_prediction(prediction, Sample(answer, "math")) for answer, prediction in cases)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(120)
+    assert scores == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+
+
+def window(index, lengths, accuracies):
+    return REWARDS["length_window"]("", None, Group([], index, lengths, accuracies))
+
+
+def test_length_window():
+    assert [window(i, [319, 320, 512, 513], [1.0] * 4) for i in range(4)] == [0.0, 1.0, 1.0, 0.0]
+    assert [window(i, [400] * 3, [1.0, 0.1, 0.2]) for i in range(3)] == [1.0, 0.0, 1.0]
+    assert window(0, [400] * 3, [1.0, 0.0, 0.1]) == 0.0, "the only right one of its group gets nothing"
+
+
+@pytest.mark.parametrize(("length", "accurate", "reward"), [
+    (0, 1.0, 1.0), (500, 1.0, 0.75), (1000, 1.0, 0.5), (2000, 1.0, 0.5), (250, 1.0, 0.75 + 0.25 * math.sqrt(0.5)),
+    (0, 0.0, -1.0), (500, 0.0, -0.75), (1000, 0.0, -0.5), (2000, 0.0, -0.5), (0, 0.5, -1.0), (0, 0.6, 1.0)])
+def test_length_cosine(length, accurate, reward):
+    assert REWARDS["length_cosine"]("", None, Group([], 0, [length], [accurate])) == pytest.approx(reward)
+
+
+def test_temporal_bonus():
+    assert temporal_bonus([1.0, 0.0, 0.1, 0.2], [0.0, 0.0]) == [0.3, 0.0, 0.0, 0.3]
+    assert temporal_bonus([1.0, 0.0], [1.0, 1.0]) == [0.0, 0.0], "shuffled frames do better: time is not used"
+    assert temporal_bonus([1.0, 1.0, 1.0, 1.0, 0.0], [1.0]) == [0.3, 0.3, 0.3, 0.3, 0.0], "0.8 >= 0.8 * 1"
+    assert temporal_bonus([1.0, 1.0, 1.0, 1.0, 0.0], [1.0], threshold=1.0) == [0.0] * 5
+    assert temporal_bonus([1.0], [0.0], bonus=0.5) == [0.5]
+    with pytest.raises(ValueError):
+        temporal_bonus([1.0], [])
+
+
+def test_the_total_is_weighted_and_the_parts_are_raw():
+    """Trap 20: a group is filtered by parts["accuracy"], which no weight and no other reward shapes."""
+    rewards = parse_rewards(["format:0.5", "accuracy:2"])
+    completions = [RIGHT, WRONG, "<answer>B</answer>", "B"]
+    score = score_group(rewards, completions, Sample("B", options=COLOURS))
+    assert score.total == [2.5, 0.5, 2.0, 0.0]
+    assert score.parts == {"accuracy": [1.0, 0.0, 1.0, 0.0], "format": [1.0, 1.0, 0.0, 0.0]}
+    assert (score.failed, score.errors) == (0, {})
+    assert completions == [RIGHT, WRONG, "<answer>B</answer>", "B"]
+
+
+def test_group_rewards_see_the_raw_accuracy_and_the_lengths():
+    rewards = parse_rewards(["length_window:0.2", "accuracy:3"])
+    score = score_group(rewards, [RIGHT, RIGHT, WRONG], Sample("B"), lengths=[400, 20, 400])
+    assert score.parts["length_window"] == [1.0, 0.0, 0.0]
+    assert score.total == pytest.approx([3.2, 3.0, 0.0])
+    with pytest.raises(ValueError, match="length_window needs the length"):
+        score_group(rewards, [RIGHT], Sample("B"))
+
+
+MINE = """
+import asyncio, threading, time
+def words(completion, sample): return len(completion.split())
+def rank(completion, sample, group):
+    return group.index + sum(group.accuracy) + len(group.completions) + len(group.lengths)
+async def judge(completion, sample):
+    await asyncio.sleep(0.01)
+    return completion == sample.answer
+def raises(completion, sample): return 1 / completion.count("x")
+def leaves(completion, sample): raise SystemExit(3)
+def infinite(completion, sample): return float("inf")
+def text(completion, sample): return "1"
+def slow(completion, sample): time.sleep(0.2); return 1.0
+def hangs(completion, sample): threading.Event().wait() if completion == "x" else None; return 1.0
+def alone(completion): return 0.0
+number = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "broken.py").write_text("1 +")
+    return f"{tmp_path}/mine.py"
+
+
+def user(mine, name, completions, **options):
+    return score_group(parse_rewards([f"{mine}:{name}:2"]), completions, Sample("x"), **options)
+
+
+def test_a_user_reward_is_called_for_each_completion(mine):
+    assert user(mine, "words", ["a b", "", "c"]).parts == {"words": [2.0, 0.0, 1.0]}
+    assert user(mine, "words", ["a b", "", "c"]).total == [4.0, 0.0, 2.0]
+    assert user(mine, "judge", ["y", "x"]).total == [0.0, 2.0]
+    assert user(mine, "rank", ["y", "x"]).parts == {"rank": [2.0, 3.0]}
+    both = parse_rewards([f"{mine}:rank", "accuracy"])
+    assert score_group(both, [RIGHT, RIGHT], Sample("B"), lengths=[5, 6]).parts["rank"] == [6.0, 7.0]
+
+
+def test_a_failing_user_reward_costs_that_completion_and_is_counted(mine):
+    score = user(mine, "raises", ["xx", "y", "x"])
+    assert (score.total, score.failed) == ([1.0, 0.0, 2.0], 1)
+    assert score.errors == {"raises": "ZeroDivisionError: division by zero"}
+    assert user(mine, "leaves", ["y"], reward_timeout=5).errors == {"leaves": "SystemExit: 3"}
+    assert user(mine, "infinite", ["y", "z"]).failed == 2
+    assert "returned '1', not a finite number" in user(mine, "text", ["y"]).errors["text"]
+
+
+def test_slow_user_rewards_run_together_and_late_ones_count_as_failed(mine):
+    start = time.monotonic()
+    assert user(mine, "slow", ["a"] * 8).total == [2.0] * 8
+    assert time.monotonic() - start < 1.2, "eight sleeps of .2 s, one after the other, take 1.6 s"
+    start = time.monotonic()
+    score = user(mine, "hangs", ["a", "x", "b"], reward_timeout=0.3)
+    assert 0.2 < time.monotonic() - start < 2
+    assert (score.total, score.failed, score.errors) == ([2.0, 0.0, 2.0], 1, {"hangs": "no result within 0.3 s"})
+
+
+def test_a_built_in_error_is_raised_not_scored():
+    with pytest.raises(ValueError, match="unknown problem_type"):
+        score_group(parse_rewards(["accuracy"]), [RIGHT], Sample("B", "riddle"))
+
+
+@pytest.mark.parametrize(("specs", "message"), [
+    ([], "at least one"), (["speed"], "no reward is called 'speed'; use one of accuracy, format"),
+    ([""], "no reward is called"),
+    (["accuracy:0"], "not 0"), (["accuracy:x"], "must be finite"), (["accuracy:nan"], "must be finite"),
+    (["accuracy:inf"], "must be finite"), (["accuracy:1:2"], "must be finite"),
+    (["accuracy", "accuracy:2"], "is taken"),
+    (["format", "length_window:0.2"], "add accuracy:1"), (["length_cosine"], "add accuracy:1"),
+    (["no.py:f"], "there is no file no.py"),
+    (["MINE:none"], "defines no function 'none'"), (["MINE:number"], "defines no function 'number'"),
+    (["MINE:alone"], "must take"), (["BROKEN:f"], "cannot be imported: SyntaxError"),
+    (["MINE:words", "MINE:words:2"], "is taken")])
+def test_a_wrong_reward_flag_names_the_flag_and_the_mend(mine, specs, message):
+    specs = [spec.replace("MINE", mine).replace("BROKEN", mine.replace("mine", "broken")) for spec in specs]
+    with pytest.raises(ValueError, match="--reward") as error:
+        parse_rewards(specs)
+    assert message in str(error.value)
+
+
+def test_specs(mine):
+    rewards = parse_rewards(["format:.5", "repetition:-1", f"{mine}:words:1e-1", "accuracy"])
+    assert [(r.name, r.weight, r.user) for r in rewards] == [
+        ("accuracy", 1.0, False), ("format", 0.5, False), ("repetition", -1.0, False), ("words", 0.1, True)]
+
+
+def test_answer_stats():
+    completions = ["<answer>A</answer>", "<answer>(b)</answer>", "<answer>B</answer>", "B", "<answer>A or B</answer>",
+                   "<answer>A</answer><answer>B</answer>", "<answer>Based on</answer>", "<answer>A</answer>"]
+    samples = [Sample("B")] * 7 + [Sample("A", "OCR")]
+    assert answer_stats(completions, samples) == {
+        "letters": {"A": 1, "B": 2}, "no_answer": 0.25, "several_answers": 0.25}
+    assert answer_stats([], []) == {"letters": {}, "no_answer": 0.0, "several_answers": 0.0}
+    with pytest.raises(ValueError):
+        answer_stats(["x"], [])
+
+
+def test_torch_is_not_imported():
+    import subprocess
+    import sys
+    subprocess.run([sys.executable, "-c", "import sys, rewards; assert 'torch' not in sys.modules"], check=True)

@@ -1,0 +1,142 @@
+"""Trains Qwen2-VL or Qwen2.5-VL on video questions with GRPO.
+
+    python train.py --preset demo                                          a tiny model learns from mp4 files, on a laptop
+    torchrun --nproc_per_node 4 train.py --data FILE --video_root FOLDER   Qwen2-VL-7B, as Open-R1-Video trains it
+
+Departures from GRPO as published (DeepSeekMath, arXiv 2402.03300, algorithm 1): a group's prompt is computed once
+instead of once per completion; and in the first update pass over a batch the policy's log-probabilities are the old
+ones, for no weight has changed since sampling.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoProcessor
+from transformers.utils import logging as transformers_logging
+
+from grpo import distributed, update
+from grpo.checkpoint import load_optimizer, load_state, save_checkpoint, save_weights
+from grpo.config import ConfigError, parse_config
+from grpo.demo import build_demo
+from grpo.evaluate import CONTROLS
+from grpo.metrics import RunLog, describe_run
+from grpo.model import ModelError
+from grpo.report import print_table, summary_of
+from grpo.rollout import rollout
+from grpo.run import (
+    Run,
+    build_policy,
+    build_reference,
+    check_inputs,
+    describe_rollouts,
+    find_checkpoint,
+    read_data,
+)
+from grpo.warmup import warm_up
+from rewards import parse_rewards
+from video.dataset import DataError
+from video.loader import PromptLoader
+from video.prompt import PromptEncoder
+
+
+def grpo(run, policy, reference, optimizer, samples, held_out, first, state):
+    """GRPO from step `first` to the last; `state` goes into every checkpoint."""
+    config, processes, log = run.config, run.processes, run.log
+    rewards = parse_rewards(config.reward)
+    batches = run.batches(samples, first, config.steps, config.prompts_per_step, config.seed)
+    log.start("grpo", config.steps, first)
+    for step, (prompts, metrics) in enumerate(batches, start=first):
+        clock = time.perf_counter()
+        rollouts = rollout(policy, prompts, run.tokenizer, rewards, config, step)
+        metrics["seconds_sampling"] = time.perf_counter() - clock
+
+        chunks = update.make_chunks(prompts, rollouts, config, policy, processes)
+        if config.freeze_vision:
+            update.add_features(policy, chunks)
+        if reference is not None:
+            update.add_reference(reference, chunks, config.temperature)
+        metrics["learning_rate"] = update.learning_rate(
+            step, config.steps, config.learning_rate, config.lr_schedule, config.lr_warmup_steps
+        )
+        update.set_learning_rate(optimizer, metrics["learning_rate"])
+        metrics |= update.update(policy, optimizer, chunks, config, processes)
+        metrics |= describe_rollouts(prompts, rollouts, processes)
+        metrics["seconds"] = time.perf_counter() - clock + metrics["seconds_waiting"]
+        log.step("train", step, metrics, shown=("reward", "accuracy", "kl", "length"))
+
+        done = step + 1
+        if config.eval_every and done % config.eval_every == 0 and done < config.steps:
+            log.evaluation(done, run.evaluate(policy, held_out))
+        if done % config.save_every == 0 or done == config.steps:
+            save_checkpoint(config.output, done, policy, optimizer, run.processor, config, state, processes)
+    log.stop()
+
+
+def train(config):
+    """A whole run: supervised warm-up where asked for, GRPO, evaluation before and after. Returns the summary."""
+    began, folder = time.time(), Path(config.output)
+    check_inputs(config)
+    processes = distributed.start(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.demo and processes.is_main:
+        build_demo(config)
+    processes.barrier()
+    samples, held_out, sft = read_data(config)
+    if config.steps is None:
+        config.steps = max(1, int(config.epochs * len(samples)) // config.prompts_per_step)
+    checkpoint = find_checkpoint(config)
+    state = load_state(checkpoint) if checkpoint else {"step": 0, "seconds": 0.0}
+    warmed = folder / "warmup"
+    needs_warmup = config.sft_steps and not (checkpoint or (config.resume == "auto" and warmed.exists()))
+    start = config.model if needs_warmup or not config.sft_steps else warmed
+    processor = AutoProcessor.from_pretrained(config.model)
+    encoder = PromptEncoder(config.model, config.video_settings(), config.prompt_template, config.max_prompt_tokens)
+    log = RunLog(folder, processes.is_main, state["step"])
+    log.describe(config, describe_run())
+
+    with PromptLoader(encoder, config.workers, config.decode_timeout) as loader:
+        run = Run(config, processes, processor, loader, log)
+        policy = build_policy(checkpoint or start, config, processor, processes)
+        if needs_warmup:
+            warm_up(policy, run, sft)
+            save_weights(warmed, policy, processor, config, processes)
+            start = warmed
+        reference = build_reference(start, config, processor, processes)
+        optimizer = update.make_optimizer(policy, config)
+        if checkpoint:
+            load_optimizer(checkpoint, policy, optimizer)
+        else:
+            state["before"] = run.evaluate(policy, held_out)
+            log.evaluation(0, state["before"])
+        grpo(run, policy, reference, optimizer, samples, held_out, state["step"], state)
+        after = run.evaluate(policy, held_out)
+        log.evaluation(config.steps, after)
+        asked = CONTROLS if config.controls and held_out else ()
+        controls = {control: run.evaluate(policy, held_out, control) for control in asked}
+
+    summary = summary_of(state["before"], after, controls, time.time() - began)
+    if processes.is_main:
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        print_table(summary, folder)
+    log.close()
+    distributed.stop()
+    return summary
+
+
+def main(arguments=None):
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        train(parse_config(arguments))
+    except (ConfigError, DataError, ModelError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,4 @@
+"""Everything between a data file and the tensors of a prompt: rows, frames, prompts, worker processes, the demo set.
+
+Nothing here imports the training loop or torch.distributed. Shape letters: P prompt tokens, T frames.
+"""

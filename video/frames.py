@@ -1,0 +1,267 @@
+"""Frames and images, chosen and resized as qwen-vl-utils 0.0.14 does, which is how the published weights saw them.
+
+Departures, each with its reason:
+- One sampling stage. Open-R1-Video samples at 2 fps and then spreads 16 frames over the result, which rounds twice and
+  repeats frames of short clips; here `fps` and `max_frames` act together, once, on the original frame numbers.
+- `smart_resize` never returns a side of 0 (qwen-vl-utils can, for a picture 30 high and 6000 wide, and then fails).
+- A file that cannot be read raises; qwen-vl-utils tries another reader.
+- Frames stay uint8. qwen-vl-utils resizes in uint8 as well, so its float frames hold the same integers.
+"""
+import math
+import os
+import re
+import warnings
+from dataclasses import dataclass
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resize
+
+try:
+    import decord
+except ImportError:  # no wheel on Arm and macOS: PyAV decodes there
+    decord = None
+else:
+    decord.logging.set_level(decord.logging.QUIET)  # FFmpeg's complaints; what matters is in the error raised
+
+FRAME_FACTOR = 2  # frames come in pairs: the vision tower's temporal patch
+MAX_RATIO = 200  # a longer strip than this is refused, as the model's own processor does
+VIDEO_MAX_TOKENS = 768  # per frame, qwen-vl-utils' ceiling whatever max_pixels says
+CONTEXT_TOKENS = 128_000  # qwen-vl-utils' budget of a whole video is 90% of this, in merged patches
+
+
+class SampleError(ValueError):
+    """Why one sample cannot be used. `path` is the file at fault, `reason` one line."""
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(path, reason)  # both in args, so that it survives pickling between processes
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class VideoError(SampleError):
+    """A video or image file that cannot be read."""
+
+
+@dataclass(frozen=True)
+class VideoSettings:
+    """How frames are chosen and sized. Pixels are counted per frame, after resizing."""
+
+    fps: float = 2.0  # frames taken per second of video, within min_frames and max_frames
+    nframes: int | None = None  # take exactly this many frames instead (rounded to even), whatever the length
+    min_frames: int = 4  # at least so many frames, where the video has them (rounded up to even)
+    max_frames: int = 16  # at most so many frames (rounded down to even)
+    min_pixels: int = 128 * 28 * 28  # smaller frames are enlarged to this
+    max_pixels: int = 196 * 28 * 28  # larger frames are reduced to this
+    total_pixels: int | None = None  # bound on frames x pixels / 2 of one video; None: 115,200 tokens' worth
+    image_min_pixels: int = 4 * 28 * 28  # smaller images are enlarged to this
+    image_max_pixels: int = 1280 * 28 * 28  # larger images are reduced to this
+
+    def __post_init__(self):
+        rules = (
+            (self.fps > 0, "--fps must be above 0"),
+            (self.nframes is None or self.nframes >= FRAME_FACTOR, "--nframes must be 2 or more"),
+            (self.min_frames >= 1, "--min_frames must be 1 or more"),
+            (self.max_frames >= max(FRAME_FACTOR, self.min_frames), "--max_frames must be >= 2 and >= --min_frames"),
+            (0 < self.min_pixels <= self.max_pixels, "--min_pixels must be above 0 and <= --max_pixels"),
+            (self.total_pixels is None or self.total_pixels > 0, "--total_pixels must be above 0"),
+            (0 < self.image_min_pixels <= self.image_max_pixels, "--image_min_pixels must be <= --image_max_pixels"),
+        )
+        for holds, message in rules:
+            if not holds:
+                raise ValueError(message)
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
+    """The (height, width) nearest to the given shape with sides divisible by `factor` and area within the bounds.
+
+    Raises ValueError for a side ratio above 200. Source: qwen_vl_utils.vision_process.smart_resize.
+    """
+    if min(height, width) < 1 or max(height, width) / min(height, width) > MAX_RATIO:
+        raise ValueError(f"sides {height}x{width} differ by more than {MAX_RATIO} times")
+    h = max(factor, round(height / factor) * factor)
+    w = max(factor, round(width / factor) * factor)
+    if h * w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        h = max(factor, math.floor(height / shrink / factor) * factor)
+        w = max(factor, math.floor(width / shrink / factor) * factor)
+    elif h * w < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        h = math.ceil(height * grow / factor) * factor
+        w = math.ceil(width * grow / factor) * factor
+    return h, w
+
+
+def frame_count(total_frames: int, video_fps: float, settings: VideoSettings) -> int:
+    """How many frames to take of a video: even, between 2 and `total_frames`. Raises ValueError where none fits.
+
+    Source: qwen_vl_utils.vision_process.smart_nframes.
+    """
+    if settings.nframes is not None:
+        count = round(settings.nframes / FRAME_FACTOR) * FRAME_FACTOR
+    else:
+        low = math.ceil(settings.min_frames / FRAME_FACTOR) * FRAME_FACTOR
+        high = math.floor(settings.max_frames / FRAME_FACTOR) * FRAME_FACTOR
+        wanted = min(max(total_frames / video_fps * settings.fps, low), high, total_frames)
+        count = math.floor(wanted / FRAME_FACTOR) * FRAME_FACTOR
+    if not FRAME_FACTOR <= count <= total_frames:
+        raise ValueError(f"has {total_frames} frames, {max(count, FRAME_FACTOR)} are needed")
+    return count
+
+
+def frame_indices(first: int, last: int, count: int) -> list[int]:
+    """`count` frame numbers spread evenly from `first` to `last`, both included, rounded (never truncated)."""
+    return torch.linspace(first, last, count).round().long().tolist()
+
+
+def frame_size(height: int, width: int, count: int, settings: VideoSettings, factor: int) -> tuple[int, int]:
+    """The (height, width) of each of `count` frames after resizing, in pixels.
+
+    The budget of the whole video is shared by its frames, but never below 1.05 x min_pixels.
+    Source: qwen_vl_utils.vision_process.fetch_video.
+    """
+    total = CONTEXT_TOKENS * factor * factor * 0.9 if settings.total_pixels is None else settings.total_pixels
+    limit = max(min(VIDEO_MAX_TOKENS * factor**2, total / count * FRAME_FACTOR), int(settings.min_pixels * 1.05))
+    return smart_resize(height, width, factor, settings.min_pixels, min(settings.max_pixels, limit))
+
+
+def check_file(path: str) -> None:
+    """Raises VideoError unless `path` is a file with something in it."""
+    if not os.path.exists(path):
+        raise VideoError(path, "no such file")
+    if not os.path.isfile(path):
+        raise VideoError(path, "is not a file")
+    if os.path.getsize(path) == 0:
+        raise VideoError(path, "is empty (0 bytes)")
+
+
+def probe(path: str) -> tuple[int, float, int, int]:
+    """(frames, frames per second, height, width) of a video from its metadata; no frame is decoded.
+
+    Height and width are those stored: a rotation flag may swap them, which changes no count of tokens.
+    """
+    check_file(path)
+    try:
+        with av.open(path) as container:
+            stream = _video_stream(container, path)
+            frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+            fps, height, width = stream.average_rate, stream.height, stream.width
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(path, f"cannot be opened as a video: {_one_line(error)}") from error
+    if not (frames and fps and height and width):
+        raise VideoError(path, "its header gives no frames, rate or size")
+    return frames, float(fps), height, width
+
+
+def read_video(path: str, settings: VideoSettings, factor: int) -> tuple[torch.Tensor, float]:
+    """The chosen frames, uint8 (T, 3, H, W) resized, and how many of them there are per second of video.
+
+    `factor` is the model's patch size x merge size: H and W are multiples of it. Raises VideoError.
+    """
+    check_file(path)
+    frames, total, video_fps = (_decode_pyav if decord is None else _decode_decord)(path, settings)
+    try:
+        size = frame_size(frames.shape[2], frames.shape[3], len(frames), settings, factor)
+    except ValueError as error:
+        raise VideoError(path, str(error)) from error
+    resized = resize(frames, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return resized, len(frames) / total * video_fps
+
+
+def image_size(path: str, settings: VideoSettings, factor: int) -> tuple[int, int]:
+    """The (height, width) that `read_image` would return, from the image's header alone. Raises VideoError."""
+    with _open_image(path) as image:
+        return _image_size(path, image, settings, factor)
+
+
+def read_image(path: str, settings: VideoSettings, factor: int) -> torch.Tensor:
+    """An image, uint8 (3, H, W), on white where transparent, resized by PIL as in qwen-vl-utils. Raises VideoError."""
+    with _open_image(path) as image:
+        height, width = _image_size(path, image, settings, factor)
+        try:
+            if image.mode == "RGBA":
+                opaque = Image.new("RGB", image.size, (255, 255, 255))
+                opaque.paste(image, mask=image.split()[3])
+            else:
+                opaque = image.convert("RGB")
+            pixels = np.array(opaque.resize((width, height)))
+        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on damaged data
+            raise VideoError(path, f"cannot be decoded: {_one_line(error)}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _open_image(path: str) -> Image.Image:
+    check_file(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(path)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise VideoError(path, f"cannot be opened as an image: {_one_line(error)}") from error
+
+
+def _image_size(path: str, image: Image.Image, settings: VideoSettings, factor: int) -> tuple[int, int]:
+    width, height = image.size
+    try:
+        return smart_resize(height, width, factor, settings.image_min_pixels, settings.image_max_pixels)
+    except ValueError as error:
+        raise VideoError(path, str(error)) from error
+
+
+def _decode_decord(path: str, settings: VideoSettings) -> tuple[torch.Tensor, int, float]:
+    """(frames uint8 (T, 3, H, W) as stored, number of frames in the file, its frames per second)."""
+    try:
+        reader = decord.VideoReader(path, num_threads=1)  # processes, not threads, decode in parallel
+        total, fps = len(reader), reader.get_avg_fps()
+        indices = _choose(path, total, fps, settings)
+        frames = torch.from_numpy(reader.get_batch(indices).asnumpy())
+    except (decord.DECORDError, RuntimeError, IndexError, OSError) as error:
+        raise VideoError(path, f"cannot be decoded: {_one_line(error)}") from error
+    return frames.permute(0, 3, 1, 2), total, fps
+
+
+def _decode_pyav(path: str, settings: VideoSettings) -> tuple[torch.Tensor, int, float]:
+    """As `_decode_decord`. Decodes from the start to the last frame wanted: measured faster than seeking."""
+    total, fps, _, _ = probe(path)
+    indices = _choose(path, total, fps, settings)
+    wanted, found = set(indices), {}
+    try:
+        with av.open(path) as container:
+            stream = _video_stream(container, path)
+            stream.codec_context.thread_count = 1
+            for number, frame in enumerate(container.decode(stream)):
+                if number in wanted:
+                    found[number] = frame.to_ndarray(format="rgb24")
+                if number == indices[-1]:
+                    break
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(path, f"cannot be decoded: {_one_line(error)}") from error
+    if len(found) < len(wanted):
+        raise VideoError(path, f"cannot be decoded: {len(wanted) - len(found)} of {len(wanted)} frames are missing")
+    return torch.from_numpy(np.stack([found[i] for i in indices])).permute(0, 3, 1, 2), total, fps
+
+
+def _choose(path: str, total: int, fps: float, settings: VideoSettings) -> list[int]:
+    if not (total > 0 and 0 < fps < math.inf):
+        raise VideoError(path, f"its header gives {total} frames at {fps} per second")
+    try:
+        return frame_indices(0, total - 1, frame_count(total, fps, settings))
+    except ValueError as error:
+        raise VideoError(path, str(error)) from error
+
+
+def _video_stream(container, path: str):
+    if not container.streams.video:
+        raise VideoError(path, "has no video stream")
+    return container.streams.video[0]
+
+
+def _one_line(error: BaseException) -> str:
+    """An error's first line, without the time and place in its own source that decord puts before it."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return re.sub(r"\[[\d:]+\] \S+:\d+: ", "", text.splitlines()[0])[:200]

@@ -1,0 +1,247 @@
+"""A sample as the tensors that the model reads: placeholders expanded, pixels cut into patches.
+
+The model's own processor does no more here than normalise and cut (do_resize=False, do_sample_frames=False): frames
+were chosen and resized once, in frames.py.
+"""
+import zlib
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import numpy as np
+import torch
+from transformers import AutoProcessor
+
+from video.dataset import MARKS, Sample
+from video.frames import (
+    SampleError,
+    VideoError,
+    VideoSettings,
+    frame_count,
+    frame_size,
+    image_size,
+    probe,
+    read_image,
+    read_video,
+)
+
+TEMPLATE = (
+    "{problem}\n\nThink first, inside <think> </think>, "
+    "then give the final answer (the option) inside <answer> </answer>."
+)
+CONTROLS = ("shuffle", "reverse", "blank", "freeze")
+GREY = 128  # a blank frame: the middle of the range, so near the mean after normalising
+
+
+class PromptTooLong(SampleError):
+    """A prompt above the limit. It is refused whole: cutting it would cut vision tokens off their features."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that was left out, never replaced: its row, the file at fault ("" where it is the text) and why."""
+
+    key: str
+    path: str
+    reason: str
+
+
+@dataclass
+class Prompt:
+    """What the model reads for one sample. Patches are flattened: 1176 = 3 colours x 2 frames x 14 x 14 pixels."""
+
+    sample: Sample
+    input_ids: torch.Tensor  # (P,) int64; one placeholder token for each merged patch
+    pixel_values: torch.Tensor | None  # (patches of all images, 1176) float32
+    image_grid_thw: torch.Tensor | None  # (images, 3) int64: time, rows, columns, in patches
+    pixel_values_videos: torch.Tensor | None  # (patches of all videos, 1176) float32
+    video_grid_thw: torch.Tensor | None  # (videos, 3) int64
+    seconds_per_grid: list[float]  # one a video: seconds between two time steps; Qwen2.5-VL's time scale
+
+    @property
+    def n_tokens(self) -> int:
+        """P, vision tokens included."""
+        return len(self.input_ids)
+
+    # Between processes tensors go as numpy arrays, by value: torch would share memory through file descriptors, which
+    # run out, and which die with a worker that is killed.
+    def __getstate__(self) -> dict:
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value.numpy() if torch.is_tensor(value) else value for name, value in values.items()}
+
+    def __setstate__(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
+
+
+def shuffled_order(count: int, key: str) -> list[int]:
+    """A permutation of range(count), fixed by `key`, that is not the identity where count > 1."""
+    generator = np.random.default_rng(zlib.crc32(key.encode()))
+    order = list(range(count))
+    while count > 1 and order == list(range(count)):
+        order = generator.permutation(count).tolist()
+    return order
+
+
+def control_frames(frames: torch.Tensor, control: str | None, key: str) -> torch.Tensor:
+    """Frames (T, 3, H, W) changed to test what the model uses: the order, the direction of time, any pixel, motion.
+
+    "shuffle" permutes whole frames, so it also breaks the pairs that share a temporal patch; "reverse" turns time
+    round; "blank" is grey; "freeze" repeats the middle frame, which of all frames tells least about the way.
+    """
+    if control is None:
+        return frames
+    if control == "shuffle":
+        return frames[shuffled_order(len(frames), key)]
+    if control == "reverse":
+        return frames.flip(0)
+    if control == "blank":
+        return torch.full_like(frames, GREY)
+    if control == "freeze":
+        return frames[len(frames) // 2].expand_as(frames)
+    raise ValueError(f"control {control!r} is none of {CONTROLS}")
+
+
+class PromptEncoder:
+    """Calls turn a Sample into a Prompt, or raise SampleError with the file and the reason.
+
+    It is pickled into worker processes, and each of them loads the processor again from `processor_path`, a folder or
+    hub name. `template` holds "{problem}", where the question goes.
+    """
+
+    def __init__(
+        self, processor_path: str, settings: VideoSettings, template: str = TEMPLATE, max_prompt_tokens: int = 8192
+    ):
+        if "{problem}" not in template:
+            raise ValueError('--prompt_template must hold "{problem}", where the question goes')
+        self.processor_path, self.settings = str(processor_path), settings
+        self.template, self.max_prompt_tokens = template, max_prompt_tokens
+        self._load()
+
+    def _load(self) -> None:
+        processor = AutoProcessor.from_pretrained(self.processor_path)
+        self.tokenizer, self.processor = processor.tokenizer, processor
+        self.image_processor, self.video_processor = processor.image_processor, processor.video_processor
+        if hasattr(self.video_processor, "cap_pixels_per_frame"):
+            self.video_processor.cap_pixels_per_frame = False  # it concerns resizing alone; unset, it warns
+        self.factor = self.video_processor.patch_size * self.video_processor.merge_size
+        self.video_token_id = self.tokenizer.convert_tokens_to_ids(processor.video_token)
+        self.image_token_id = self.tokenizer.convert_tokens_to_ids(processor.image_token)
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        self.special_tokens = tuple(sorted(special))
+        for token in self.special_tokens:
+            if token in self.template:
+                raise ValueError(f"--prompt_template must not hold {token}: the chat template adds special tokens")
+        self._chat = lru_cache(maxsize=64)(self._render_chat)
+
+    def __getstate__(self) -> dict:
+        names = ("processor_path", "settings", "template", "max_prompt_tokens")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._load()
+
+    def __call__(self, sample: Sample, control: str | None = None) -> Prompt:
+        """The prompt of `sample`; `control` changes its frames (see `control_frames`; "blank" greys images as well).
+
+        Raises VideoError for a file that cannot be read, PromptTooLong (found before any frame is decoded) and
+        SampleError for a question that holds the model's special tokens.
+        """
+        ids = self._token_ids(sample)
+        self._check_length(sample, len(ids), self._planned_tokens(sample))
+        images = [read_image(path, self.settings, self.factor) for path in sample.images]
+        if control == "blank":
+            images = [torch.full_like(image, GREY) for image in images]
+        videos, rates = [], []
+        for number, path in enumerate(sample.videos):
+            frames, rate = read_video(path, self.settings, self.factor)
+            videos.append(control_frames(frames, control, f"{sample.key}/{number}"))
+            rates.append(rate)
+        image_inputs, video_inputs = self._cut(images, videos)
+        image_grid, video_grid = image_inputs.get("image_grid_thw"), video_inputs.get("video_grid_thw")
+        counts = {
+            self.image_token_id: self._tokens(image_grid, self.image_processor.merge_size),
+            self.video_token_id: self._tokens(video_grid, self.video_processor.merge_size),
+        }
+        vision = sum(map(sum, counts.values()))
+        self._check_length(sample, len(ids), vision)  # a header may lie about the number of frames
+        return Prompt(
+            sample=sample,
+            input_ids=torch.tensor(_expand(ids, counts)),
+            pixel_values=image_inputs.get("pixel_values"),
+            image_grid_thw=image_grid,
+            pixel_values_videos=video_inputs.get("pixel_values_videos"),
+            video_grid_thw=video_grid,
+            seconds_per_grid=[self.video_processor.temporal_patch_size / rate for rate in rates],
+        )
+
+    def text(self, sample: Sample) -> str:
+        """The chat text of `sample` with one placeholder for each image and video, ready to be completed."""
+        problem = MARKS.sub("", sample.problem).strip()
+        for token in self.special_tokens:
+            if token in problem:
+                raise SampleError("", f"the question holds the special token {token}; remove it from {sample.key}")
+        question = self.template.replace("{problem}", problem)
+        before, after = self._chat(len(sample.images), len(sample.videos))
+        return before + question + after
+
+    def _render_chat(self, n_images: int, n_videos: int) -> tuple[str, str]:
+        """What the model's chat template puts before and after the question. The default system prompt is its own."""
+        mark = "\u2063question\u2063"  # invisible separators: no template holds or trims them
+        content = [{"type": "image"}] * n_images + [{"type": "video"}] * n_videos + [{"type": "text", "text": mark}]
+        messages = [{"role": "user", "content": content}]
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        before, after = text.split(mark)
+        return before, after
+
+    def _token_ids(self, sample: Sample) -> list[int]:
+        return self.tokenizer(self.text(sample), add_special_tokens=False)["input_ids"]
+
+    def _planned_tokens(self, sample: Sample) -> int:
+        """Vision tokens of `sample` by arithmetic on file headers: no frame is decoded."""
+        total = 0
+        for path in sample.images:
+            height, width = image_size(path, self.settings, self.factor)
+            total += (height // self.factor) * (width // self.factor)
+        for path in sample.videos:
+            frames, fps, height, width = probe(path)
+            try:
+                count = frame_count(frames, fps, self.settings)
+                height, width = frame_size(height, width, count, self.settings, self.factor)
+            except ValueError as error:
+                raise VideoError(path, str(error)) from error
+            steps = -(-count // self.video_processor.temporal_patch_size)
+            total += steps * (height // self.factor) * (width // self.factor)
+        return total
+
+    def _check_length(self, sample: Sample, text_tokens: int, vision_tokens: int) -> None:
+        """`text_tokens` counts each image and video as one placeholder."""
+        media = (*sample.videos, *sample.images)
+        length = text_tokens - len(media) + vision_tokens
+        if length > self.max_prompt_tokens:
+            path = media[0] if media else ""
+            raise PromptTooLong(path, f"prompt of {length} tokens is over --max_prompt_tokens {self.max_prompt_tokens}")
+
+    def _cut(self, images: list[torch.Tensor], videos: list[torch.Tensor]) -> tuple[dict, dict]:
+        """Patches and grids of all images, and of all videos; empty where there are none."""
+        image_inputs = video_inputs = {}
+        if images:
+            image_inputs = self.image_processor(images=images, do_resize=False, return_tensors="pt")
+        if videos:
+            video_inputs = self.video_processor(
+                videos=videos, do_resize=False, do_sample_frames=False, return_tensors="pt"
+            )
+        return image_inputs, video_inputs
+
+    @staticmethod
+    def _tokens(grid: torch.Tensor | None, merge_size: int) -> list[int]:
+        return [] if grid is None else (grid.prod(dim=1) // merge_size**2).tolist()
+
+
+def _expand(ids: list[int], counts: dict[int, list[int]]) -> list[int]:
+    """Each placeholder in `ids` repeated: the n-th one of a token counts[token][n] times."""
+    left = {token: iter(numbers) for token, numbers in counts.items()}
+    expanded = []
+    for token in ids:
+        expanded.extend([token] * next(left[token]) if token in left else [token])
+    return expanded
