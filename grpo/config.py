@@ -122,11 +122,11 @@ PRESETS = {
     "demo": dict(
         model=str(DEMO / "start"), data=str(DEMO / "data/train.jsonl"), eval_data=str(DEMO / "data/val.jsonl"),
         sft_data=str(DEMO / "data/warmup.jsonl"), output=str(DEMO / "run"), demo=True,
-        sft_steps=500, sft_until=0.97, sft_learning_rate=2e-3, sft_prompts_per_step=32,
+        sft_steps=600, sft_until=0.97, sft_learning_rate=2e-3, sft_prompts_per_step=32,
         steps=300, prompts_per_step=32, group_size=8, max_new_tokens=24,
         reward=("accuracy:1", "format:0.5"), kl_coef=0.15, learning_rate=5e-4, adam_beta2=0.95,
         min_pixels=28 * 28, max_pixels=28 * 28, nframes=8,
-        workers=1, prompts_per_forward=32, prompts_per_rollout=32, gradient_checkpointing=False,
+        threads=1, workers=1, prompts_per_forward=32, prompts_per_rollout=32, gradient_checkpointing=False,
         eval_samples=1000, eval_every=20, eval_batch=128, controls=True, save_every=1000,
     ),  # fmt: skip
 }

@@ -1,4 +1,5 @@
 """Rows to samples, and the errors that name the line and the mend."""
+
 import json
 
 import pytest
@@ -14,8 +15,14 @@ def write(path, *rows):
 
 
 def test_open_r1_video_row(tmp_path):
-    row = ROW | {"original_question": "q", "original_answer": "B. y", "kind": "direction", "completions": ["c"], "options": ["A. x"]}
-    sample, = read_samples(write(tmp_path / "train.jsonl", row))
+    row = ROW | {
+        "original_question": "q",
+        "original_answer": "B. y",
+        "kind": "direction",
+        "completions": ["c"],
+        "options": ["A. x"],
+    }
+    (sample,) = read_samples(write(tmp_path / "train.jsonl", row))
     assert sample.key == "train.jsonl:1" and sample.problem == ROW["problem"] and sample.answer == "B."
     assert sample.videos == (str(tmp_path / "clips/a.mp4"),) and sample.images == ()
     assert sample.completions == ("c",) and sample.options == ("A. x",) and sample.problem_type == "multiple choice"
@@ -24,10 +31,16 @@ def test_open_r1_video_row(tmp_path):
 
 def test_lists_images_text_only_and_blank_lines(tmp_path):
     bare = {"problem": "p", "solution": "C"}
-    samples = read_samples(write(
-        tmp_path / "d.jsonl", bare | {"videos": ["a", "b"]}, "", bare | {"image": "i.png"}, bare | {"video": None},
-        bare | {"solution": "<answer> 4.5 </answer>", "problem_type": "numerical"},
-    ))
+    samples = read_samples(
+        write(
+            tmp_path / "d.jsonl",
+            bare | {"videos": ["a", "b"]},
+            "",
+            bare | {"image": "i.png"},
+            bare | {"video": None},
+            bare | {"solution": "<answer> 4.5 </answer>", "problem_type": "numerical"},
+        )
+    )
     assert [sample.key for sample in samples] == ["d.jsonl:1", "d.jsonl:3", "d.jsonl:4", "d.jsonl:5"]
     assert samples[0].videos == (str(tmp_path / "a"), str(tmp_path / "b"))
     assert samples[1].images == (str(tmp_path / "i.png"),) and samples[2].videos == ()
@@ -39,7 +52,10 @@ def test_absolute_paths_are_rerooted_by_the_longest_suffix(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     there = str(tmp_path / "a.mp4")
-    rows = [ROW | {"video": name} for name in ("/nas/bob/set/clips/a.mp4", "/nas/b/clips/a.mp4", "/nas/z.mp4", there, "a.mp4")]
+    rows = [
+        ROW | {"video": name}
+        for name in ("/nas/bob/set/clips/a.mp4", "/nas/b/clips/a.mp4", "/nas/z.mp4", there, "a.mp4")
+    ]
     (tmp_path / "rows").mkdir()
     samples = read_samples(write(tmp_path / "rows/d.jsonl", *rows), video_root=tmp_path)
     expected = [tmp_path / "set/clips/a.mp4", tmp_path / "clips/a.mp4", "/nas/z.mp4", there, there]
@@ -49,17 +65,23 @@ def test_absolute_paths_are_rerooted_by_the_longest_suffix(tmp_path):
 def test_llava_video_raw_row_as_open_r1_video_reformatted_it(tmp_path):
     row = {
         "query": "<video>\nWhat is seen?\nA. a dog\nB. a cat\nPlease respond with only the letter.",
-        "response": "B. a cat", "videos": "v.mp4",
+        "response": "B. a cat",
+        "videos": "v.mp4",
     }
-    sample, = read_samples(write(tmp_path / "t.jsonl", row))
+    (sample,) = read_samples(write(tmp_path / "t.jsonl", row))
     assert sample.problem == "What is seen?\nA. a dog\nB. a cat" and sample.answer == "B."
     assert sample.videos == (str(tmp_path / "v.mp4"),)
 
 
 def test_video_r1_rows_of_a_json_array(tmp_path):
     row = {
-        "problem_id": 7, "problem": "Where?", "data_type": "image", "problem_type": "multiple choice",
-        "options": ["A) here", "B) there"], "solution": "<answer>A</answer>", "path": "./x/i.jpg",
+        "problem_id": 7,
+        "problem": "Where?",
+        "data_type": "image",
+        "problem_type": "multiple choice",
+        "options": ["A) here", "B) there"],
+        "solution": "<answer>A</answer>",
+        "path": "./x/i.jpg",
     }
     (tmp_path / "v.json").write_text(json.dumps([row, row | {"data_type": "video", "options": [], "path": "v.mp4"}]))
     image, video = read_samples(tmp_path / "v.json")
@@ -68,18 +90,24 @@ def test_video_r1_rows_of_a_json_array(tmp_path):
     assert video.videos == (str(tmp_path / "v.mp4"),) and video.problem == "Where?" and video.key == "v.json:2"
 
 
-@pytest.mark.parametrize("line,message", [
-    ("{broken", r"d.jsonl:2: is not JSON"),
-    ("[1]", r"d.jsonl:2: is a list, not an object"),
-    ({"question": "q"}, r"d.jsonl:2: has the fields \['question'\], of no known format; needed are: .*problem \+ solution"),
-    (ROW | {"problem": 3}, r"d.jsonl:2: field 'problem' must be a text"),
-    (ROW | {"problem": " "}, r"d.jsonl:2: field 'problem' must be a text"),
-    (ROW | {"solution": None}, r"d.jsonl:2: field 'solution' must be a text"),
-    (ROW | {"video": 4}, r"d.jsonl:2: field 'video' must be a text or a list of texts, got 4"),
-    (ROW | {"video": ["a", 1]}, r"d.jsonl:2: field 'video' must be"),
-    (ROW | {"solution": "<answer>Blue</answer>"}, r"d.jsonl:2: solution 'Blue' has no option letter; write e.g."),
-    (ROW | {"solution": "<answer></answer>"}, r"d.jsonl:2: solution '' has no option letter"),
-])
+@pytest.mark.parametrize(
+    "line,message",
+    [
+        ("{broken", r"d.jsonl:2: is not JSON"),
+        ("[1]", r"d.jsonl:2: is a list, not an object"),
+        (
+            {"question": "q"},
+            r"d.jsonl:2: has the fields \['question'\], of no known format; needed are: .*problem \+ solution",
+        ),
+        (ROW | {"problem": 3}, r"d.jsonl:2: field 'problem' must be a text"),
+        (ROW | {"problem": " "}, r"d.jsonl:2: field 'problem' must be a text"),
+        (ROW | {"solution": None}, r"d.jsonl:2: field 'solution' must be a text"),
+        (ROW | {"video": 4}, r"d.jsonl:2: field 'video' must be a text or a list of texts, got 4"),
+        (ROW | {"video": ["a", 1]}, r"d.jsonl:2: field 'video' must be"),
+        (ROW | {"solution": "<answer>Blue</answer>"}, r"d.jsonl:2: solution 'Blue' has no option letter; write e.g."),
+        (ROW | {"solution": "<answer></answer>"}, r"d.jsonl:2: solution '' has no option letter"),
+    ],
+)
 def test_bad_rows_name_the_line_and_the_mend(tmp_path, line, message):
     with pytest.raises(DataError, match=message) as caught:
         read_samples(write(tmp_path / "d.jsonl", ROW, line))

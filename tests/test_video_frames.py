@@ -1,4 +1,5 @@
 """Frame choice, sizes and pixels against qwen-vl-utils; files that cannot be read."""
+
 import sys
 
 import numpy as np
@@ -57,12 +58,20 @@ def test_frame_count_against_literal_table():
     assert frame_indices(0, 7, 4) == [0, 2, 5, 7]  # 2.33 and 4.67 are rounded; truncating gives 4
 
 
-@pytest.mark.parametrize("options", [{}, {"fps": 1.0, "max_frames": 64}, {"fps": 30.0, "max_frames": 7}, {"nframes": 10}])
+@pytest.mark.parametrize(
+    "options", [{}, {"fps": 1.0, "max_frames": 64}, {"fps": 30.0, "max_frames": 7}, {"nframes": 10}]
+)
 def test_frame_count_equals_qwen_vl_utils(oracle, options):
     settings = VideoSettings(**options)
-    element = {"nframes": settings.nframes} if settings.nframes else {
-        "fps": settings.fps, "min_frames": settings.min_frames, "max_frames": settings.max_frames,
-    }
+    element = (
+        {"nframes": settings.nframes}
+        if settings.nframes
+        else {
+            "fps": settings.fps,
+            "min_frames": settings.min_frames,
+            "max_frames": settings.max_frames,
+        }
+    )
     for frames in range(1, 400, 3):
         for fps in (0.5, 7.0, 23.976, 30.0, 60.0):
             try:
@@ -171,10 +180,17 @@ def test_broken_images_raise(tmp_path):
             read_image(str(tmp_path / name), VideoSettings(), FACTOR)
 
 
-@pytest.mark.parametrize("options,flag", [
-    ({"fps": 0}, "--fps"), ({"nframes": 1}, "--nframes"), ({"max_frames": 2}, "--max_frames"),
-    ({"min_pixels": 10**9}, "--min_pixels"), ({"total_pixels": 0}, "--total_pixels"), ({"min_frames": 0}, "--min_frames"),
-])
+@pytest.mark.parametrize(
+    "options,flag",
+    [
+        ({"fps": 0}, "--fps"),
+        ({"nframes": 1}, "--nframes"),
+        ({"max_frames": 2}, "--max_frames"),
+        ({"min_pixels": 10**9}, "--min_pixels"),
+        ({"total_pixels": 0}, "--total_pixels"),
+        ({"min_frames": 0}, "--min_frames"),
+    ],
+)
 def test_settings_out_of_range_name_the_flag(options, flag):
     with pytest.raises(ValueError, match=flag):
         VideoSettings(**options)

@@ -1,4 +1,5 @@
 """Order, broken files, workers that die or hang, and what is left when the loader closes."""
+
 import os
 import time
 
@@ -40,7 +41,9 @@ def test_order_is_kept_and_workers_use_one_thread():
     with PromptLoader(Misbehaving(), workers=2, timeout=30, ahead=1) as loader:
         batches = list(loader.batches([group[:3], [], group[3:]]))
         assert [[prompt.sample.key for prompt in batch] for batch in batches] == [
-            [sample.key for sample in group[:3]], [], [sample.key for sample in group[3:]],
+            [sample.key for sample in group[:3]],
+            [],
+            [sample.key for sample in group[3:]],
         ]
     threads, pids = zip(*(prompt.input_ids.tolist() for batch in batches for prompt in batch))
     assert set(threads) == {1}
@@ -67,7 +70,7 @@ def test_broken_files_are_skipped_with_path_and_reason(encoder, tmp_path, count)
     good = Sample("d.jsonl:0", "What?", "A", videos=(make_video(tmp_path / "good.mp4"),))
     broken = [Sample(f"d.jsonl:{name}", "What?", "A", videos=(path,)) for name, path in make_broken(tmp_path).items()]
     with PromptLoader(encoder, workers=count, timeout=30) as loader:
-        batch, = loader.batches([[*broken, good]])
+        (batch,) = loader.batches([[*broken, good]])
     for sample, item in zip(broken, batch):
         assert isinstance(item, Skipped) and item.key == sample.key and item.path == sample.videos[0], item
         assert item.reason and "\n" not in item.reason
@@ -110,7 +113,9 @@ def test_stopping_early_and_errors_leave_no_process():
     assert_gone(pids)
 
 
-@pytest.mark.parametrize("options,flag", [({"workers": -1}, "--workers"), ({"timeout": 0}, "--timeout"), ({"ahead": 0}, "--ahead")])
+@pytest.mark.parametrize(
+    "options,flag", [({"workers": -1}, "--workers"), ({"timeout": 0}, "--timeout"), ({"ahead": 0}, "--ahead")]
+)
 def test_options_out_of_range_name_the_flag(options, flag):
     with pytest.raises(ValueError, match=flag):
         PromptLoader(Misbehaving(), **options)

@@ -1,4 +1,5 @@
 """Prompts against the model's own processor called in full; length limits, controls, hostile question texts."""
+
 import pickle
 
 import pytest
@@ -43,13 +44,19 @@ CASES = {"video": (1, 0), "image": (0, 1), "two videos": (2, 0), "two images": (
 @pytest.mark.parametrize("case", CASES)
 def test_prompt_equals_the_processor_called_in_full(encoder, folder, media, case):
     n_videos, n_images = CASES[case]
-    sample = Sample("d.jsonl:1", "What is <video>seen?\nA. x\nB. y", "A", videos=media[0][:n_videos], images=media[1][:n_images])
+    sample = Sample(
+        "d.jsonl:1", "What is <video>seen?\nA. x\nB. y", "A", videos=media[0][:n_videos], images=media[1][:n_images]
+    )
     prompt = encoder(sample)
     frames = [read_video(path, SMALL, FACTOR)[0] for path in sample.videos]
     images = [read_image(path, SMALL, FACTOR) for path in sample.images]
     expected = AutoProcessor.from_pretrained(folder)(
-        text=[encoder.text(sample)], images=images or None, videos=frames or None, do_resize=False,
-        do_sample_frames=False, return_tensors="pt",
+        text=[encoder.text(sample)],
+        images=images or None,
+        videos=frames or None,
+        do_resize=False,
+        do_sample_frames=False,
+        return_tensors="pt",
     )
     assert prompt.input_ids.tolist() == expected["input_ids"][0].tolist()
     assert prompt.n_tokens == len(prompt.input_ids)
@@ -71,7 +78,7 @@ def test_text_is_the_chat_with_vision_first_and_the_default_system_prompt(encode
 
 
 def test_frames_are_neither_resized_nor_sampled_again(encoder, media):
-    """The processor would enlarge 28x28 to its own minimum, and could drop frames: 8 frames stay 4 steps of 2x2 patches."""
+    """The processor would enlarge 28x28 to its own minimum, and could drop frames: 8 frames stay 4 steps of 2x2."""
     prompt = encoder(Sample("d.jsonl:1", "What?", "A", videos=media[0][:1]))
     assert prompt.video_grid_thw.tolist() == [[4, 2, 2]] and prompt.pixel_values_videos.shape == (16, 1176)
     processor = encoder.video_processor
@@ -100,7 +107,9 @@ def test_too_long_is_refused_from_metadata_alone(folder, media, monkeypatch):
 
     monkeypatch.setattr(video.prompt, "read_video", decoded)
     monkeypatch.setattr(video.prompt, "read_image", decoded)
-    with pytest.raises(PromptTooLong, match=f"prompt of {length} tokens is over --max_prompt_tokens {length - 1}") as caught:
+    with pytest.raises(
+        PromptTooLong, match=f"prompt of {length} tokens is over --max_prompt_tokens {length - 1}"
+    ) as caught:
         PromptEncoder(folder, SMALL, max_prompt_tokens=length - 1)(sample)
     assert caught.value.path == media[0][0]
     text = Sample("d.jsonl:2", "word " * 50, "A")
@@ -130,7 +139,9 @@ def test_marks_are_stripped_and_braces_kept(encoder):
 
 
 def test_templates_are_checked(folder):
-    assert PromptEncoder(folder, SMALL, "Q: {problem}").text(Sample("k", "why", "A")).count("user\nQ: why<|im_end|>") == 1
+    assert (
+        PromptEncoder(folder, SMALL, "Q: {problem}").text(Sample("k", "why", "A")).count("user\nQ: why<|im_end|>") == 1
+    )
     with pytest.raises(ValueError, match="--prompt_template must hold"):
         PromptEncoder(folder, SMALL, "no place")
     with pytest.raises(ValueError, match="must not hold <.video_pad.>"):

@@ -1,4 +1,5 @@
 """The demo set: the same from the same seed, balanced, parts apart, and no answer in a set of frames without order."""
+
 import json
 from collections import Counter
 
@@ -55,7 +56,9 @@ def test_a_complete_folder_is_used_again_and_an_incomplete_one_made_anew(tmp_pat
 def test_parts_share_no_video_and_kinds_are_as_specified(demo):
     samples = {part: read_samples(path) for part, path in demo.items()}
     videos = {part: {sample.videos[0] for sample in samples[part]} for part in samples}
-    assert not (videos["train"] & videos["val"] or videos["train"] & videos["warmup"] or videos["val"] & videos["warmup"])
+    assert not (
+        videos["train"] & videos["val"] or videos["train"] & videos["warmup"] or videos["val"] & videos["warmup"]
+    )
     kinds = {part: Counter(sample.meta["kind"] for sample in samples[part]) for part in samples}
     assert kinds["train"] == {"direction": 32, "order": 32}
     assert kinds["val"] == {"direction": 16, "colour": 16, "shape": 16, "order": 16}
@@ -105,9 +108,11 @@ def test_shapes_stay_whole_inside_and_move_as_named():
 
 
 def test_frames_without_their_order_do_not_tell_the_way():
-    """The middle of the path has one distribution for all directions, and a way and its reverse have equal frame sets."""
+    """The middle of the path has one distribution for all directions; a way and its reverse have equal sets."""
     drawn = scenes(8000)
-    middles = {name: np.array([np.mean(s.centres, axis=0) for s in drawn if s.direction == name]) for name in DIRECTIONS}
+    middles = {
+        name: np.array([np.mean(s.centres, axis=0) for s in drawn if s.direction == name]) for name in DIRECTIONS
+    }
     for name, centres in middles.items():
         # 2000 draws: the standard error of a mean is 0.1 px, of a standard deviation 0.07 px
         assert np.abs(centres.mean(axis=0) - 14).max() < 0.4, name
@@ -118,7 +123,7 @@ def test_frames_without_their_order_do_not_tell_the_way():
 
 
 def test_one_frame_alone_cannot_reach_the_target():
-    """The best guess from the first position, on a fine grid: about half of four ways; from a middle one, near chance."""
+    """Best guess from the first position, on a grid: about half of four ways; from a middle one, near chance."""
     drawn = scenes(40000, seed=1)
     names = list(DIRECTIONS)
     truth = np.array([names.index(scene.direction) for scene in drawn])
@@ -146,9 +151,15 @@ def test_colours_survive_the_encoding(demo):
         assert list(COLOURS)[np.bincount(nearest).argmax()] == sample.meta["original_answer"][3:]
 
 
-@pytest.mark.parametrize("options,message", [
-    ({"size": 29}, "even"), ({"kinds": ("speed",)}, "kinds"), ({"kinds": ()}, "kinds"), ({"frames": 1}, "2 or more frames"),
-])
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"size": 29}, "even"),
+        ({"kinds": ("speed",)}, "kinds"),
+        ({"kinds": ()}, "kinds"),
+        ({"frames": 1}, "2 or more frames"),
+    ],
+)
 def test_impossible_specs_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         DemoSpec(**options)

@@ -1,4 +1,5 @@
 """What the video tests share: small real videos, and encoders that misbehave inside a worker process."""
+
 import os
 import time
 from pathlib import Path

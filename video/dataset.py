@@ -53,7 +53,7 @@ def read_samples(path: str | Path, video_root: str | Path | None = None) -> list
 
 
 def reroot(path: str, root: Path) -> str:
-    """Where `path` lies under `root`: joined if relative; if absolute and missing, by its longest suffix found there."""
+    """Where `path` lies under `root`: joined if relative; if absolute and gone, by the longest suffix found there."""
     given = Path(path)
     if not given.is_absolute():
         return str(root / given)

@@ -56,8 +56,8 @@ def make_demo_set(folder: str | Path, spec: DemoSpec = DemoSpec()) -> dict[str, 
     """Writes videos and rows under `folder`; returns the paths of train.jsonl, val.jsonl and warmup.jsonl by name.
 
     No video is in two parts. A complete folder of the same `spec` is used again; anything else there called `videos`
-    is replaced. Rows are in the open-r1-video-4k form, plus `kind`, `opposite` (letter of the answer if time ran backwards;
-    absent where time does not matter) and, in the warm-up, `completions`.
+    is replaced. Rows are in the open-r1-video-4k form, plus `kind`, `opposite` (letter of the answer if time ran
+    backwards; absent where time does not matter) and, in the warm-up, `completions`.
     """
     folder = Path(folder)
     paths = {part: folder / f"{part}.jsonl" for part in ("train", "val", "warmup")}
