@@ -15,16 +15,15 @@ from pathlib import Path
 
 import torch
 from transformers import AutoProcessor
-from transformers.utils import logging as transformers_logging
 
 from grpo import distributed, update
 from grpo.checkpoint import load_optimizer, load_state, save_checkpoint, save_weights
 from grpo.config import ConfigError, parse_config
 from grpo.demo import build_demo
 from grpo.evaluate import CONTROLS
-from grpo.metrics import RunLog, describe_run
+from grpo.metrics import RunLog, describe_run, plot_run, quiet_transformers
 from grpo.model import ModelError
-from grpo.report import print_table, summary_of
+from grpo.report import summary_of, summary_table
 from grpo.rollout import rollout
 from grpo.run import (
     Run,
@@ -121,15 +120,15 @@ def train(config):
     summary = summary_of(state["before"], after, controls, time.time() - began)
     if processes.is_main:
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        print_table(summary, folder)
+        print(f"\nheld-out accuracy of {summary['questions']} questions\n{summary_table(summary)}")
+        print(f"{summary['seconds']:.0f} s; curve: {plot_run(folder)}; events: tensorboard --logdir {folder}")
     log.close()
     distributed.stop()
     return summary
 
 
 def main(arguments=None):
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     try:
         train(parse_config(arguments))
     except (ConfigError, DataError, ModelError) as error:

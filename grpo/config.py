@@ -125,7 +125,7 @@ PRESETS = {
         sft_steps=600, sft_until=0.97, sft_learning_rate=2e-3, sft_prompts_per_step=32,
         steps=300, prompts_per_step=32, group_size=8, max_new_tokens=24,
         reward=("accuracy:1", "format:0.5"), kl_coef=0.15, learning_rate=5e-4, adam_beta2=0.95,
-        min_pixels=28 * 28, max_pixels=28 * 28, nframes=8,
+        prompt_template="{problem}", min_pixels=28 * 28, max_pixels=28 * 28, nframes=8,
         threads=1, workers=1, prompts_per_forward=32, prompts_per_rollout=32, gradient_checkpointing=False,
         eval_samples=1000, eval_every=20, eval_batch=128, controls=True, save_every=1000,
     ),  # fmt: skip

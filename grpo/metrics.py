@@ -13,6 +13,12 @@ from tqdm import tqdm
 from grpo.config import save_config
 
 
+def quiet_transformers():
+    """Leaves the terminal to this project's own progress bars and messages."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 class RunLog:
     """Writes a step's metrics everywhere; in processes other than the first it does nothing.
 

@@ -1,7 +1,5 @@
 """The closing table of a run, and its numbers in summary.json."""
 
-from grpo.metrics import plot_run
-
 
 def summary_of(before, after, controls, seconds):
     """One flat record of a run's evaluations (each a `grpo.evaluate.summarise`); None for what was not evaluated.
@@ -25,15 +23,32 @@ def summary_of(before, after, controls, seconds):
     }
 
 
-def print_table(summary, folder):
-    """Prints accuracy by kind of question, before and after training and under each control, and where to look."""
+def summary_table(summary):
+    """Accuracy by kind of question, before and after training and under each control, as text."""
     columns = ("before", "after", "shuffled", "reversed", "blank")
     rows = {**summary["kinds"], "all": {name: summary[f"accuracy_{name}"] for name in columns}}
     shown = [name for name in columns if rows["all"][name] is not None]
-    print(f"\nheld-out accuracy, {summary['questions']} questions")
-    print(f"{'':16}" + "".join(f"{name:>10}" for name in shown))
-    for kind, row in rows.items():
-        print(f"{kind:16}" + "".join(f"{row[name]:>10.1%}" if row[name] is not None else f"{'-':>10}" for name in shown))
+    text = accuracy_table(rows, shown)
     if summary["opposite_when_reversed"] is not None:
-        print(f"opposite answer when the video is reversed: {summary['opposite_when_reversed']:.1%}")
-    print(f"{summary['seconds']:.0f} s; curve: {plot_run(folder)}; events: tensorboard --logdir {folder}")
+        text += f"\nopposite answer when the video is reversed: {summary['opposite_when_reversed']:.1%}"
+    return text
+
+
+def evaluation_table(results):
+    """The same of an evaluation: {column: `grpo.evaluate.summarise`}, as text."""
+    kinds = next(iter(results.values()))["kinds"]
+    rows = {kind: {name: result["kinds"].get(kind) for name, result in results.items()} for kind in kinds}
+    rows["all"] = {name: result["overall"] for name, result in results.items()}
+    first = next(iter(results.values()))
+    text = accuracy_table(rows, list(results))
+    if results.get("reverse", {}).get("opposite") is not None:
+        text += f"\nopposite answer when the video is reversed: {results['reverse']['opposite']:.1%}"
+    return text + f"\n{first['count']} questions, {first['unparsed']:.1%} not parsed, {first['skipped']} videos unreadable"
+
+
+def accuracy_table(rows, columns):
+    """{row: {column: share or None}} as aligned text."""
+    cell = lambda value: f"{value:>10.1%}" if value is not None else f"{'-':>10}"
+    lines = [" " * 16 + "".join(f"{name:>10}" for name in columns)]
+    lines += [f"{kind:16}" + "".join(cell(row[name]) for name in columns) for kind, row in rows.items()]
+    return "\n".join(lines)

@@ -150,24 +150,35 @@ def _plain(value):
 
 def read_data(config):
     """(training samples, held-out samples, samples of the supervised pass), each sample checked against its reward."""
-    train = read_samples(config.data, config.video_root)
-    held_out = []
-    if config.eval_samples and config.eval_data:
-        held_out = read_samples(config.eval_data, config.video_root)[: config.eval_samples]
-    elif config.eval_samples:
-        train, held_out = hold_out(train, config.eval_samples, config.seed)
-        if not train:
-            raise DataError(f"--eval_samples {config.eval_samples}: holds out all of --data {config.data}; lower it")
+    train, held_out = split_data(config)
+    if not train:
+        raise DataError(f"--eval_samples {config.eval_samples}: holds out all of --data {config.data}; lower it")
     sft = read_samples(config.sft_data, config.video_root) if config.sft_steps else []
     for sample in sft:
         if not sample.completions:
             raise DataError(f"{sample.key}: --sft_data rows need `completions`, a list of target texts")
-    for sample in (*train, *held_out):
+    check_answers(train)
+    check_answers(held_out)
+    return train, held_out, sft
+
+
+def split_data(config):
+    """(training samples, held-out samples): the latter from --eval_data, else held out of --data."""
+    train = read_samples(config.data, config.video_root)
+    if not config.eval_samples:
+        return train, []
+    if config.eval_data:
+        return train, read_samples(config.eval_data, config.video_root)[: config.eval_samples]
+    return hold_out(train, config.eval_samples, config.seed)
+
+
+def check_answers(samples):
+    """Raises DataError, naming the row, for a sample whose answer no reward can score."""
+    for sample in samples:
         try:
             check_sample(sample)
         except (ValueError, ImportError) as error:
             raise DataError(str(error)) from error
-    return train, held_out, sft
 
 
 def build_policy(path, config, processor, processes, master=torch.float32):

@@ -140,17 +140,17 @@ def apply_gradients(policy, optimizer, grad_clip):
 
 
 def supervised_step(policy, optimizer, prompts, targets, config, processes):
-    """One step of maximum likelihood on targets: B lists of (C,) tokens. Returns (loss, [(C,) probabilities of each
-    target's tokens]), the loss a mean over all target tokens of the step."""
-    empty = [Rollout(group, [torch.zeros(len(t)) for t in group], [], []) for group in targets]
-    for group in empty:
-        group.advantages = torch.zeros(len(group.tokens))
-    made = make_chunks(prompts, empty, config, policy, processes)
-    totals = count_totals(made, processes)
+    """One step of maximum likelihood on targets, B lists of (C,) tokens. Returns (loss, [(C,) probabilities of each
+    target's tokens]). Every prompt weighs the same, however many targets it has."""
+    groups = [Rollout(group, [torch.zeros(len(t)) for t in group], [], []) for group in targets]
+    for group in groups:
+        group.advantages = torch.full((len(group.tokens),), 1.0 / sum(group.lengths))
+    made = make_chunks(prompts, groups, config, policy, processes)
+    count = max(processes.sum({"prompts": len(prompts)})["prompts"], 1)
     total, probabilities = 0.0, []
     for chunk in made:
         logprobs, _ = policy(chunk.packed)
-        loss = -logprobs.sum() / max(totals["tokens"], 1) if chunk.lengths else 0 * logprobs.sum()
+        loss = -(logprobs * chunk.advantages).sum() / count if chunk.lengths else 0 * logprobs.sum()
         (loss * processes.world).backward()
         total += loss.item()
         probabilities += logprobs.detach().exp().cpu().split(chunk.lengths) if chunk.lengths else []

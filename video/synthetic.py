@@ -26,7 +26,7 @@ QUESTIONS = {
 }
 LETTERS = "ABCD"
 RADIUS = 0.15  # of a shape, relative to the side of the video
-TRAVEL = (0.18, 0.30)  # first to last frame, relative to the side: short, so that the start hides the direction
+TRAVEL = (0.35, 0.60)  # first to last frame, relative to the side
 MANIFEST = "demo.json"  # written last: a folder that has it is complete
 
 
