@@ -11,6 +11,7 @@ ones, for no weight has changed since sampling.
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,8 +31,10 @@ from grpo.run import (
     build_policy,
     build_reference,
     check_inputs,
+    clear_run,
     describe_rollouts,
     find_checkpoint,
+    made_before,
     read_data,
 )
 from grpo.warmup import warm_up
@@ -87,23 +90,25 @@ def train(config):
     samples, held_out, sft = read_data(config)
     if config.steps is None:
         config.steps = max(1, int(config.epochs * len(samples)) // config.prompts_per_step)
+    if config.resume == "no" and processes.is_main:
+        clear_run(folder)
+    processes.barrier()
     checkpoint = find_checkpoint(config)
-    state = load_state(checkpoint) if checkpoint else {"step": 0, "seconds": 0.0}
+    state = load_state(checkpoint) if checkpoint else {"step": 0}
     warmed = folder / "warmup"
-    needs_warmup = config.sft_steps and not (checkpoint or (config.resume == "auto" and warmed.exists()))
-    start = config.model if needs_warmup or not config.sft_steps else warmed
+    needs_warmup = config.sft_steps and not warmed.exists()
+    start = warmed if config.sft_steps else config.model
     processor = AutoProcessor.from_pretrained(config.model)
     encoder = PromptEncoder(config.model, config.video_settings(), config.prompt_template, config.max_prompt_tokens)
-    log = RunLog(folder, processes.is_main, state["step"])
+    log = RunLog(folder, processes.is_main, partial(made_before, state["step"], config.steps, warmed.exists()))
     log.describe(config, describe_run())
 
     with PromptLoader(encoder, config.workers, config.decode_timeout) as loader:
         run = Run(config, processes, processor, loader, log)
-        policy = build_policy(checkpoint or start, config, processor, processes)
+        policy = build_policy(checkpoint or (config.model if needs_warmup else start), config, processor, processes)
         if needs_warmup:
             warm_up(policy, run, sft)
             save_weights(warmed, policy, processor, config, processes)
-            start = warmed
         reference = build_reference(start, config, processor, processes)
         optimizer = update.make_optimizer(policy, config)
         if checkpoint:

@@ -1,41 +1,149 @@
 """Accuracy on held-out questions: the same code for eval.py, for evaluation while training, and for the controls.
 
 A control changes the video and asks the same questions: a model that uses the order of frames must fail on shuffled
-ones, name the opposite direction on reversed ones, and guess on a blank video.
+ones, name the opposite direction on reversed ones, and guess on a blank video, or with the video left out of the prompt.
 """
 
+import math
 from collections import defaultdict
+from dataclasses import replace
+from itertools import groupby
+
+import torch
 
 from grpo.data import chunks
 from grpo.distributed import gathered
+from grpo.packing import pack
 from grpo.sampler import SamplingSettings, prompt_seed, sample
 from rewards import answer_text, choice_letter, score_prediction
+from video.frames import SampleError
 from video.prompt import Skipped
 
-CONTROLS = ("shuffle", "reverse", "blank")
+NO_VIDEO = "no video"
+CONTROLS = ("shuffle", "reverse", "blank", NO_VIDEO)
 
 
-def predict(policy, loader, samples, tokenizer, processes, max_new_tokens, batch, temperature=0.0, seed=0, control=None):
-    """Returns one record for each sample, in their order, on every process; samples are split over processes.
+def predict(policy, loader, samples, tokenizer, processes, max_new_tokens, batch, temperature=0.0, seed=0, control=None,
+            done=None, report=None):  # fmt: skip
+    """Returns one record for each sample, in their order, on every process.
 
     A record holds key, kind, completion, prediction (None where no answer could be parsed), score in [0, 1], opposite
     (whether the prediction is the row's `opposite`), or `skipped` with the reason where the video could not be read.
+    Batches are planned over all samples and then shared out whole, so what decodes together, and with it every bit of
+    an answer, depends neither on the number of processes nor on an interruption.
+
+    done: {key: record} of an earlier part; batches that it covers are not made again. report: called with the records
+    of each batch as it is finished.
     """
-    own = samples[processes.rank :: processes.world]
+    done = done or {}
+    asked = [_without_media(s) for s in samples] if control == NO_VIDEO else samples
+    left = [group for group in plan(asked, loader.encoder, batch) if any(s.key not in done for s in group)]
+    own = left[processes.rank :: processes.world]
     settings = SamplingSettings(temperature=temperature, max_new_tokens=max_new_tokens)
-    records = []
+    made = {}
     with gathered(policy):
-        for encoded in loader.batches(chunks(own, batch), control):
+        for encoded in encode(loader, own, None if control == NO_VIDEO else control):
             prompts = [p for p in encoded if not isinstance(p, Skipped)]
             seeds = [prompt_seed(seed, control or "", p.sample.key) for p in prompts]
-            rollouts = sample(policy, prompts, 1, settings, seeds, tokenizer) if prompts else []
+            features = shared_features(policy, prompts)
+            rollouts = sample(policy, prompts, 1, settings, seeds, tokenizer, features) if prompts else []
             texts = iter([r.texts[0] for r in rollouts])
-            records += [
-                {"key": p.key, "skipped": f"{p.path}: {p.reason}"} if isinstance(p, Skipped) else _record(p.sample, next(texts))
-                for p in encoded
-            ]
-    shares = processes.gather(records)
-    return [shares[i % processes.world][i // processes.world] for i in range(len(samples))]
+            records = [_skip(p) if isinstance(p, Skipped) else _record(p.sample, next(texts)) for p in encoded]
+            made |= {record["key"]: record for record in records}
+            if report:
+                report(records)
+    for share in processes.gather(made):
+        done = done | share
+    return [done[s.key] for s in samples]
+
+
+def plan(samples, encoder, size):
+    """Batches of samples: questions about one video together, videos of like length together.
+
+    The longest come first, so that what does not fit into memory shows at once. Lengths come from file headers.
+    """
+    vision = {media: _vision_tokens(encoder, sample) for sample in samples for media in [_media(sample)]}
+    ordered = sorted(samples, key=lambda s: (-vision[_media(s)], _media(s), len(s.problem), s.key))
+    return chunks(ordered, size)
+
+
+def encode(loader, batches, control):
+    """Yields the Prompts or Skips of each batch. Of questions about one video only the shortest goes to the loader; the
+    others share its frames. So a shuffled order, too, is one for the video."""
+    groups = [[list(group) for _, group in groupby(batch, _shared_media(loader.encoder))] for batch in batches]
+    firsts = ([group[0] for group in batch] for batch in groups)
+    for batch, encoded in zip(groups, loader.batches(firsts, control)):
+        yield [_ask(loader.encoder, first, s) for group, first in zip(batch, encoded) for s in group]
+
+
+def _ask(encoder, first, sample):
+    """The Prompt of `sample`, a question about the media of `first`, a Prompt or Skip: its own text, the same frames."""
+    if isinstance(first, Skipped):
+        return replace(first, key=sample.key)
+    if first.sample.key == sample.key:
+        return first
+    text = torch.tensor(encoder.tokenizer(encoder.text(sample), add_special_tokens=False)["input_ids"])
+    vision = torch.tensor([encoder.image_token_id, encoder.video_token_id])
+    # Media come before the question, so two prompts about the same media differ after the last placeholder alone.
+    start, stop = (int(torch.isin(ids, vision).nonzero().max()) + 1 for ids in (first.input_ids, text))
+    ids = torch.cat([first.input_ids[:start], text[stop:]])
+    if len(ids) > encoder.max_prompt_tokens:
+        path = _media(sample)[0]
+        return Skipped(sample.key, path, f"prompt of {len(ids)} tokens is over --max_prompt_tokens")
+    return replace(first, sample=sample, input_ids=ids)
+
+
+@torch.no_grad()
+def shared_features(policy, prompts):
+    """Vision features of all prompts in the order of their placeholders, from one vision pass for each distinct video;
+    None where no two prompts share one."""
+    distinct = {_pixels(p): p for p in prompts}
+    if len(distinct) == len(prompts):
+        return None
+    packed = pack(list(distinct.values()), [[] for _ in distinct], policy.spec).to(policy.device)
+    vision = torch.tensor([policy.spec.image_token_id, policy.spec.video_token_id])
+    counts = [int(torch.isin(p.input_ids, vision).sum()) for p in distinct.values()]
+    features = dict(zip(distinct, policy.vision_features(packed).split(counts)))
+    return torch.cat([features[_pixels(p)] for p in prompts])
+
+
+def _pixels(prompt):
+    """What two prompts have in common where they share their frames. Text alone shares nothing."""
+    tensors = (prompt.pixel_values, prompt.pixel_values_videos)
+    return tuple(map(id, tensors)) if any(t is not None for t in tensors) else (id(prompt),)
+
+
+def _media(sample):
+    return (*sample.videos, *sample.images)
+
+
+def _shared_media(encoder):
+    """A function from a sample to what it shares with its neighbours: its media, or nothing but itself where it has
+    none, or where its question cannot be asked and must not take others down with it."""
+
+    def key(sample):
+        try:
+            encoder.text(sample)
+        except SampleError:
+            return (sample.key,)
+        return (sample.videos, sample.images) if _media(sample) else (sample.key,)
+
+    return key
+
+
+def _vision_tokens(encoder, sample):
+    try:
+        return encoder._planned_tokens(sample)
+    except SampleError:
+        return 0  # the loader will say what is wrong with it
+
+
+def _without_media(sample):
+    return replace(sample, videos=(), images=())
+
+
+def _skip(skipped):
+    return {"key": skipped.key, "skipped": f"{skipped.path}: {skipped.reason}"}
 
 
 def _record(sample, completion):
@@ -53,7 +161,8 @@ def _record(sample, completion):
 
 
 def summarise(records):
-    """{"overall": share, "kinds": {kind: share}, "opposite": share or None, "unparsed": share, "count", "skipped"}.
+    """{"overall": share, "kinds": {kind: share}, "opposite": share or None, "unparsed": share, "count", "skipped",
+    "intervals": {"overall" or kind: 95% Wilson interval}, "counts": {kind: questions}}.
 
     Shares are of the readable samples; an answer that could not be parsed counts as wrong.
     """
@@ -61,15 +170,48 @@ def summarise(records):
     kinds = defaultdict(list)
     for record in read:
         kinds[record["kind"]].append(record["score"])
+    kinds = dict(sorted(kinds.items()))
+    scores = [r["score"] for r in read]
     opposites = [r["opposite"] for r in read if r["opposite"] is not None]
     return {
-        "overall": mean([r["score"] for r in read]),
-        "kinds": {kind: mean(scores) for kind, scores in sorted(kinds.items())},
+        "overall": mean(scores),
+        "kinds": {kind: mean(own) for kind, own in kinds.items()},
         "opposite": mean(opposites) if opposites else None,
         "unparsed": mean([r["prediction"] is None for r in read]),
         "count": len(read),
         "skipped": len(records) - len(read),
+        "intervals": {name: wilson(mean(own), len(own)) for name, own in {"overall": scores, **kinds}.items()},
+        "counts": {kind: len(own) for kind, own in kinds.items()},
     }
+
+
+def wilson(share, count, z=1.959963984540054):
+    """[low, high] of the 95% interval of a share of `count` answers (Wilson 1927, without continuity correction).
+
+    For scores between 0 and 1 (MRA, ROUGE) it is too wide rather than too narrow: of all scores with this mean, those
+    that are 0 or 1 vary most.
+    """
+    if not count:
+        return [0.0, 1.0]
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def mcnemar(better, worse):
+    """The exact two-sided p-value that `better` gains and `worse` losses are tosses of one fair coin (McNemar 1947)."""
+    count = better + worse
+    tail = sum(math.comb(count, i) for i in range(min(better, worse) + 1))
+    return min(1.0, 2 * tail / 2**count)
+
+
+def paired(records, others):
+    """What records gain over `others`, answers to the same samples: {"difference" of mean scores, "better", "worse",
+    "p", "count"}, over the samples that both could read. With scores between 0 and 1 it is the exact sign test."""
+    own, other = ({r["key"]: r["score"] for r in rows if "skipped" not in r} for rows in (records, others))
+    gains = [own[key] - other[key] for key in own if key in other]
+    better, worse = sum(g > 0 for g in gains), sum(g < 0 for g in gains)
+    return {"difference": mean(gains), "better": better, "worse": worse, "p": mcnemar(better, worse), "count": len(gains)}
 
 
 def mean(values):

@@ -23,10 +23,10 @@ class RunLog:
     """Writes a step's metrics everywhere; in processes other than the first it does nothing.
 
     metrics.jsonl gets one line a step, with a `phase` ("warmup", "train" or "eval"); TensorBoard the same names under
-    the phase. On resume, lines from `first_step` on are dropped: those steps are made again.
+    the phase. `keep(phase, step)` says which lines of an earlier part of the run stay: the others are made again.
     """
 
-    def __init__(self, folder, is_main, first_step=0):
+    def __init__(self, folder, is_main, keep):
         self.folder, self.is_main, self.bar = Path(folder), is_main, None
         if not is_main:
             return
@@ -34,11 +34,11 @@ class RunLog:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
-        if first_step and path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if _before(json.loads(line), first_step)))
-        self.file = open(path, "a" if first_step else "w")
-        self.board = SummaryWriter(self.folder, purge_step=first_step or None)
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if keep(*(json.loads(line)[name] for name in ("phase", "step")))]
+        path.write_text("".join(kept))
+        self.file = open(path, "a")
+        self.board = SummaryWriter(self.folder, purge_step=len(kept) or None)
 
     def describe(self, config, versions):
         """run.json: the whole configuration; versions.json: command, versions, git revision."""
@@ -55,7 +55,7 @@ class RunLog:
         if not self.is_main:
             return
         self.write(phase, step, metrics)
-        self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown}, refresh=False)
+        self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown if name in metrics}, refresh=False)
         self.bar.update()
 
     def write(self, phase, step, metrics):
@@ -91,10 +91,6 @@ class RunLog:
             self.board.close()
 
 
-def _before(line, step):
-    return line["phase"] == "warmup" or line["step"] < step
-
-
 def describe_run():
     """{what a reader needs to run this again}: command, versions, git revision ("" outside a checkout)."""
     git = subprocess.run(
@@ -126,8 +122,8 @@ def plot_run(folder):
     panels = ("reward", "accuracy", "kl", "length", "entropy", "sampler_gap")
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
     for axis, name in zip(axes.flat, panels):
-        steps, values = zip(*[(r["step"], r[name]) for r in train if name in r]) if train else ((), ())
-        axis.plot(steps, values, linewidth=1, label="training")
+        rows = [r for r in train if name in r]
+        axis.plot([r["step"] for r in rows], [r[name] for r in rows], linewidth=1, label="training")
         if name == "accuracy" and held_out:
             axis.plot([r["step"] for r in held_out], [r["accuracy"] for r in held_out], "o-", markersize=3, label="held out")
             axis.legend()

@@ -8,7 +8,7 @@ def summary_of(before, after, controls, seconds):
     of questions with an opposite answer that got it when the video ran backwards.
     """
     evaluated = {
-        "before": before, "after": after,
+        "before": before or None, "after": after or None,
         "shuffled": controls.get("shuffle"), "reversed": controls.get("reverse"), "blank": controls.get("blank"),
     }  # fmt: skip
     kinds = sorted(after.get("kinds", {}))

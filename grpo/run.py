@@ -1,12 +1,14 @@
 """What surrounds the loop: reading data, building models, batches that arrive decoded, evaluation, the closing table."""
 
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from grpo import distributed
 from grpo.checkpoint import checkpoints
@@ -110,9 +112,8 @@ def check_inputs(config):
                 f"--data {config.data}: no such file (open-r1-video-4k: `hf download Xiaodong/open-r1-video-4k "
                 "--repo-type dataset --local-dir data`, its videos beside it or under --video_root)"
             )
-        if not Path(config.model).exists() and not try_to_load_from_cache(config.model, "config.json"):
-            if os.environ.get("HF_HUB_OFFLINE") or missing:
-                missing.append(f"--model {config.model}: not on this machine (`hf download {config.model}`)")
+        if not on_this_machine(config.model) and (missing or os.environ.get("HF_HUB_OFFLINE")):
+            missing.append(f"--model {config.model}: not on this machine (`hf download {config.model}`)")
     if missing:
         raise ConfigError("; ".join([*missing, f"or try `{DEMO_COMMAND}`, which needs neither"]))
 
@@ -122,15 +123,37 @@ FREE_TO_CHANGE = {"output", "resume", "workers", "decode_timeout", "device", "th
                   "save_every", "keep_checkpoints", "eval_batch", "controls", "video_root", "reward_timeout"}  # fmt: skip
 
 
-def find_checkpoint(config):
-    """The newest checkpoint in the run folder, None where there is none or a new start is asked for.
+def on_this_machine(model):
+    """Whether a folder or hub name can be loaded without the network."""
+    try:
+        return Path(model).exists() or isinstance(try_to_load_from_cache(model, "config.json"), str)
+    except HFValidationError:  # neither a folder nor a possible hub name
+        return False
 
-    Raises ConfigError where it belongs to a run with other settings.
+
+def clear_run(folder):
+    """Removes what an earlier run left in its folder, and nothing else."""
+    for name in ("checkpoint-*", "warmup", "warmup.partial", "events.out.tfevents.*", "*.json", "metrics.jsonl", "curve.png"):
+        for path in Path(folder).glob(name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def made_before(first, last, warmed, phase, step):
+    """Whether a line of metrics.jsonl belongs to the part of a run before step `first`, which is not made again."""
+    if phase == "eval":
+        return step < first or step == first != last
+    return warmed if phase == "warmup" else step < first
+
+
+def find_checkpoint(config):
+    """The newest checkpoint in the run folder, None where there is none.
+
+    Raises ConfigError where the folder belongs to a run with other settings.
     """
-    found = checkpoints(config.output)
-    if config.resume == "no" or not found:
+    found, path = checkpoints(config.output), Path(config.output) / "run.json"
+    if not path.exists():
         return None
-    saved = load_config(found[-1] / "run.json")
+    saved = load_config(path)
     other = [
         f"--{name} was {old!r}, is {getattr(config, name)!r}"
         for name, old in vars(saved).items()
@@ -141,7 +164,7 @@ def find_checkpoint(config):
             f"--output {config.output} holds a run with other settings ({'; '.join(other)}); "
             "choose another --output, or --resume no to start anew there"
         )
-    return found[-1]
+    return found[-1] if found else None
 
 
 def _plain(value):

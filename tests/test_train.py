@@ -1,0 +1,256 @@
+"""The scripts as a user runs them: a whole tiny run, the same seed twice, resume, a reward that rises, bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from grpo.config import PRESETS, Config, ConfigError, load_config, parse_config, save_config
+from video.synthetic import DemoSpec, make_demo_set
+
+ROOT = Path(__file__).parent.parent
+TIMES = ("seconds", "seconds_waiting", "seconds_sampling")
+
+
+@pytest.fixture(scope="module")
+def demo_set(tmp_path_factory):
+    return make_demo_set(tmp_path_factory.mktemp("demo"), DemoSpec(train=24, val=8, warmup=8))
+
+
+@pytest.fixture
+def flags(demo_set, checkpoints, tmp_path):
+    """A run of four small steps that takes seconds."""
+    return [
+        "--preset", "demo", "--no-demo", "--model", str(checkpoints["qwen2_vl"]), "--output", str(tmp_path / "run"),
+        "--data", str(demo_set["train"]), "--eval_data", str(demo_set["val"]), "--sft_data", str(demo_set["warmup"]),
+        "--sft_steps", "2", "--steps", "4", "--prompts_per_step", "4", "--group_size", "4", "--max_new_tokens", "8",
+        "--eval_samples", "6", "--eval_every", "2", "--save_every", "2", "--workers", "0",
+    ]  # fmt: skip
+
+
+def metrics_of(folder):
+    rows = [json.loads(line) for line in open(Path(folder) / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def run(flags, *more):
+    """Runs train.py in this process; later flags override earlier ones."""
+    assert train.main([*flags, *more]) == 0
+    return Path(flags[flags.index("--output") + 1])
+
+
+def test_a_run_leaves_everything(flags):
+    folder = run(flags)
+    names = {p.name for p in folder.iterdir()}
+    assert {"metrics.jsonl", "summary.json", "curve.png", "run.json", "versions.json", "checkpoint-4", "warmup"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    phases = [row["phase"] for row in metrics_of(folder)]
+    assert phases.count("warmup") == 2 and phases.count("train") == 4 and phases.count("eval") == 3
+    summary = json.loads((folder / "summary.json").read_text())
+    for name in ("accuracy_before", "accuracy_after", "accuracy_shuffled", "accuracy_blank", "opposite_when_reversed"):
+        assert 0 <= summary[name] <= 1
+    assert summary["seconds"] > 0 and set(summary["kinds"]) <= {"colour", "direction", "shape"}
+    first = next(row for row in metrics_of(folder) if row["phase"] == "train")
+    assert 0 <= first["kl"] < 1e-6 and first["sampler_gap"] < 1e-5
+
+
+def test_the_same_seed_gives_the_same_metrics(flags):
+    first = metrics_of(run(flags))
+    again = metrics_of(run(flags, "--resume", "no"))
+    assert first == again
+    other = metrics_of(run(flags, "--resume", "no", "--seed", "7"))
+    assert other != first
+
+
+def test_a_run_that_stopped_goes_on_as_if_it_had_not(flags, monkeypatch):
+    whole = metrics_of(run(flags))
+    weights = load_file(Path(flags[6]) / "checkpoint-4" / "model.safetensors")
+    save = train.save_checkpoint
+
+    def die_at_two(folder, step, *rest):
+        target = save(folder, step, *rest)
+        if step == 2:
+            raise KeyboardInterrupt
+        return target
+
+    monkeypatch.setattr(train, "save_checkpoint", die_at_two)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*flags, "--resume", "no"])
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    assert metrics_of(run(flags)) == whole
+    resumed = load_file(Path(flags[6]) / "checkpoint-4" / "model.safetensors")
+    assert weights.keys() == resumed.keys() and all(torch.equal(weights[k], resumed[k]) for k in weights)
+
+
+def test_a_run_that_stopped_after_its_warm_up_does_not_repeat_it(flags, monkeypatch):
+    whole = metrics_of(run(flags))
+    save = train.save_weights
+
+    def die(*given):
+        save(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_weights", die)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*flags, "--resume", "no"])
+    assert [row["phase"] for row in metrics_of(flags[6])] == ["warmup"] * 2
+    monkeypatch.setattr(train, "warm_up", None)
+    assert metrics_of(run(flags)) == whole
+
+
+def test_a_finished_run_is_only_reported(flags):
+    folder = run(flags)
+    before = metrics_of(folder)
+    run(flags)
+    assert metrics_of(folder) == before
+
+
+def test_other_settings_do_not_go_on_in_the_same_folder(flags, capsys):
+    run(flags)
+    assert train.main([*flags, "--learning_rate", "1"]) == 2
+    error = capsys.readouterr().err
+    error = error.splitlines()[-1]
+    assert "--learning_rate was 0.0005, is 1.0" in error and "--output" in error
+
+
+def test_eval_reads_the_checkpoint_back_to_the_same_accuracy(flags):
+    folder = run(flags, "--sft_steps", "30", "--eval_samples", "24", "--sft_learning_rate", "2e-3")
+    summary = json.loads((folder / "summary.json").read_text())
+    import eval as evaluation
+
+    assert evaluation.main(["--ckpt", str(folder / "checkpoint-4"), "--output", str(folder / "eval")]) == 0
+    lines = [json.loads(line) for path in (folder / "eval").glob("predictions*.jsonl") for line in open(path)]
+    assert sum(line["score"] for line in lines) / len(lines) == pytest.approx(summary["accuracy_after"], abs=1e-12)
+
+
+def test_a_toy_reward_rises(flags, tmp_path):
+    """The share of one token in a completion: GRPO must raise it, from a model of random weights."""
+    (tmp_path / "toy.py").write_text(
+        "def often(completion, sample):\n    return completion.count('e') / (1 + len(completion))\n"
+    )
+    folder = run(
+        flags, "--sft_steps", "0", "--steps", "25", "--reward", f"{tmp_path}/toy.py:often", "--learning_rate", "5e-3",
+        "--kl_coef", "0", "--group_size", "8", "--eval_samples", "0", "--lr_schedule", "constant",
+    )  # fmt: skip
+    rewards = [row["reward"] for row in metrics_of(folder)]
+    assert sum(rewards[-5:]) > 3 * sum(rewards[:5]) and rewards[-1] > 0.3
+
+
+def test_bad_videos_are_skipped_counted_and_named(flags, demo_set, tmp_path, capsys):
+    """Trap 5: never replaced; the step is smaller, and the run goes on."""
+    rows = [json.loads(line) for line in open(demo_set["train"])][:4]
+    good = demo_set["train"].parent / rows[0]["video"]
+    (tmp_path / "cut.mp4").write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+    (tmp_path / "text.mp4").write_text("this is no video")
+    for row, name in zip(rows, (good, tmp_path / "cut.mp4", tmp_path / "text.mp4", tmp_path / "missing.mp4")):
+        row["video"] = str(name)
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = run(flags, "--data", str(tmp_path / "bad.jsonl"), "--sft_steps", "0", "--steps", "2")
+    steps = [row for row in metrics_of(folder) if row["phase"] == "train"]
+    assert [row["skipped"] for row in steps] == [3, 3]
+    shown = capsys.readouterr().out
+    for name in ("cut.mp4", "text.mp4", "missing.mp4"):
+        assert shown.count(name) == 2, "once each step, with its path"
+
+
+BAD_INPUT = {
+    "--data": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    "--model": (["--model", "no/such/model"], "no/such/model"),
+    "--group_size": (["--group_size", "1"], "at least 2"),
+    "--preset": (["--preset", "huge"], "qwen2-vl-7b"),
+    "--temperature": (["--temperature", "0"], "above 0"),
+    "--top_p": (["--top_p", "1.5"], "at most 1"),
+    "--clip_low": (["--clip_low", "-0.1"], "above 0"),
+    "--prompt_template": (["--prompt_template", "no place"], "{problem}"),
+    "--min_pixels": (["--min_pixels", "9999999"], "--max_pixels"),
+    "--sft_steps": (["--sft_steps", "5", "--sft_data", ""], "--sft_data"),
+    "--reward": (["--reward", "charm:1"], "charm"),
+    "--lr_schedule": (["--lr_schedule", "wavy"], "cosine"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_settings_are_one_line(flags, name, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    more, words = BAD_INPUT[name]
+    assert train.main([*flags, *more]) == 2
+    error = capsys.readouterr().err
+    assert name in error and words in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+@pytest.mark.parametrize("more", [["--no_such_flag", "1"], ["--steps", "many"], ["--group", "4"]])
+def test_unknown_flags_and_types_exit_with_2(flags, more, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags, *more])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and more[0] in error and error.count("\n") == 1
+
+
+BAD_DATA = {
+    "empty": ("", "empty"),
+    "json": ('{"problem": "?", "solution": \n', "bad.jsonl:1"),
+    "field": ('{"question": "?", "solution": "<answer>A</answer>"}\n', "bad.jsonl:1"),
+    "type": ('{"problem": 5, "solution": "<answer>A</answer>"}\n', "problem"),
+    "letter": ('{"problem": "?", "solution": "<answer></answer>", "video": "a.mp4"}\n', "bad.jsonl:1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_is_one_line(flags, name, tmp_path, capsys):
+    text, words = BAD_DATA[name]
+    (tmp_path / "bad.jsonl").write_text(text)
+    assert train.main([*flags, "--data", str(tmp_path / "bad.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_no_flags_say_what_is_missing(tmp_path):
+    """The 7B recipe without its data: what is missing, how to get it, the demo; at once, and no traceback."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )  # fmt: skip
+    assert done.returncode == 2
+    for words in ("LLaVA-Video-large-swift-origin.jsonl", "hf download", "Qwen/Qwen2-VL-7B-Instruct", "--preset demo"):
+        assert words in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_default_preset_is_open_r1_video():
+    """facts.md's published settings, number for number."""
+    config = parse_config([])
+    expected = dict(
+        model="Qwen/Qwen2-VL-7B-Instruct", learning_rate=1e-6, lr_schedule="linear", kl_coef=0.1, prompts_per_step=4,
+        group_size=8, max_new_tokens=256, max_prompt_tokens=8192, temperature=1.0, epochs=1.0, seed=42, fps=2.0,
+        max_frames=16, min_pixels=128 * 28**2, max_pixels=196 * 28**2, reward=("accuracy:1",),
+        loss_normaliser="sequence", gradient_checkpointing=True, updates_per_batch=1, top_k=0, top_p=1.0,
+    )  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert "<think>" in config.prompt_template and "<answer>" in config.prompt_template
+
+
+def test_configuration_survives_saving(tmp_path):
+    config = parse_config(["--preset", "demo", "--nframes", "6", "--reward", "accuracy:2", "format:0.1"])
+    save_config(config, tmp_path / "run.json")
+    assert load_config(tmp_path / "run.json") == config
+    (tmp_path / "run.json").write_text("{}x")
+    with pytest.raises(ConfigError, match="run.json"):
+        load_config(tmp_path / "run.json")
+
+
+def test_every_flag_has_a_sentence(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, item in Config.__dataclass_fields__.items():
+        assert f"--{name}" in shown and " ".join(item.metadata["help"].split())[:40] in shown
+        assert item.metadata["help"].endswith((".", ").")), name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_valid(preset):
+    assert parse_config(["--preset", preset]).preset == preset
