@@ -18,12 +18,13 @@ import torch
 from transformers import AutoProcessor
 
 from grpo import distributed, update
-from grpo.checkpoint import load_optimizer, load_state, save_checkpoint, save_weights
+from grpo.checkpoint import CheckpointError, load_state, load_training, save_checkpoint, save_weights
 from grpo.config import ConfigError, parse_config
 from grpo.demo import build_demo
 from grpo.evaluate import CONTROLS
-from grpo.metrics import RunLog, describe_run, plot_run, quiet_transformers
+from grpo.metrics import RunLog, describe_run, quiet_transformers
 from grpo.model import ModelError
+from grpo.plot import plot_run
 from grpo.report import summary_of, summary_table
 from grpo.rollout import rollout
 from grpo.run import (
@@ -105,14 +106,14 @@ def train(config):
 
     with PromptLoader(encoder, config.workers, config.decode_timeout) as loader:
         run = Run(config, processes, processor, loader, log)
-        policy = build_policy(checkpoint or (config.model if needs_warmup else start), config, processor, processes)
+        policy = build_policy(config.model if needs_warmup else start, config, processor, processes)
         if needs_warmup:
             warm_up(policy, run, sft)
             save_weights(warmed, policy, processor, config, processes)
         reference = build_reference(start, config, processor, processes)
         optimizer = update.make_optimizer(policy, config)
         if checkpoint:
-            load_optimizer(checkpoint, policy, optimizer)
+            load_training(checkpoint, policy, optimizer, processes)
         else:
             state["before"] = run.evaluate(policy, held_out)
             log.evaluation(0, state["before"])
@@ -136,7 +137,7 @@ def main(arguments=None):
     quiet_transformers()
     try:
         train(parse_config(arguments))
-    except (ConfigError, DataError, ModelError) as error:
+    except (CheckpointError, ConfigError, DataError, ModelError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,27 +1,31 @@
 """Checkpoints: a Hugging Face folder that `from_pretrained` loads, with what resuming needs beside it.
 
-    checkpoint-120/  config.json, *.safetensors, tokenizer and processor files, run.json (the Config), state.json,
-                     optimizer.safetensors (two moments for each parameter)
+    checkpoint-120/  config.json, *.safetensors, tokenizer and processor files, run.json (the Config)
+                     training/  state.json, and fp32 masters and both moments, each process's shard in a safetensors
+                                file of its own (torch.distributed.checkpoint): any number of processes can load them
 
 Written under a temporary name and renamed, so a checkpoint that exists is whole. Nothing in it is a pickle. Randomness
-needs no saving: it is derived from seed, step and prompt.
+needs no saving: it is derived from seed, step and prompt; the data position is the step.
 """
 
 import json
 import shutil
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from grpo.config import save_config
+from grpo.model import save_model
 
 PREFIX = "checkpoint-"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class CheckpointError(OSError):
+    """A checkpoint that could not be written; the earlier ones are untouched."""
 
 
 def checkpoints(folder):
@@ -32,61 +36,93 @@ def checkpoints(folder):
 
 def save_weights(folder, policy, processor, config, processes):
     """Writes a Hugging Face folder of the policy's weights; every process must call it."""
-    partial = _write_weights(Path(folder), policy, processor, config, processes)
-    if processes.is_main:
-        _finish(partial, Path(folder))
-    processes.barrier()
-
-
-def _write_weights(folder, policy, processor, config, processes):
-    """As `save_weights`, under a temporary name, which it returns (None in processes that write nothing)."""
-    weights = get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if processes.is_main:
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        policy.model.save_pretrained(partial, state_dict=weights)
-        processor.save_pretrained(partial)
-        save_config(config, partial / "run.json")
-        return partial
-    return None
-
-
-def _finish(partial, folder):
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    folder = Path(folder)
+    with _whole_or_nothing(folder, processes) as partial:
+        _export(partial, policy, processor, config, processes)
 
 
 def save_checkpoint(folder, step, policy, optimizer, processor, config, state, processes):
     """Saves after `step` steps, keeps the last config.keep_checkpoints, and returns the checkpoint's folder.
 
-    state: plain values that resuming needs beside weights and moments.
+    state: plain values that resuming needs beside weights and moments. Raises CheckpointError, with the reason.
     """
     target = Path(folder) / f"{PREFIX}{step}"
-    partial = _write_weights(target, policy, processor, config, processes)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    moments = get_optimizer_state_dict(policy, optimizer, options=options)["state"]
+    with _whole_or_nothing(target, processes) as partial:
+        _export(partial, policy, processor, config, processes)
+        writer = HuggingFaceStorageWriter(str(partial / "training"), save_distributed=True)
+        dcp.save(_training_tensors(policy, optimizer), storage_writer=writer, no_dist=processes.mesh is None)
+        if processes.is_main:
+            steps = {name: int(optimizer.state[p]["step"]) for name, p in _trained(policy)}
+            (partial / "training" / "state.json").write_text(json.dumps({**state, "step": step, "adam_steps": steps}))
     if processes.is_main:
-        flat = {f"{kind}:{name}": value for name, kinds in moments.items() for kind, value in kinds.items()}
-        save_file({name: value.contiguous() for name, value in flat.items()}, partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": step, **state}))
-        _finish(partial, target)
         for old in checkpoints(folder)[: -config.keep_checkpoints]:
             shutil.rmtree(old)
     processes.barrier()
     return target
 
 
+class _whole_or_nothing:
+    """A folder to write in that takes its name only when all processes have written their part."""
+
+    def __init__(self, folder, processes):
+        self.folder, self.processes = folder, processes
+        self.partial = folder.with_name(folder.name + ".partial")
+
+    def __enter__(self):
+        if self.processes.is_main:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+        self.processes.barrier()
+        return self.partial
+
+    def __exit__(self, kind, error, _):
+        if error is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            if isinstance(error, (OSError, dcp.api.CheckpointException)) or "SafetensorError" in kind.__name__:
+                reason = " ".join(str(error).split())[:300]
+                raise CheckpointError(f"{self.folder} could not be saved, earlier checkpoints are whole: {reason}") from error
+            return
+        self.processes.barrier()
+        if self.processes.is_main:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.partial.rename(self.folder)
+        self.processes.barrier()
+
+
+def _export(folder, policy, processor, config, processes):
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(policy.model, options=options)
+    if policy.model.config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)  # gathered, it is a second copy of the embedding
+    if processes.is_main:
+        dtype = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
+        save_model(policy.model, processor, folder, {name: tensor.to(dtype) for name, tensor in weights.items()})
+        save_config(config, folder / "run.json")
+
+
+def _training_tensors(policy, optimizer):
+    """{name: this process's tensor} of masters and moments, to be saved from or loaded into."""
+    tensors = {}
+    for name, parameter in _trained(policy):
+        tensors[f"master.{name}"] = parameter.detach()
+        tensors |= {f"{kind}.{name}": optimizer.state[parameter][kind] for kind in MOMENTS}
+    return tensors
+
+
+def _trained(policy):
+    return [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
+
+
 def load_state(checkpoint):
     """The plain values of `save_checkpoint`, step included."""
-    return json.loads((Path(checkpoint) / "state.json").read_text())
+    return json.loads((Path(checkpoint) / "training" / "state.json").read_text())
 
 
-def load_optimizer(checkpoint, policy, optimizer):
-    """Puts the saved moments into a fresh optimizer of the same policy."""
-    options = StateDictOptions(full_state_dict=True)
-    whole = get_optimizer_state_dict(policy, optimizer, options=options)
-    state = {}
-    for name, value in load_file(Path(checkpoint) / "optimizer.safetensors").items():
-        kind, _, parameter = name.partition(":")
-        state.setdefault(parameter, {})[kind] = value
-    set_optimizer_state_dict(policy, optimizer, {"state": state, "param_groups": whole["param_groups"]}, options=options)
+def load_training(checkpoint, policy, optimizer, processes):
+    """Puts saved masters and moments into a policy and its optimizer, whatever the number of processes then and now."""
+    tensors = _training_tensors(policy, optimizer)
+    reader = HuggingFaceStorageReader(str(Path(checkpoint) / "training"))
+    dcp.load(tensors, storage_reader=reader, no_dist=processes.mesh is None)
+    steps = load_state(checkpoint)["adam_steps"]
+    for name, parameter in _trained(policy):
+        optimizer.state[parameter]["step"].fill_(steps[name])

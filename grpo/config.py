@@ -76,7 +76,7 @@ class Config:
     sft_data: str | None = flag(None, "Questions with `completions` for a supervised pass before GRPO.")
     sft_steps: int = flag(0, "Most steps of that pass.", least=0)
     sft_prompts_per_step: int = flag(32, "Prompts of one supervised step, over all processes.", least=1)
-    sft_until: float = flag(1.0, "End it once answers are predicted with this mean probability.", above=0.0, most=1.0)
+    sft_until: float = flag(1.0, "End it once what can be predicted is, with this mean probability.", above=0.0, most=1.0)
     sft_learning_rate: float = flag(1e-5, "Peak learning rate of that pass.", above=0.0)
 
     # video
@@ -122,7 +122,7 @@ PRESETS = {
     "demo": dict(
         model=str(DEMO / "start"), data=str(DEMO / "data/train.jsonl"), eval_data=str(DEMO / "data/val.jsonl"),
         sft_data=str(DEMO / "data/warmup.jsonl"), output=str(DEMO / "run"), demo=True,
-        sft_steps=600, sft_until=0.97, sft_learning_rate=2e-3, sft_prompts_per_step=32,
+        sft_steps=1000, sft_until=0.9, sft_learning_rate=2e-3, sft_prompts_per_step=32,
         steps=300, prompts_per_step=32, group_size=8, max_new_tokens=24,
         reward=("accuracy:1", "format:0.5"), kl_coef=0.15, learning_rate=5e-4, adam_beta2=0.95,
         prompt_template="{problem}", min_pixels=28 * 28, max_pixels=28 * 28, nframes=8,
@@ -145,7 +145,7 @@ def parse_config(arguments=None):
     """
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     for item in dataclasses.fields(Config):
-        _add_flag(parser, item)
+        add_flag(parser, item)
     given = vars(parser.parse_args(arguments))
     preset = given.get("preset", Config.preset)
     if preset not in PRESETS:
@@ -155,7 +155,7 @@ def parse_config(arguments=None):
     return config
 
 
-def _add_flag(parser, item):
+def add_flag(parser, item):
     limits = item.metadata
     kind = next(t for t in (*typing.get_args(item.type), item.type) if t is not type(None))
     text = f"{limits['help']} [{item.default}]".replace("%", "%%")

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from grpo.tiny import build_tiny_model
+from grpo.tiny import CHAT_WORDS, build_tiny_model
 from video.synthetic import DemoSpec, make_demo_set
 
 MARK = "demo.json"  # in a model folder that this file made and may make again
@@ -21,5 +21,5 @@ def build_demo(config):
     with open(config.sft_data) as file:
         rows = [json.loads(line) for line in file]
     corpus = " ".join({text for row in rows for text in (row["problem"], *row["completions"])})
-    build_tiny_model(model, seed=config.seed, corpus=corpus + config.prompt_template, patch_std=0.03)
+    build_tiny_model(model, seed=config.seed, corpus=f"{CHAT_WORDS} {corpus} {config.prompt_template}", patch_std=0.03)
     (model / MARK).write_text(mark)

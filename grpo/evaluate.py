@@ -7,6 +7,7 @@ ones, name the opposite direction on reversed ones, and guess on a blank video, 
 import math
 from collections import defaultdict
 from dataclasses import replace
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -16,6 +17,7 @@ from grpo.distributed import gathered
 from grpo.packing import pack
 from grpo.sampler import SamplingSettings, prompt_seed, sample
 from rewards import answer_text, choice_letter, score_prediction
+from video.dataset import Sample
 from video.frames import SampleError
 from video.prompt import Skipped
 
@@ -62,8 +64,14 @@ def plan(samples, encoder, size):
 
     The longest come first, so that what does not fit into memory shows at once. Lengths come from file headers.
     """
-    vision = {media: _vision_tokens(encoder, sample) for sample in samples for media in [_media(sample)]}
-    ordered = sorted(samples, key=lambda s: (-vision[_media(s)], _media(s), len(s.problem), s.key))
+    order = lambda s: (
+        -_vision_tokens(encoder, s.videos, s.images, s.clips),
+        _media(s),
+        repr(s.clips),
+        len(s.problem),
+        s.key,
+    )
+    ordered = sorted(samples, key=order)
     return chunks(ordered, size)
 
 
@@ -126,20 +134,22 @@ def _shared_media(encoder):
             encoder.text(sample)
         except SampleError:
             return (sample.key,)
-        return (sample.videos, sample.images) if _media(sample) else (sample.key,)
+        return (sample.videos, sample.images, sample.clips) if _media(sample) else (sample.key,)
 
     return key
 
 
-def _vision_tokens(encoder, sample):
+@lru_cache(maxsize=2**16)
+def _vision_tokens(encoder, videos, images, clips):
+    """Kept, since an evaluation and its controls, or the next one of a training run, ask for the same files again."""
     try:
-        return encoder._planned_tokens(sample)
+        return encoder.planned_tokens(Sample("", "", "", videos, images, clips=clips))
     except SampleError:
         return 0  # the loader will say what is wrong with it
 
 
 def _without_media(sample):
-    return replace(sample, videos=(), images=())
+    return replace(sample, videos=(), images=(), clips=())
 
 
 def _skip(skipped):
@@ -211,7 +221,13 @@ def paired(records, others):
     own, other = ({r["key"]: r["score"] for r in rows if "skipped" not in r} for rows in (records, others))
     gains = [own[key] - other[key] for key in own if key in other]
     better, worse = sum(g > 0 for g in gains), sum(g < 0 for g in gains)
-    return {"difference": mean(gains), "better": better, "worse": worse, "p": mcnemar(better, worse), "count": len(gains)}
+    return {
+        "difference": mean(gains),
+        "better": better,
+        "worse": worse,
+        "p": mcnemar(better, worse),
+        "count": len(gains),
+    }
 
 
 def mean(values):

@@ -103,34 +103,3 @@ def describe_run():
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def read_metrics(folder, phase):
-    """The lines of one phase of a run's metrics.jsonl."""
-    with open(Path(folder) / "metrics.jsonl") as file:
-        return [row for row in map(json.loads, file) if row["phase"] == phase]
-
-
-def plot_run(folder):
-    """Writes curve.png: reward, accuracy with held-out accuracy, KL, length, entropy, and the sampler's gap by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    train, held_out = read_metrics(folder, "train"), read_metrics(folder, "eval")
-    panels = ("reward", "accuracy", "kl", "length", "entropy", "sampler_gap")
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
-    for axis, name in zip(axes.flat, panels):
-        rows = [r for r in train if name in r]
-        axis.plot([r["step"] for r in rows], [r[name] for r in rows], linewidth=1, label="training")
-        if name == "accuracy" and held_out:
-            axis.plot([r["step"] for r in held_out], [r["accuracy"] for r in held_out], "o-", markersize=3, label="held out")
-            axis.legend()
-        axis.set_title(name)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-    path = Path(folder) / "curve.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path

@@ -1,6 +1,5 @@
 """The one file that touches transformers' model classes: what they are, how they are loaded and entered."""
 
-import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -92,11 +91,6 @@ def model_spec(model, tokenizer):
     return ModelSpec.of(model.config, eos_ids, tokenizer.convert_tokens_to_ids("<|vision_pad|>"))
 
 
-def frozen_copy(model):
-    """A second model with the same weights that never trains: the reference."""
-    return copy.deepcopy(model).requires_grad_(False).eval()
-
-
 def vision_tower(model):
     return model.model.visual
 
@@ -121,8 +115,11 @@ def checkpoint_activations(model, vision=True):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def save_model(model, processor, folder):
-    """Writes one Hugging Face folder (safetensors, config, processor) that `from_pretrained` loads anywhere."""
+def save_model(model, processor, folder, weights=None):
+    """Writes one Hugging Face folder (safetensors, config, processor) that `from_pretrained` loads anywhere.
+
+    weights: {name: tensor} in place of the model's own, for a model that is sharded.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     processor.save_pretrained(folder)

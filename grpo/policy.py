@@ -37,6 +37,11 @@ class Policy(nn.Module):
         A sharded tower must run in every process at every forward, so text alone gets the features of one blank patch
         group there, which `_hidden` adds with weight 0; else None.
         """
+        return self._vision(packed)
+
+    # Apart from `vision_features`, which a sharded policy hooks: a hooked method inside another would free the root's
+    # weights too early, and the next forward would gather them again, which is collective.
+    def _vision(self, packed):
         if packed.grids is not None:
             return models.vision_features(self.model, packed.pixels, packed.grids)
         if not self.sharded:
@@ -47,7 +52,7 @@ class Policy(nn.Module):
 
     def _hidden(self, packed, layout, features=None):
         embeds = models.decoder(self.model).embed_tokens(packed.input_ids)
-        features = self.vision_features(packed) if features is None else features
+        features = self._vision(packed) if features is None else features
         if packed.grids is not None:
             ids = packed.input_ids
             here = (ids == self.spec.image_token_id) | (ids == self.spec.video_token_id)

@@ -36,8 +36,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-CORPUS = (
-    "You are a helpful assistant. system user assistant Which direction does the shape move? What colour is the shape? "
+CHAT_WORDS = "system\nYou are a helpful assistant. user\n assistant\n"
+CORPUS = CHAT_WORDS + (
+    "Which direction does the shape move? What colour is the shape? "
     "What shape is it? Options: A. left B. right C. up D. down red green blue yellow square circle triangle cross "
     "I see left . I see red . Answer with the letter of the option. Think first."
 )

@@ -24,9 +24,19 @@ def learning_rate(step, steps, peak, schedule, warmup_steps):
 def make_optimizer(policy, config):
     """AdamW over the trained parameters, whose own precision (fp32) is that of the masters."""
     trained = [p for p in policy.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        trained, lr=0.0, betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay, fused=True
-    )
+    settings = {"betas": (0.9, config.adam_beta2), "weight_decay": config.weight_decay}
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True, **settings)
+    start_moments(optimizer)
+    return optimizer
+
+
+def start_moments(optimizer):
+    """Gives every parameter its moments at once, all zero, as AdamW itself would at the first gradient: so that what a
+    checkpoint holds does not depend on which parameters have had one."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            zeros = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
 
 
 @dataclass

@@ -1,8 +1,9 @@
 """A supervised pass before GRPO, through the same packed forward: several target completions share their prompt.
 
-Rows carry `completions`. It ends at `sft_steps`, or as soon as what stands between <answer> and </answer> has been
-predicted with a mean probability above `sft_until` over the last ten steps: by then the model's thought determines its
-answer, whatever the thought says.
+Rows carry `completions`. It ends at `sft_steps`, or as soon as the model predicts what can be predicted: of each prompt
+the least likely token among those that are determined (all tokens where there is one completion; where there are
+several, which differ in their thoughts, what stands between <answer> and </answer>) has a mean probability above
+`sft_until` over the last ten steps.
 """
 
 from collections import deque
@@ -22,6 +23,12 @@ def target_tokens(tokenizer, text):
     return torch.tensor([*encoded["input_ids"], tokenizer.eos_token_id]), torch.tensor([*marks, False])
 
 
+def determined(probabilities, marks, completions):
+    """The least of a completion's (C,) probabilities of tokens that are determined; see the top of this file."""
+    chosen = probabilities if completions == 1 else probabilities[marks]
+    return chosen.min().item() if len(chosen) else 1.0
+
+
 def warm_up(policy, run, samples):
     """Trains on the `completions` of `samples`; see the top of this file for when it ends."""
     config, tokenizer, processes = run.config, run.tokenizer, run.processes
@@ -35,11 +42,11 @@ def warm_up(policy, run, samples):
         loss, probabilities = supervised_step(
             policy, optimizer, prompts, [[tokens for tokens, _ in group] for group in targets], config, processes
         )
-        marks = [marks for group in targets for _, marks in group]
-        answers = [p[m] for p, m in zip(probabilities, marks)]
-        sums = processes.sum({"p": float(sum(a.sum() for a in answers)), "n": sum(len(a) for a in answers)})
-        recent.append(sums["p"] / max(sums["n"], 1))
-        run.log.step("warmup", step, {"loss": loss, "answer_probability": recent[-1]}, ("loss", "answer_probability"))
+        flat = iter(probabilities)
+        least = [min(determined(next(flat), marks, len(group)) for _, marks in group) for group in targets]
+        sums = processes.sum({"probability": sum(least), "prompts": len(least)})
+        recent.append(sums["probability"] / max(sums["prompts"], 1))
+        run.log.step("warmup", step, {"loss": loss, "probability": recent[-1]}, shown=("loss", "probability"))
         if len(recent) == recent.maxlen and sum(recent) / len(recent) > config.sft_until:
             break
     run.log.stop()

@@ -17,16 +17,18 @@ import numpy as np
 COLOURS = {"red": (225, 40, 40), "green": (40, 205, 70), "blue": (50, 90, 240), "yellow": (240, 220, 50)}
 SHAPES = ("square", "circle", "triangle", "cross")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y down
+PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 QUESTIONS = {
     "direction": "Which direction does the shape move?",
     "order": "Which colour comes first?",
+    "place": "Where is the shape?",
     "colour": "What colour is the shape?",
     "shape": "What shape is it?",
 }
 LETTERS = "ABCD"
-RADIUS = 0.15  # of a shape, relative to the side of the video
-TRAVEL = (0.35, 0.60)  # first to last frame, relative to the side
+RADIUS = 0.12  # of a shape, relative to the side of the video
+TRAVEL = (0.50, 0.70)  # first to last frame, relative to the side
 MANIFEST = "demo.json"  # written last: a folder that has it is complete
 
 
@@ -83,10 +85,10 @@ def make_demo_set(folder: str | Path, spec: DemoSpec = DemoSpec()) -> dict[str, 
 class Scene:
     """What a video shows. Positions are (x, y) of the centre in pixels."""
 
-    kind: str  # "direction": one shape that moves; "order": two still shapes, one after the other
+    kind: str  # "direction": one shape that moves; "place": one that is still; "order": two still ones in turn
     colours: tuple[str, ...]
     shapes: tuple[str, ...]
-    direction: str
+    direction: str  # or place
     centres: tuple[tuple[float, float], ...]  # of each frame
     background: tuple[int, int, int]
 
@@ -101,7 +103,7 @@ def train_rows(rng, spec: DemoSpec):
 
 def val_rows(rng, spec: DemoSpec):
     """Yields (scene, rows) of the held-out set; each kind has `spec.val` questions (colour and shape as well)."""
-    for kind in spec.kinds:
+    for kind in (*spec.kinds, "place"):
         asked = (kind, "colour", "shape") if kind == "direction" else (kind,)
         for index in range(spec.val):
             scene = random_scene(rng, spec, kind, index)
@@ -112,7 +114,8 @@ def warmup_rows(rng, spec: DemoSpec):
     """Yields (scene, rows) of the warm-up: the form of an answer, and nothing of the trained kinds' truth.
 
     A question of a trained kind gets a completion for *each* option, with the letter that the named option has; a
-    question for the colour, of the same video, gets its true one.
+    question for the colour, of the same video, gets its true one, and so does a question for the place of a shape that
+    does not move: what a pretrained model would know how to see.
     """
     for index in range(spec.warmup):
         kind = spec.kinds[index % len(spec.kinds)]
@@ -126,6 +129,12 @@ def warmup_rows(rng, spec: DemoSpec):
         yield scene, rows
 
 
+def answered(row: dict) -> dict:
+    """The row with its true answer as the one completion."""
+    letter, _, name = row["original_answer"].partition(". ")
+    return {**row, "completions": [completion(name, letter)]}
+
+
 def completion(name: str, letter: str) -> str:
     """A thought that names an option, and the letter of that option."""
     return f"<think>I see {name} .</think><answer>{letter}</answer>"
@@ -136,6 +145,7 @@ def question(rng, scene: Scene, kind: str, turn: int) -> dict:
     answer, others, opposite = {
         "direction": lambda: (scene.direction, tuple(DIRECTIONS), OPPOSITE[scene.direction]),
         "order": lambda: (scene.colours[0], tuple(COLOURS), scene.colours[-1]),
+        "place": lambda: (scene.direction, tuple(PLACES), None),
         "colour": lambda: (scene.colours[0], tuple(COLOURS), None),
         "shape": lambda: (scene.shapes[0], SHAPES, None),
     }[kind]()
@@ -162,21 +172,25 @@ def random_scene(rng, spec: DemoSpec, kind: str, turn: int) -> Scene:
 
     One rule draws the path's middle whatever the direction: uniform where the whole path would fit along either axis.
     """
+    direction, half = "", 0.0
+    colours, shapes = (str(rng.choice(tuple(COLOURS))),), (str(rng.choice(SHAPES)),)
     if kind == "direction":
         direction = tuple(DIRECTIONS)[turn % 4]
-        colours, shapes = (str(rng.choice(tuple(COLOURS))),), (str(rng.choice(SHAPES)),)
         half = rng.uniform(*TRAVEL) * spec.size / 2
-    else:
-        direction, half = "", 0.0
+    elif kind == "order":
         first = tuple(COLOURS)[turn % 4]
         colours = (first, str(rng.choice([name for name in COLOURS if name != first])))
         shapes = (str(rng.choice(SHAPES)), str(rng.choice(SHAPES)))
     margin = RADIUS * spec.size + half
     middle = rng.uniform(margin, spec.size - margin, size=2)
+    if kind == "place":
+        direction = tuple(PLACES)[turn % 4]
+        away = rng.uniform(*TRAVEL) * spec.size / 2
+        middle = spec.size / 2 + away * np.array(PLACES[direction]) + rng.uniform(-1, 1, size=2) * spec.size / 16
     step = np.array(DIRECTIONS.get(direction, (0, 0)))
     ways = np.linspace(-half, half, spec.frames)
     centres = tuple((float(x), float(y)) for x, y in middle + ways[:, None] * step)
-    background = tuple(int(level) for level in rng.integers(0, 60, size=3))
+    background = tuple(int(level) for level in rng.integers(0, 30, size=3))
     return Scene(kind, colours, shapes, direction, centres, background)
 
 
