@@ -1,80 +1,273 @@
-"""Evaluates a checkpoint on held-out video questions, greedily, with the settings it was trained with.
+"""Evaluates a checkpoint on video questions, greedily, with the frames and the prompt that it was trained with.
 
-    python eval.py --ckpt runs/demo/run/checkpoint-300              on the run's own held-out questions
-    python eval.py --ckpt FOLDER --data FILE.jsonl --controls       on other questions; also with the video changed
+    python eval.py --ckpt runs/demo/run/checkpoint-300                      on the run's own held-out questions
+    python eval.py --ckpt runs/demo/run/checkpoint-300 --controls --against runs/demo/run/warmup
+    python eval.py --ckpt Qwen/Qwen2-VL-7B-Instruct --data FILE.jsonl --video_root FOLDER
+    torchrun --nproc_per_node 4 eval.py --ckpt FOLDER --benchmark mvbench --benchmark_dir FOLDER
 
-The same code evaluates while training, so the numbers are the same.
+Accuracies come with 95% Wilson intervals, answers that cannot be parsed count as wrong, unreadable videos are reported
+apart. Every answer goes to predictions.jsonl as it comes: a killed evaluation goes on where it stopped. report.html
+shows each question with the frames that the model saw. Training evaluates with the same code, so its numbers are these.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from tqdm import tqdm
 from transformers import AutoProcessor
 
 from grpo import distributed
-from grpo.config import ConfigError, OneLineParser, load_config
-from grpo.evaluate import CONTROLS, predict, summarise
+from grpo.benchmarks import BENCHMARKS, benchmark_score, read_benchmark
+from grpo.config import Config, ConfigError, OneLineParser, add_flag, check, load_config
+from grpo.evaluate import CONTROLS, paired, predict, summarise
 from grpo.metrics import quiet_transformers
 from grpo.model import ModelError
-from grpo.report import evaluation_table
+from grpo.plot import plot_runs
+from grpo.predictions import Predictions, checkpoint_identity, settings_of
+from grpo.report import evaluation_table, write_report
 from grpo.run import build_policy, check_answers, split_data
-from video.dataset import DataError
+from video.dataset import DataError, read_samples
 from video.loader import PromptLoader
 from video.prompt import PromptEncoder
 
+# Flags of training that also say how to evaluate; without them the checkpoint's own values hold.
+SHARED = ("fps", "nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "prompt_template",
+          "max_prompt_tokens", "max_new_tokens", "eval_batch", "workers", "threads", "decode_timeout",
+          "device")  # fmt: skip
+DIRECT = "Answer with the letter of the option only."
+DIRECT_BY_TYPE = dict.fromkeys(("numerical", "mra", "regression", "math"), "Answer with a number only.")
+DIRECT_BY_TYPE |= dict.fromkeys(("OCR", "free-form"), "Answer with a word or a short phrase only.")
+WEIGHTS = ("*.json", "*.safetensors", "*.jinja", "*.txt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One column of the table: which checkpoint answers, how it is asked, what is done to the video."""
+
+    name: str
+    folder: Path
+    mode: str
+    control: str | None
+
+
+def find_checkpoint(flag, path):
+    """The local folder of a checkpoint folder or hub name. Raises ConfigError."""
+    folder = Path(path)
+    if not folder.exists():
+        try:
+            folder = Path(snapshot_download(path, allow_patterns=WEIGHTS))
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"{flag} {path}: no such folder, and not on the hub ({reason})") from error
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{flag} {path}: has no config.json; give the folder of a checkpoint, such as RUN/checkpoint-300"
+        )
+    return folder
+
+
+def make_config(folder, arguments):
+    """The checkpoint's Config (the defaults where it is none of this project), changed by the flags given."""
+    saved = folder / "run.json"
+    config = load_config(saved) if saved.exists() else Config()
+    given = {name: value for name, value in vars(arguments).items() if name in SHARED}
+    # Evaluation scores accuracy alone: a reward file of the training machine need not be here.
+    config = dataclasses.replace(config, **given, reward=("accuracy:1",), gradient_checkpointing=False)
+    check(config)
+    for name, least in (("temperature", 0.0), ("samples", 1), ("report_samples", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} {value}: must be at least {least}")
+    return config
+
+
+def find_samples(folder, config, arguments):
+    """The questions: of --benchmark, of --data, or those that the checkpoint's run held out."""
+    if arguments.benchmark:
+        if not arguments.benchmark_dir or arguments.data:
+            raise ConfigError(
+                "--benchmark needs --benchmark_dir, the folder of its annotations and videos, and no --data"
+            )
+        samples = read_benchmark(arguments.benchmark, arguments.benchmark_dir)
+    elif arguments.data:
+        samples = read_samples(arguments.data, arguments.video_root)
+    elif (folder / "run.json").exists():
+        config.eval_samples = arguments.samples or config.eval_samples
+        samples = split_data(config)[1]
+    else:
+        raise ConfigError(
+            f"--ckpt {arguments.ckpt}: is of no run, so it has no held-out questions; give --data or --benchmark"
+        )
+    if not samples:
+        raise ConfigError("--samples: the run held out no questions; give --samples N, or --data FILE")
+    samples = samples[: arguments.samples]
+    check_answers(samples)
+    return samples
+
+
+def make_variants(arguments, folder, against):
+    modes = ("think", "direct") if arguments.mode == "both" else (arguments.mode,)
+    label = lambda mode, name: f"{mode} {name}".strip() if len(modes) > 1 else name or mode
+    own = [Variant(label(mode, c or ""), folder, mode, c) for mode in modes for c in (None, *_controls(arguments))]
+    return own + [Variant(label(mode, "against"), against, mode, None) for mode in modes if against]
+
+
+def _controls(arguments):
+    return CONTROLS if arguments.controls else ()
+
+
+def ask(samples, mode, config):
+    """(prompt template, samples) of a mode: "think" asks as in training, "direct" for the answer alone."""
+    if mode == "think":
+        return config.prompt_template, samples
+    asked = [f"{s.problem}\n{DIRECT_BY_TYPE.get(s.problem_type, DIRECT)}" for s in samples]
+    return "{problem}", [dataclasses.replace(s, problem=problem) for s, problem in zip(samples, asked)]
+
+
+def answer(variants, samples, config, temperature, predictions, processes):
+    """{variant: records}. A model is loaded only where answers are missing."""
+    records, loaded = {}, None
+    for folder, mode in dict.fromkeys((v.folder, v.mode) for v in variants):
+        template, asked = ask(samples, mode, config)
+        encoder = PromptEncoder(folder, config.video_settings(), template, config.max_prompt_tokens)
+        with PromptLoader(encoder, config.workers, config.decode_timeout) as loader:
+            for variant in (v for v in variants if (v.folder, v.mode) == (folder, mode)):
+                place = (checkpoint_identity(folder), mode, variant.control)
+                done = predictions.done.get(place, {})
+                if all(s.key in done for s in samples):
+                    records[variant] = [done[s.key] for s in samples]
+                    continue
+                if loaded != folder:
+                    policy = None  # the memory of the other checkpoint
+                    processor = AutoProcessor.from_pretrained(folder)
+                    # No masters here: what is computed in is what is held, half the memory and the same numbers.
+                    dtype = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
+                    policy, loaded = build_policy(folder, config, processor, processes, dtype), folder
+                save = functools.partial(predictions.add, place)
+                with Progress(variant.name, len(samples) - len(done), processes, save) as progress:
+                    records[variant] = predict(
+                        policy, loader, asked, processor.tokenizer, processes, config.max_new_tokens, config.eval_batch,
+                        temperature=temperature, control=variant.control, done=done, report=progress,
+                    )  # fmt: skip
+    return records
+
+
+class Progress:
+    """Takes records as they come: saves them, and shows their running accuracy on the first process's bar."""
+
+    def __init__(self, name, total, processes, save):
+        self.bar = tqdm(
+            desc=name, total=-(-total // processes.world), disable=not processes.is_main, dynamic_ncols=True
+        )
+        self.scores, self.save = [], save
+
+    def __call__(self, records):
+        self.save(records)
+        self.scores += [r["score"] for r in records if "skipped" not in r]
+        self.bar.set_postfix(accuracy=f"{sum(self.scores) / max(1, len(self.scores)):.3f}", refresh=False)
+        self.bar.update(len(records))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+
+def compare(variants, records):
+    """{mode: `grpo.evaluate.paired`} of --ckpt and --against; {} without the latter."""
+    plain = [v for v in variants if v.control is None]
+    ours, theirs = (
+        {v.mode: records[v] for v in plain if same == (v.folder == variants[0].folder)} for same in (True, False)
+    )
+    return {mode: paired(ours[mode], theirs[mode]) for mode in theirs}
+
 
 def evaluate(arguments):
-    """Returns {"as is" or control: summary}; writes every answer to predictions.jsonl where --output is given."""
-    config = load_config(Path(arguments.ckpt) / "run.json")
-    config.device, config.gradient_checkpointing = arguments.device, False
-    if arguments.data:
-        config.data, config.eval_data, config.video_root = arguments.data, arguments.data, arguments.video_root
-    config.eval_samples = arguments.samples or config.eval_samples
+    """Returns {"results": {column: summary}, "paired", "score"}, as written to results.json."""
+    folder = find_checkpoint("--ckpt", arguments.ckpt)
+    against = arguments.against and find_checkpoint("--against", arguments.against)
+    if against and checkpoint_identity(against) == checkpoint_identity(folder):
+        raise ConfigError(f"--against {arguments.against}: has the same weights as --ckpt; give another checkpoint")
+    config = make_config(folder, arguments)
+    samples = find_samples(folder, config, arguments)
     if config.threads:
         torch.set_num_threads(config.threads)
-    _, samples = split_data(config)
-    check_answers(samples)
     processes = distributed.start(config.device)
-    processor = AutoProcessor.from_pretrained(arguments.ckpt)
-    policy = build_policy(arguments.ckpt, config, processor, processes)
-    encoder = PromptEncoder(arguments.ckpt, config.video_settings(), config.prompt_template, config.max_prompt_tokens)
-    results = {}
-    with PromptLoader(encoder, config.workers, config.decode_timeout) as loader:
-        for control in (None, *(CONTROLS if arguments.controls else ())):
-            records = predict(
-                policy, loader, samples, processor.tokenizer, processes, config.max_new_tokens, config.eval_batch,
-                control=control,
-            )  # fmt: skip
-            results[control or "as is"] = summarise(records)
-            if arguments.output and processes.is_main:
-                write_records(Path(arguments.output), control or "as is", records)
+    output = Path(arguments.output or default_output(arguments))
+    settings = settings_of(config, samples, arguments.temperature, processes.device.type)
+    predictions = Predictions(output, settings, processes)
+    variants = make_variants(arguments, folder, against)
+    records = answer(variants, samples, config, arguments.temperature, predictions, processes)
+    predictions.close()
+    result = {"results": {v.name: summarise(rows) for v, rows in records.items()}, "paired": compare(variants, records)}
+    if arguments.benchmark:
+        result["score"] = {name: benchmark_score(arguments.benchmark, s) for name, s in result["results"].items()}
     if processes.is_main:
-        print(evaluation_table(results))
+        (output / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+        print(f"\n{evaluation_table(result)}")
+        columns = {v.name: rows for v, rows in records.items()}
+        path = show(arguments, config, output, folder, ask(samples, variants[0].mode, config), result, columns)
+        print(f"answers: {output / 'predictions.jsonl'}; to look at: {path}")
     distributed.stop()
-    return results
+    return result
 
 
-def write_records(folder, name, records):
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"predictions-{name.replace(' ', '-')}.jsonl", "w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+def show(arguments, config, output, folder, asked, result, columns):
+    """Writes report.html, with the picture of the run that the checkpoint is of, and returns its path."""
+    template, samples = asked
+    run = folder.parent if (folder.parent / "metrics.jsonl").exists() else None
+    picture = plot_runs([run], output / "training.png") if run else None
+    title = f"{arguments.ckpt} on {arguments.benchmark or arguments.data or 'the questions that its run held out'}"
+    encoder = PromptEncoder(folder, config.video_settings(), template, config.max_prompt_tokens)
+    with PromptLoader(encoder, config.workers, config.decode_timeout) as loader:
+        most = arguments.report_samples
+        return write_report(output / "report.html", title, result, columns, samples, loader, most, picture)
+
+
+def default_output(arguments):
+    """Beside a local checkpoint, under runs/ for a hub name."""
+    local = Path(arguments.ckpt).exists()
+    stem = str(Path(arguments.ckpt).absolute()) if local else "runs/" + arguments.ckpt.replace("/", "--")
+    questions = arguments.benchmark or (Path(arguments.data).stem if arguments.data else "")
+    return f"{stem}-evaluation-{questions}".removesuffix("-")
+
+
+def make_parser():
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        epilog="Frames, pixels and prompt are as in training; values in brackets hold where a checkpoint has none.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--ckpt", required=True, help="Checkpoint of a run, or any Hugging Face folder or hub name of this family.")
+    add("--data", help="Questions, in place of the run's own held-out ones.")
+    add("--video_root", help="Folder that the video paths of --data are under.")
+    add("--benchmark", choices=tuple(BENCHMARKS), help="A published benchmark, scored as it scores.")
+    add("--benchmark_dir", help="Its folder: annotation files and videos as published.")
+    add("--mode", choices=("think", "direct", "both"), default="think", help="As in training, or the answer only.")
+    add("--controls", action="store_true", help="Also with frames shuffled, reversed, blank, and left out.")
+    add("--against", help="A second checkpoint for the same questions and settings: paired difference and its p-value.")
+    add("--samples", type=int, help="The first so many questions only.")
+    add("--temperature", type=float, default=0.0, help="Sampling temperature; 0 is greedy. [0.0]")
+    add("--report_samples", type=int, default=300, help="Most questions shown in report.html. [300]")
+    add("--output", help="Folder of predictions.jsonl, results.json and report.html [CKPT-evaluation].")
+    for item in dataclasses.fields(Config):
+        if item.name in SHARED:
+            add_flag(parser, item)
+    return parser
 
 
 def main(arguments=None):
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--ckpt", required=True, help="Checkpoint folder of a run: weights, processor and run.json.")
-    parser.add_argument("--data", help="Questions, in place of the run's own held-out ones.")
-    parser.add_argument("--video_root", help="Folder that the video paths of --data are under.")
-    parser.add_argument("--samples", type=int, help="How many questions, in place of the run's --eval_samples.")
-    parser.add_argument("--controls", action="store_true", help="Also with frames shuffled, time reversed, video blank.")
-    parser.add_argument("--output", help="Folder for predictions-*.jsonl: every answer.")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="Where to run.")
     quiet_transformers()
     try:
-        evaluate(parser.parse_args(arguments))
+        evaluate(make_parser().parse_args(arguments))
     except (ConfigError, DataError, ModelError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         return 2

@@ -15,8 +15,8 @@ from video.dataset import DataError, read_samples
 @dataclass(frozen=True)
 class Benchmark:
     """source: hub name. files: alternatives, each globs (without suffix) of annotation files that belong together.
-    kind: the field that groups questions, or "file", "folder" or "type" (of problem). macro: the benchmark's total is the
-    mean over groups, not over questions."""
+    kind: the field that groups questions, or "file", "folder" or "type" (of problem). macro: its total is the mean over
+    groups, not over questions."""
 
     source: str
     files: tuple

@@ -1,7 +1,7 @@
 """Accuracy on held-out questions: the same code for eval.py, for evaluation while training, and for the controls.
 
 A control changes the video and asks the same questions: a model that uses the order of frames must fail on shuffled
-ones, name the opposite direction on reversed ones, and guess on a blank video, or with the video left out of the prompt.
+ones, name the opposite direction on reversed ones, and guess on a blank video, or with none in the prompt.
 """
 
 import math
@@ -85,7 +85,7 @@ def encode(loader, batches, control):
 
 
 def _ask(encoder, first, sample):
-    """The Prompt of `sample`, a question about the media of `first`, a Prompt or Skip: its own text, the same frames."""
+    """The Prompt of `sample`, a question about the media of `first` (a Prompt or Skip): own text, same frames."""
     if isinstance(first, Skipped):
         return replace(first, key=sample.key)
     if first.sample.key == sample.key:

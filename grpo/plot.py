@@ -43,7 +43,7 @@ def curve(rows, value):
 
 
 def plot_runs(folders, path):
-    """Writes reward, accuracy with held-out accuracy, KL, length, entropy, clip share, sampler gap, letters and data wait
+    """Writes reward, accuracy and held-out accuracy, KL, length, entropy, clip share, sampler gap, letters, data wait
     by step to `path`, and returns it. Of the letters, one run shows all, several show their most frequent one each."""
     import matplotlib
 

@@ -114,8 +114,8 @@ def strip(frames):
 
 
 def show_rollouts(board, step, prompts, rollouts, processor, most=2):
-    """Writes the first `most` prompts of a step to a TensorBoard writer: the frames as a strip, the completions as a table
-    with their rewards and advantages."""
+    """Writes the first `most` prompts of a step to a TensorBoard writer: the frames as a strip, the completions as a
+    table with their rewards and advantages."""
     for number, (prompt, rollout) in enumerate(list(zip(prompts, rollouts))[:most]):
         for frames in frames_of(prompt, processor)[:1]:
             board.add_image(f"rollouts/{number}", strip(frames), step)
@@ -181,7 +181,8 @@ def write_report(path, title, result, columns, samples, loader, most, picture=No
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}</style>'
-        f"<h1>{html.escape(title)}</h1><pre>{html.escape(evaluation_table(result))}</pre>{_bars(result['results'])}{curve}"
+        f"<h1>{html.escape(title)}</h1><pre>{html.escape(evaluation_table(result))}</pre>"
+        f"{_bars(result['results'])}{curve}"
         f"<nav>{_select('verdict', ('right', 'partly', 'wrong', 'unparsed', 'unreadable'))} {_select('kind', kinds)} "
         f'<span id="shown"></span> of {len(samples)} questions in all</nav>\n'
         + "\n".join(cards)

@@ -54,7 +54,8 @@ class Run:
             for p in batch:
                 if isinstance(p, Skipped):
                     self.log.say(f"skipped {p.key}: {p.path}: {p.reason}", everywhere=True)
-            yield prompts, {"skipped": len(batch) - len(prompts), "seconds_waiting": waited}
+            skipped = self.processes.sum({"skipped": len(batch) - len(prompts)})["skipped"]
+            yield prompts, {"skipped": int(skipped), "seconds_waiting": waited}
             asked = time.perf_counter()
 
     def evaluate(self, policy, samples, control=None):

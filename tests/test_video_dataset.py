@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from video.dataset import DataError, read_samples
+from video.dataset import DataError, leave_out, read_mixture, read_samples, read_skip_list
 
 ROW = {"problem": "What? \nA. x\nB. y", "solution": "<answer>B.</answer>", "video": "clips/a.mp4"}
 
@@ -62,17 +62,6 @@ def test_absolute_paths_are_rerooted_by_the_longest_suffix(tmp_path):
     assert [sample.videos[0] for sample in samples] == [str(path) for path in expected]
 
 
-def test_llava_video_raw_row_as_open_r1_video_reformatted_it(tmp_path):
-    row = {
-        "query": "<video>\nWhat is seen?\nA. a dog\nB. a cat\nPlease respond with only the letter.",
-        "response": "B. a cat",
-        "videos": "v.mp4",
-    }
-    (sample,) = read_samples(write(tmp_path / "t.jsonl", row))
-    assert sample.problem == "What is seen?\nA. a dog\nB. a cat" and sample.answer == "B."
-    assert sample.videos == (str(tmp_path / "v.mp4"),)
-
-
 def test_video_r1_rows_of_a_json_array(tmp_path):
     row = {
         "problem_id": 7,
@@ -122,3 +111,63 @@ def test_bad_files_name_the_flag(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(DataError, match="--data .*b.jsonl: is not UTF-8"):
         read_samples(tmp_path / "b.jsonl")
+
+
+def rows_of(folder, count):
+    folder.mkdir(exist_ok=True)
+    return write(folder / "train.jsonl", *[ROW | {"video": f"{folder.name}{n}.mp4"} for n in range(count)])
+
+
+def test_weights_repeat_and_subsample_rows_the_same_way_every_time(tmp_path):
+    a, b, c = (rows_of(tmp_path / name, count) for name, count in (("a", 4), ("b", 8), ("c", 2)))
+    samples = read_mixture([f"{a}:2", f"{b}:0.25", f"{c}:1.5"])
+    keys = [sample.key for sample in samples]
+    assert keys[:8] == [f"a/train.jsonl:{n}" for n in (1, 2, 3, 4)] * 2
+    assert len(keys) == 8 + 2 + 3 and keys[10:12] == ["c/train.jsonl:1", "c/train.jsonl:2"]
+    quarter = keys[8:10]
+    assert len(set(quarter)) == 2 and all(key.startswith("b/train.jsonl:") for key in quarter)
+    assert [sample.key for sample in read_mixture([f"{a}:2", f"{b}:0.25", f"{c}:1.5"])] == keys
+    assert read_mixture(str(a)) == read_samples(a) == read_mixture([str(a)])
+    assert len(read_mixture([f"{a}:1e0"])) == 4
+
+
+def test_names_take_only_the_folders_they_need(tmp_path):
+    paths = [tmp_path / name for name in ("x/one/d.jsonl", "x/two/d.jsonl", "y/two/d.jsonl", "e.jsonl")]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, ROW)
+    keys = [sample.key for sample in read_mixture(map(str, paths))]
+    assert keys == ["one/d.jsonl:1", "x/two/d.jsonl:1", "y/two/d.jsonl:1", "e.jsonl:1"]
+
+
+def test_a_colon_in_a_name_is_no_weight(tmp_path):
+    assert len(read_mixture(str(write(tmp_path / "d:3", ROW)))) == 1
+    with pytest.raises(DataError, match="--data .*gone.jsonl: no such file"):
+        read_mixture(f"{tmp_path}/gone.jsonl:2")
+
+
+@pytest.mark.parametrize(
+    "specs,message",
+    [(["{}:0"], "weight must be above 0"), (["{}:nan"], "weight must be above 0"), (["{}", "{}:2"], "is given twice"),
+     (["{}:0.001"], "leave no row")],
+)  # fmt: skip
+def test_weights_that_cannot_be_name_the_flag(tmp_path, specs, message):
+    path = rows_of(tmp_path / "a", 3)
+    with pytest.raises(DataError, match=f"--data.*{message}"):
+        read_mixture([spec.format(path) for spec in specs])
+
+
+def test_a_skip_list_leaves_out_the_rows_of_its_files(tmp_path, monkeypatch):
+    samples = read_samples(rows_of(tmp_path / "a", 3))
+    bad = {"path": samples[1].videos[0], "reason": "is empty", "rows": ["x"]}
+    listed = read_skip_list(write(tmp_path / "bad.jsonl", bad, ""))
+    assert listed == {samples[1].videos[0]: "is empty"}
+    assert leave_out(samples, listed) == ([samples[0], samples[2]], [samples[1]])
+    monkeypatch.chdir(tmp_path)  # relative paths of either side mean the same files
+    assert leave_out(read_samples("a/train.jsonl"), listed)[1][0].videos == ("a/a1.mp4",)
+    with pytest.raises(DataError, match="--skip_list .*: no such file; write one with python -m video.scan"):
+        read_skip_list(tmp_path / "none")
+    with pytest.raises(DataError, match="--skip_list bad.jsonl:2: is not JSON"):
+        read_skip_list(write(tmp_path / "bad.jsonl", bad, "{"))
+    with pytest.raises(DataError, match="--skip_list bad.jsonl:1: must be"):
+        read_skip_list(write(tmp_path / "bad.jsonl", "[]"))

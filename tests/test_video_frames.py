@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from video_helpers import make_broken, make_video
+from video_helpers import blocks, encode, make_broken, make_video, rotated
 
 import video.frames
+from video.formats import Clip
 from video.frames import (
     VideoError,
     VideoSettings,
+    choose,
+    clip_range,
     frame_count,
+    frame_files,
     frame_indices,
     frame_size,
     image_size,
@@ -112,6 +116,9 @@ VIDEOS = [  # frames, height, width, fps, options
     (24, 240, 320, 8, {"total_pixels": 40 * 28 * 28}),
     (8, 28, 28, 2, {"min_pixels": 784, "max_pixels": 784}),
     (5, 30, 62, 1, {"min_frames": 2}),
+] + [
+    (int(frames), 2 * int(height), 2 * int(width), int(rate), {})
+    for frames, height, width, rate in np.random.default_rng(0).integers((4, 16, 37, 1), (60, 60, 80, 61), (22, 4))
 ]
 
 
@@ -130,16 +137,146 @@ def test_read_video_equals_qwen_vl_utils(oracle, decoder, tmp_path, frames, heig
         element |= {"fps": settings.fps, "min_frames": settings.min_frames, "max_frames": settings.max_frames}
     if settings.total_pixels:
         element["total_pixels"] = settings.total_pixels
-    expected, expected_fps = oracle.fetch_video(element, return_video_sample_fps=True)
-    ours, sample_fps = read_video(path, settings, FACTOR)
-    assert ours.dtype == torch.uint8 and ours.shape == expected.shape
-    assert sample_fps == pytest.approx(expected_fps, rel=1e-6)
-    limit = 0 if video.frames.decord is not None else 1  # another FFmpeg converts colours
-    assert (ours.float() - expected).abs().max() <= limit
+    ours = check_against(oracle, element, settings)
     # metadata alone gives the same shape
     total, rate, high, wide = probe(path)
     count = frame_count(total, rate, settings)
     assert (count, *frame_size(high, wide, count, settings, FACTOR)) == (*ours.shape[:1], *ours.shape[2:])
+
+
+def check_against(oracle, element, settings):
+    """Our frames of a video, or of a clip of it, after comparing them with those of a whole fetch_video."""
+    expected, expected_fps = oracle.fetch_video(element, return_video_sample_fps=True)
+    clip = Clip(element.get("video_start"), element.get("video_end"))
+    ours, sample_fps = read_video(element["video"], settings, FACTOR, clip)
+    assert ours.dtype == torch.uint8 and ours.shape == expected.shape
+    assert sample_fps == pytest.approx(expected_fps, rel=1e-6)
+    limit = 0 if video.frames.decord is not None else 1  # another FFmpeg converts colours
+    assert (ours.float() - expected).abs().max() <= limit
+    return ours
+
+
+@pytest.fixture
+def by_decord(oracle, decoder, monkeypatch):
+    """The oracle, reading with decord, against each of our decoders."""
+    if "decord" not in sys.modules:
+        pytest.skip("the oracle needs decord")
+    monkeypatch.setattr(oracle, "get_video_reader_backend", lambda: "decord")
+    return oracle
+
+
+@pytest.mark.parametrize("start,end", [(None, 3.0), (1.25, None), (1.26, 3.74), (0.0, 99.0), (3.5, 4.0)])
+def test_clips_equal_qwen_vl_utils(by_decord, tmp_path, start, end):
+    path = make_video(tmp_path / "v.mp4", frames=50, height=60, width=90, fps=12)
+    times = {name: value for name, value in (("video_start", start), ("video_end", end)) if value is not None}
+    settings = VideoSettings(**LOW, fps=4.0)
+    element = {"video": path, "fps": 4.0, "min_frames": 4, "max_frames": 16} | LOW | times
+    ours = check_against(by_decord, element, settings)
+    total, rate, *_ = probe(path)
+    assert len(choose(total, rate, settings, Clip(start, end))[0]) == len(ours)  # the plan counts the same
+
+
+def test_clip_range_against_literal_table_and_qwen_vl_utils(oracle):
+    assert clip_range(100, 10.0, Clip()) == (0, 99)
+    assert clip_range(100, 10.0, Clip(1.01, 2.09)) == (11, 20)  # inside the clip, not around it
+    assert clip_range(100, 10.0, Clip(None, 50.0)) == (0, 99)
+    for start, end in ((5.0, 5.05), (20.0, 30.0), (3.0, 2.0)):
+        with pytest.raises(ValueError, match="has no two frames from"):
+            clip_range(100, 10.0, Clip(start, end))
+    generator = np.random.default_rng(0)
+    for _ in range(500):
+        start, end = generator.uniform(0, 12, 2).round(2).tolist()
+        total, fps = int(generator.integers(2, 300)), float(generator.choice([7.0, 23.976, 30.0]))
+        try:
+            expected = oracle.calculate_video_frame_range({"video_start": start, "video_end": end}, total, fps)[:2]
+        except ValueError:
+            with pytest.raises(ValueError):
+                clip_range(total, fps, Clip(start, end))
+            continue
+        assert clip_range(total, fps, Clip(start, end)) == expected
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_a_rotation_flag_is_followed_as_by_qwen_vl_utils(by_decord, tmp_path, degrees):
+    path = tmp_path / "v.mp4"
+    make_video(path, frames=8, height=60, width=120)
+    path.write_bytes(rotated(path.read_bytes(), degrees))
+    ours = check_against(by_decord, {"video": str(path), "nframes": 8} | LOW, VideoSettings(nframes=8, **LOW))
+    assert (ours.shape[2] > ours.shape[3]) == (degrees != 180)
+
+
+def test_a_variable_frame_rate_equals_qwen_vl_utils(by_decord, tmp_path):
+    times = np.random.default_rng(0).integers(1, 40, 30).cumsum().tolist()
+    path = encode(tmp_path / "v.mp4", blocks(30, 64, 64), times=times)
+    check_against(by_decord, {"video": path, "fps": 2.0, "min_frames": 4, "max_frames": 16} | LOW, VideoSettings(**LOW))
+
+
+@pytest.mark.parametrize("height,width", [(1, 64), (33, 65)])
+def test_odd_sizes_equal_qwen_vl_utils(by_decord, tmp_path, height, width):
+    path = encode(tmp_path / "v.mkv", blocks(8, height, width), codec="ffv1")
+    check_against(by_decord, {"video": path, "nframes": 4} | LOW, VideoSettings(nframes=4, **LOW))
+
+
+def make_folder(folder, count, size=(90, 60), suffix=".png"):
+    folder.mkdir()
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"frame_{number}{suffix}")
+    return str(folder)
+
+
+def test_a_folder_of_frames_equals_a_list_of_frames_in_qwen_vl_utils(oracle, tmp_path):
+    """Of sizes that both leave as they are: it first resizes to multiples of 56, for it hands fetch_image the factor
+    where that takes the patch size."""
+    folder = make_folder(tmp_path / "frames", 12, size=(168, 112))  # frame_10 comes after frame_9
+    (tmp_path / "frames/notes.txt").write_text("no frame")
+    files = frame_files(folder)
+    assert [file.rsplit("_")[-1] for file in files] == [f"{n}.png" for n in range(12)]
+    expected, rate = oracle.fetch_video({"video": files} | LOW, return_video_sample_fps=True)
+    ours, own_rate = read_video(folder, VideoSettings(**LOW), FACTOR)
+    assert torch.equal(ours.float(), expected.float()) and own_rate == rate == 2.0
+    assert probe(folder) == (12, 2.0, 112, 168)
+    small = VideoSettings(min_pixels=784, max_pixels=4 * 784)
+    resized = read_video(folder, small, FACTOR)[0]
+    image = Image.open(files[3]).resize(frame_size(112, 168, 12, small, FACTOR)[::-1])
+    assert torch.equal(resized[3], torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+def test_a_folder_of_frames_is_sampled_and_clipped_like_a_video(tmp_path):
+    folder = make_folder(tmp_path / "frames", 30)
+    whole, _ = read_video(folder, VideoSettings(nframes=30, **LOW), FACTOR)
+    ours, rate = read_video(folder, VideoSettings(nframes=4, **LOW), FACTOR, Clip(2.0, 5.0, fps=3.0))
+    assert torch.equal(ours, whole[[6, 9, 12, 15]]) and rate == pytest.approx(4 / 10 * 3)
+    odd, _ = read_video(make_folder(tmp_path / "odd", 7), VideoSettings(**LOW), FACTOR)
+    assert len(odd) == 6  # none is repeated
+
+
+def test_a_folder_that_is_no_video_says_why(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(VideoError, match="without frames"):
+        read_video(str(tmp_path / "empty"), VideoSettings(), FACTOR)
+    folder = make_folder(tmp_path / "mixed", 4)
+    Image.new("RGB", (10, 10)).save(tmp_path / "mixed/frame_2.png")
+    with pytest.raises(VideoError, match="frame_2.png is .10, 10., the first frame .90, 60."):
+        read_video(folder, VideoSettings(**LOW), FACTOR)
+
+
+def test_a_huge_frame_is_refused_before_it_is_decoded(decoder, tmp_path, monkeypatch):
+    assert 7680 * 4320 < video.frames.MAX_FRAME_PIXELS < 10**8
+    monkeypatch.setattr(video.frames, "MAX_FRAME_PIXELS", 64 * 96 - 1)
+    path = make_video(tmp_path / "v.mp4", height=64, width=96)
+    for name in ("_read_decord", "_read_pyav"):
+        monkeypatch.setattr(video.frames, name, lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(VideoError, match="frames of 96 x 64 pixels are above the limit of 6143 pixels"):
+        read_video(path, VideoSettings(), FACTOR)
+
+
+def test_frames_are_held_at_full_size_a_few_at_a_time(decoder, tmp_path, monkeypatch):
+    path = make_video(tmp_path / "v.mp4", frames=40, height=64, width=64)
+    sizes, plain = [], video.frames._resize
+    monkeypatch.setattr(video.frames, "_resize", lambda frames, size: sizes.append(len(frames)) or plain(frames, size))
+    assert len(read_video(path, VideoSettings(nframes=40, **LOW), FACTOR)[0]) == 40
+    assert sum(sizes) == 40 and max(sizes) <= video.frames.DECODE_CHUNK
 
 
 @pytest.mark.parametrize("mode,size", [("RGB", (300, 200)), ("RGBA", (64, 90)), ("L", (500, 40)), ("P", (30, 30))])
@@ -161,6 +298,25 @@ def test_unreadable_files_raise_one_line_with_path(decoder, tmp_path):
             read_video(path, VideoSettings(**LOW), FACTOR)
         assert caught.value.path == path and caught.value.reason, name
         assert "\n" not in str(caught.value) and path in str(caught.value), name
+
+
+@pytest.mark.parametrize("width", [16, 72])
+def test_narrow_videos_that_decord_cannot_copy_are_read_all_the_same(tmp_path, width, monkeypatch):
+    path = make_video(tmp_path / "v.mp4", frames=6, height=64, width=width)
+    ours, _ = read_video(path, VideoSettings(nframes=6, **LOW), FACTOR)
+    monkeypatch.setattr(video.frames, "decord", None)
+    assert torch.equal(ours, read_video(path, VideoSettings(nframes=6, **LOW), FACTOR)[0])
+
+
+def test_a_file_cut_short_and_a_stream_of_no_known_kind_say_so(decoder, tmp_path):
+    encode(tmp_path / "v.avi", blocks(30, 64, 64), codec="mpeg4")
+    whole = (tmp_path / "v.avi").read_bytes()
+    (tmp_path / "short.avi").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(VideoError, match="cut short: holds 3 of the 30 frames|frames are missing"):
+        read_video(str(tmp_path / "short.avi"), VideoSettings(**LOW), FACTOR)
+    (tmp_path / "codec.avi").write_bytes(whole.replace(b"FMP4", b"Q?Z!"))
+    with pytest.raises(VideoError, match="of a kind that no decoder here knows"):
+        read_video(str(tmp_path / "codec.avi"), VideoSettings(**LOW), FACTOR)
 
 
 def test_one_frame_and_a_strip_are_refused(decoder, tmp_path):

@@ -1,14 +1,11 @@
 """Order, broken files, workers that die or hang, and what is left when the loader closes."""
 
-import os
-import time
-
 import pytest
 import torch
-from video_helpers import SMALL, Misbehaving, make_broken, make_video
+from video_helpers import SMALL, Misbehaving, assert_gone, make_broken, make_video
 
 from grpo.tiny import build_tiny_model
-from video.dataset import Sample
+from video.formats import DataError, Sample
 from video.loader import PromptLoader
 from video.prompt import Prompt, PromptEncoder, Skipped
 
@@ -20,20 +17,6 @@ def encoder(tmp_path_factory):
 
 def samples(*texts):
     return [Sample(f"d.jsonl:{number}", text, "A", videos=(f"{number}.mp4",)) for number, text in enumerate(texts, 1)]
-
-
-def assert_gone(pids):
-    """A worker is another process's child, so no wait() tells: ask the system for a second."""
-    for pid in pids:
-        assert pid != os.getpid()
-        for _ in range(20):
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                break
-            time.sleep(0.05)
-        else:
-            raise AssertionError(f"worker {pid} still runs")
 
 
 def test_order_is_kept_and_workers_use_one_thread():
@@ -57,7 +40,7 @@ def test_dead_hanging_and_raising_samples_are_skipped_and_the_rest_arrives():
         first, second = loader.batches([group, group[:1]])
     assert [type(item) for item in first] == [Prompt, Skipped, Prompt, Skipped, Skipped, Prompt, Skipped, Prompt]
     assert first[1] == Skipped("d.jsonl:2", "2.mp4", "its worker died (exit code 17)")
-    assert first[3] == Skipped("d.jsonl:4", "4.mp4", "took more than 1 s (--timeout)")
+    assert first[3] == Skipped("d.jsonl:4", "4.mp4", "took more than 1 s (--decode_timeout)")
     assert first[4] == Skipped("d.jsonl:5", "5.mp4", "RuntimeError: broken for good")
     assert second[0].sample == group[0]
     pids = [item.input_ids[1].item() for item in first if isinstance(item, Prompt)]
@@ -114,8 +97,23 @@ def test_stopping_early_and_errors_leave_no_process():
 
 
 @pytest.mark.parametrize(
-    "options,flag", [({"workers": -1}, "--workers"), ({"timeout": 0}, "--timeout"), ({"ahead": 0}, "--ahead")]
+    "options,flag", [({"workers": -1}, "--workers"), ({"timeout": 0}, "--decode_timeout"), ({"ahead": 0}, "--ahead")]
 )
 def test_options_out_of_range_name_the_flag(options, flag):
     with pytest.raises(ValueError, match=flag):
         PromptLoader(Misbehaving(), **options)
+
+
+def test_a_run_in_which_nothing_can_be_read_stops_and_says_why():
+    """One kind of reason for the first samples of all, or none: a good sample or another reason and it goes on."""
+    def run(*texts, **options):
+        with PromptLoader(Misbehaving(), workers=0, give_up_after=4, **options) as loader:
+            return list(loader.batches([[sample] for sample in samples(*texts)]))
+
+    with pytest.raises(DataError, match="first 4 samples were skipped, the last .d.jsonl:4. because 4.mp4: RuntimeError"):
+        run(*["raise"] * 6)
+    assert len(run(*["raise"] * 3)) == 3
+    assert len(run("", *["raise"] * 9)) == 10
+    assert len(run("raise", "bad", *["raise"] * 8)) == 10
+    with PromptLoader(Misbehaving(), workers=1, give_up_after=None) as loader:
+        assert len(list(loader.batches([samples(*["raise"] * 60)]))[0]) == 60

@@ -1,9 +1,12 @@
 """What the video tests share: small real videos, and encoders that misbehave inside a worker process."""
 
 import os
+import struct
 import time
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 
@@ -26,6 +29,35 @@ def make_video(path: Path, frames: int = 8, height: int = 28, width: int = 28, f
     return str(path)
 
 
+def rotated(content: bytes, degrees: int) -> bytes:
+    """An mp4 with its track header's matrix set to turn the picture clockwise by 90, 180 or 270 degrees."""
+    at = content.index(b"tkhd") + 44  # version 0: the matrix follows 40 bytes of other fields
+    a, b, c, d = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]
+    matrix = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    return content[:at] + matrix + content[at + 36 :]
+
+
+def encode(path: Path, frames, times: list[int] | None = None, codec: str = "libx264", rate: int = 10) -> str:
+    """A video of frames (H, W, 3), with any codec and, where given, a time for each frame in ticks of 1/100 s: a
+    variable frame rate."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.pix_fmt = {"ffv1": "bgr0"}.get(codec, "yuv420p")
+        if codec == "libx264":
+            stream.options = {"preset": "ultrafast"}
+        if times:
+            stream.codec_context.time_base = Fraction(1, 100)
+        for number, pixels in enumerate(frames):
+            if number == 0:
+                stream.height, stream.width = pixels.shape[:2]
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            if times:
+                frame.pts, frame.time_base = times[number], Fraction(1, 100)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return str(path)
+
+
 def make_broken(folder: Path) -> dict[str, str]:
     """Files that cannot be read, by name: what happens to downloads."""
     whole = Path(make_video(folder / "whole.mp4", frames=40, height=64, width=96, fps=10)).read_bytes()
@@ -42,6 +74,23 @@ def make_broken(folder: Path) -> dict[str, str]:
     return paths | {"missing": str(folder / "missing.mp4"), "folder": str(folder)}
 
 
+def assert_gone(pids):
+    """A worker is another process's child, so no wait() tells: ask the system for a second."""
+    for pid in pids:
+        assert pid != os.getpid()
+        for _ in range(20):
+            try:
+                os.kill(pid, 0)
+                status = Path(f"/proc/{pid}/stat")
+                if status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                    break  # ended; it is for whoever adopted it to collect it
+            except (ProcessLookupError, FileNotFoundError):
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError(f"worker {pid} still runs")
+
+
 class Misbehaving:
     """An encoder that obeys the sample's text: dies, sleeps, raises, or answers at once."""
 
@@ -52,6 +101,8 @@ class Misbehaving:
             time.sleep(600)
         if sample.problem == "raise":
             raise RuntimeError("broken\nfor good")
+        if sample.problem == "bad":
+            raise ValueError("bad")
         if sample.problem == "slow":
             time.sleep(0.2)
         return Prompt(sample, torch.tensor([torch.get_num_threads(), os.getpid()]), None, None, None, None, [])

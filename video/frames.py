@@ -5,13 +5,18 @@ Departures, each with its reason:
   repeats frames of short clips; here `fps` and `max_frames` act together, once, on the original frame numbers.
 - `smart_resize` never returns a side of 0 (qwen-vl-utils can, for a picture 30 high and 6000 wide, and then fails).
 - A file that cannot be read raises; qwen-vl-utils tries another reader.
+- A folder of frames is a video like any other: its frames are sampled too, none is repeated to make their number even,
+  and they are resized once (qwen-vl-utils takes all, repeats the last, and first resizes to multiples of 56).
+- Above MAX_FRAME_PIXELS nothing is decoded: a file of a few kB can claim a frame of many GB.
 - Frames stay uint8. qwen-vl-utils resizes in uint8 as well, so its float frames hold the same integers.
 """
 import math
 import os
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import av
 import numpy as np
@@ -19,6 +24,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
+
+from video.formats import WHOLE, Clip
 
 try:
     import decord
@@ -30,6 +37,11 @@ else:
 FRAME_FACTOR = 2  # frames come in pairs: the vision tower's temporal patch
 MAX_RATIO = 200  # a longer strip than this is refused, as the model's own processor does
 VIDEO_MAX_TOKENS = 768  # per frame, qwen-vl-utils' ceiling whatever max_pixels says
+FOLDER_FPS = 2.0  # of a folder of frames, where its row does not say; qwen-vl-utils' sample_fps
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+MAX_FRAME_PIXELS = 64 * 2**20  # 8K has 33 million
+WHOLE_SHARE = 0.9  # of the frames that a header tells of; a file with fewer is taken for a broken download
+DECODE_CHUNK = 8  # frames held at full size at a time, so that memory does not grow with their number
 CONTEXT_TOKENS = 128_000  # qwen-vl-utils' budget of a whole video is 90% of this, in merged patches
 
 
@@ -114,6 +126,31 @@ def frame_count(total_frames: int, video_fps: float, settings: VideoSettings) ->
     return count
 
 
+def clip_range(total_frames: int, video_fps: float, clip: Clip) -> tuple[int, int]:
+    """The numbers of the first and last frame between clip.start and clip.end. Raises ValueError where there are none.
+
+    Source: qwen_vl_utils.vision_process.calculate_video_frame_range.
+    """
+    length = total_frames / video_fps
+    first, last = 0, total_frames - 1
+    if clip.start is not None:
+        first = math.ceil(min(clip.start, length) * video_fps)
+    if clip.end is not None:
+        last = min(math.floor(min(clip.end, length) * video_fps), last)
+    if first >= last and (clip.start, clip.end) != (None, None):
+        raise ValueError(f"has no two frames from {clip.start} to {clip.end} s; it lasts {length:.2f} s")
+    return first, last
+
+
+def choose(total_frames: int, video_fps: float, settings: VideoSettings, clip: Clip = WHOLE) -> tuple[list[int], float]:
+    """(numbers of the frames to take, how many of them there are per second). Raises ValueError where none fit."""
+    if not (total_frames > 0 and 0 < video_fps < math.inf):
+        raise ValueError(f"its header gives {total_frames} frames at {video_fps} per second")
+    first, last = clip_range(total_frames, video_fps, clip)
+    count = frame_count(last - first + 1, video_fps, settings)
+    return frame_indices(first, last, count), count / (last - first + 1) * video_fps
+
+
 def frame_indices(first: int, last: int, count: int) -> list[int]:
     """`count` frame numbers spread evenly from `first` to `last`, both included, rounded (never truncated)."""
     return torch.linspace(first, last, count).round().long().tolist()
@@ -140,37 +177,63 @@ def check_file(path: str) -> None:
         raise VideoError(path, "is empty (0 bytes)")
 
 
-def probe(path: str) -> tuple[int, float, int, int]:
+def probe(path: str, clip: Clip = WHOLE) -> tuple[int, float, int, int]:
     """(frames, frames per second, height, width) of a video from its metadata; no frame is decoded.
 
-    Height and width are those stored: a rotation flag may swap them, which changes no count of tokens.
+    Height and width are those stored: a rotation flag may swap them, which changes no count of tokens. The last 64
+    answers are kept, so that planning and decoding a video open it once. Raises VideoError.
     """
+    if os.path.isdir(path):
+        files = frame_files(path)
+        with _open_image(files[0]) as image:
+            width, height = image.size
+        return len(files), clip.fps or FOLDER_FPS, height, width
     check_file(path)
+    status = os.stat(path)
+    return _probe(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _probe(path: str, *_) -> tuple[int, float, int, int]:
     try:
         with av.open(path) as container:
             stream = _video_stream(container, path)
-            frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
             fps, height, width = stream.average_rate, stream.height, stream.width
-    except (av.FFmpegError, OSError) as error:
+            if height * width > MAX_FRAME_PIXELS:
+                raise VideoError(path, f"its frames of {width} x {height} pixels are above the limit of {MAX_FRAME_PIXELS} pixels")
+            frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+    except VideoError:
+        raise
+    except (av.FFmpegError, OSError, ValueError) as error:
         raise VideoError(path, f"cannot be opened as a video: {_one_line(error)}") from error
     if not (frames and fps and height and width):
         raise VideoError(path, "its header gives no frames, rate or size")
     return frames, float(fps), height, width
 
 
-def read_video(path: str, settings: VideoSettings, factor: int) -> tuple[torch.Tensor, float]:
+def frame_files(folder: str) -> list[str]:
+    """The images of a folder of frames, in the order of the numbers in their names. Raises VideoError."""
+    names = [name for name in os.listdir(folder) if name.lower().endswith(FRAME_SUFFIXES) and not name.startswith(".")]
+    if not names:
+        raise VideoError(folder, "is a folder without frames (.jpg, .png, .webp or .bmp)")
+    parts = {name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)] for name in names}
+    return [os.path.join(folder, name) for name in sorted(names, key=parts.get)]
+
+
+def read_video(path: str, settings: VideoSettings, factor: int, clip: Clip = WHOLE) -> tuple[torch.Tensor, float]:
     """The chosen frames, uint8 (T, 3, H, W) resized, and how many of them there are per second of video.
 
     `factor` is the model's patch size x merge size: H and W are multiples of it. Raises VideoError.
     """
-    check_file(path)
-    frames, total, video_fps = (_decode_pyav if decord is None else _decode_decord)(path, settings)
+    probe(path, clip)  # for the limit of the frames' size
     try:
-        size = frame_size(frames.shape[2], frames.shape[3], len(frames), settings, factor)
-    except ValueError as error:
+        if os.path.isdir(path):
+            return _read_folder(path, settings, factor, clip)
+        return (_read_pyav if decord is None else _read_decord)(path, settings, factor, clip)
+    except VideoError:
+        raise
+    except ValueError as error:  # from choose and frame_size, which know of no path
         raise VideoError(path, str(error)) from error
-    resized = resize(frames, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return resized, len(frames) / total * video_fps
 
 
 def image_size(path: str, settings: VideoSettings, factor: int) -> tuple[int, int]:
@@ -182,16 +245,19 @@ def image_size(path: str, settings: VideoSettings, factor: int) -> tuple[int, in
 def read_image(path: str, settings: VideoSettings, factor: int) -> torch.Tensor:
     """An image, uint8 (3, H, W), on white where transparent, resized by PIL as in qwen-vl-utils. Raises VideoError."""
     with _open_image(path) as image:
-        height, width = _image_size(path, image, settings, factor)
-        try:
-            if image.mode == "RGBA":
-                opaque = Image.new("RGB", image.size, (255, 255, 255))
-                opaque.paste(image, mask=image.split()[3])
-            else:
-                opaque = image.convert("RGB")
-            pixels = np.array(opaque.resize((width, height)))
-        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on damaged data
-            raise VideoError(path, f"cannot be decoded: {_one_line(error)}") from error
+        return _pixels(path, image, _image_size(path, image, settings, factor))
+
+
+def _pixels(path: str, image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    try:
+        if image.mode == "RGBA":
+            opaque = Image.new("RGB", image.size, (255, 255, 255))
+            opaque.paste(image, mask=image.split()[3])
+        else:
+            opaque = image.convert("RGB")
+        pixels = np.array(opaque.resize(size[::-1]))
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on damaged data
+        raise VideoError(path, f"cannot be decoded: {_one_line(error)}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -213,22 +279,30 @@ def _image_size(path: str, image: Image.Image, settings: VideoSettings, factor: 
         raise VideoError(path, str(error)) from error
 
 
-def _decode_decord(path: str, settings: VideoSettings) -> tuple[torch.Tensor, int, float]:
-    """(frames uint8 (T, 3, H, W) as stored, number of frames in the file, its frames per second)."""
+def _read_decord(path: str, settings: VideoSettings, factor: int, clip: Clip) -> tuple[torch.Tensor, float]:
     try:
         reader = decord.VideoReader(path, num_threads=1)  # processes, not threads, decode in parallel
-        total, fps = len(reader), reader.get_avg_fps()
-        indices = _choose(path, total, fps, settings)
-        frames = torch.from_numpy(reader.get_batch(indices).asnumpy())
+        told = probe(path)[0]
+        if len(reader) < WHOLE_SHARE * told:  # else the frames would be those of another, shorter stretch of time
+            raise VideoError(path, f"is cut short: holds {len(reader)} of the {told} frames that its header tells of")
+        indices, rate = choose(len(reader), reader.get_avg_fps(), settings, clip)
+        size = partial(frame_size, count=len(indices), settings=settings, factor=factor)
+        frames = [
+            _resize(reader.get_batch(indices[start : start + DECODE_CHUNK]).asnumpy(), size)
+            for start in range(0, len(indices), DECODE_CHUNK)
+        ]
     except (decord.DECORDError, RuntimeError, IndexError, OSError) as error:
+        if "must exactly match" in str(error):  # decord 0.6 cannot copy frames 8 to 72 pixels wide, some of them
+            return _read_pyav(path, settings, factor, clip)
         raise VideoError(path, f"cannot be decoded: {_one_line(error)}") from error
-    return frames.permute(0, 3, 1, 2), total, fps
+    return torch.cat(frames), rate
 
 
-def _decode_pyav(path: str, settings: VideoSettings) -> tuple[torch.Tensor, int, float]:
-    """As `_decode_decord`. Decodes from the start to the last frame wanted: measured faster than seeking."""
+def _read_pyav(path: str, settings: VideoSettings, factor: int, clip: Clip) -> tuple[torch.Tensor, float]:
+    """As `_read_decord`. Decodes from the start to the last frame wanted: measured faster than seeking."""
     total, fps, _, _ = probe(path)
-    indices = _choose(path, total, fps, settings)
+    indices, rate = choose(total, fps, settings, clip)
+    size = partial(frame_size, count=len(indices), settings=settings, factor=factor)
     wanted, found = set(indices), {}
     try:
         with av.open(path) as container:
@@ -236,29 +310,45 @@ def _decode_pyav(path: str, settings: VideoSettings) -> tuple[torch.Tensor, int,
             stream.codec_context.thread_count = 1
             for number, frame in enumerate(container.decode(stream)):
                 if number in wanted:
-                    found[number] = frame.to_ndarray(format="rgb24")
+                    upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90 % 4)  # decord turns too
+                    found[number] = _resize(np.ascontiguousarray(upright)[None], size)
                 if number == indices[-1]:
                     break
     except (av.FFmpegError, OSError) as error:
         raise VideoError(path, f"cannot be decoded: {_one_line(error)}") from error
     if len(found) < len(wanted):
         raise VideoError(path, f"cannot be decoded: {len(wanted) - len(found)} of {len(wanted)} frames are missing")
-    return torch.from_numpy(np.stack([found[i] for i in indices])).permute(0, 3, 1, 2), total, fps
+    return torch.cat([found[i] for i in indices]), rate
 
 
-def _choose(path: str, total: int, fps: float, settings: VideoSettings) -> list[int]:
-    if not (total > 0 and 0 < fps < math.inf):
-        raise VideoError(path, f"its header gives {total} frames at {fps} per second")
-    try:
-        return frame_indices(0, total - 1, frame_count(total, fps, settings))
-    except ValueError as error:
-        raise VideoError(path, str(error)) from error
+def _read_folder(path: str, settings: VideoSettings, factor: int, clip: Clip) -> tuple[torch.Tensor, float]:
+    """As `_read_decord`, of a folder of frames; resized by PIL as images are, as qwen-vl-utils does with a list."""
+    files = frame_files(path)
+    total, fps, height, width = probe(path, clip)
+    indices, rate = choose(total, fps, settings, clip)
+    size = frame_size(height, width, len(indices), settings, factor)
+    frames = []
+    for file in (files[i] for i in indices):
+        with _open_image(file) as image:
+            if image.size != (width, height):
+                raise VideoError(path, f"{os.path.basename(file)} is {image.size}, the first frame {(width, height)}")
+            frames.append(_pixels(file, image, size))
+    return torch.stack(frames), rate
+
+
+def _resize(frames: np.ndarray, size: Callable[[int, int], tuple[int, int]]) -> torch.Tensor:
+    """Frames (T, H, W, 3) as (T, 3, *size(H, W)), both uint8."""
+    tensor = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    return resize(tensor, list(size(*tensor.shape[2:])), interpolation=InterpolationMode.BICUBIC, antialias=True)
 
 
 def _video_stream(container, path: str):
     if not container.streams.video:
         raise VideoError(path, "has no video stream")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise VideoError(path, "its video stream is of a kind that no decoder here knows")
+    return stream
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,53 +1,49 @@
 """Prompts encoded ahead of the trainer, in worker processes that may hang or die without harm.
 
-A decoder can crash or hang on a damaged file, which no `try` catches. So each sample is a task with a time limit in a
-process of its own; pebble replaces a worker that overruns or dies, and the sample comes back as Skipped.
+A decoder can crash or hang on a damaged file, which no `try` catches. So each sample is a call with a time limit in a
+process of its own; a worker that overruns or dies is replaced, and the sample comes back as Skipped.
 """
-import multiprocessing
-import os
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, TimeoutError
+from concurrent.futures import Future
+from functools import partial
 
-import torch
-from pebble import ProcessExpired, ProcessPool
-
-from video.dataset import Sample
+from video.formats import DataError, Sample
 from video.frames import SampleError
+from video.pool import WorkerDied, WorkerPool
 from video.prompt import Prompt, Skipped
 
 Encoder = Callable[[Sample, str | None], Prompt]
 
-# imported once, by the server that workers are forked from: a replaced worker then starts in a fraction of a second
-PRELOAD = (
-    "torch", "torchvision.transforms.functional", "video.prompt", "transformers.models.qwen2_vl.processing_qwen2_vl",
-    "transformers.models.qwen2_vl.video_processing_qwen2_vl", "transformers.models.qwen2_vl.image_processing_qwen2_vl",
-    "transformers.models.qwen2_5_vl.processing_qwen2_5_vl", "transformers.models.qwen2.tokenization_qwen2",
-)
+GIVE_UP_AFTER = 50  # samples, all skipped for one kind of reason before any could be used: the set-up is at fault
 
 
 class PromptLoader:
     """Encodes batches of samples in order, at most `ahead` batches before they are asked for.
+
+    Where the first `give_up_after` samples are all skipped, and for the same kind of reason, it raises DataError: that
+    is a wrong --video_root or a broken decoder, and a run that went on would train on nothing. None: it never does.
 
     `workers` 0 encodes in this process, when a batch is asked for: no limit of time and no protection then. `timeout`
     is in seconds a sample. Workers start at once, so that they are ready when the model has loaded. A script that uses
     it needs the usual `if __name__ == "__main__":`. Use it as a context manager, or call close().
     """
 
-    def __init__(self, encoder: Encoder, workers: int = 2, timeout: float = 60.0, ahead: int = 2):
+    def __init__(self, encoder: Encoder, workers: int = 2, timeout: float = 60.0, ahead: int = 2,
+                 give_up_after: int | None = GIVE_UP_AFTER):
         for holds, message in (
             (workers >= 0, "--workers must be 0 or more"),
-            (timeout > 0, "--timeout must be above 0 seconds"),
+            (timeout > 0, "--decode_timeout must be above 0 seconds"),
             (ahead >= 1, "--ahead must be 1 or more"),
         ):
             if not holds:
                 raise ValueError(message)
         self.encoder, self.timeout, self.ahead = encoder, timeout, ahead
+        self.give_up_after = give_up_after
+        self._kinds, self._seen = set(), 0  # of the samples so far: kinds of reasons, None for a sample that was used
         self._pool = None
         if workers:
-            self._pool = ProcessPool(workers, initializer=_start_worker, initargs=(encoder,), context=_context())
-            self._pool.schedule(os.getpid)  # pebble starts its workers at the first task
+            self._pool = WorkerPool(partial(_encode, encoder), workers, timeout)
 
     def batches(
         self, groups: Iterable[list[Sample]], control: str | None = None
@@ -55,16 +51,16 @@ class PromptLoader:
         """One list for each list of `groups`, in the same order; `control` goes to the encoder."""
         if self._pool is None:
             for group in groups:
-                yield [_encode(self.encoder, sample, control) for sample in group]
+                yield self._checked([_encode(self.encoder, sample, control) for sample in group])
             return
         source, pending = iter(groups), deque()
         try:
             while True:
                 while len(pending) <= self.ahead and (group := next(source, None)) is not None:
-                    pending.append([(sample, self._submit(sample, control)) for sample in group])
+                    pending.append([(sample, self._pool.submit(sample, control)) for sample in group])
                 if not pending:
                     return
-                yield [self._collect(sample, future) for sample, future in pending.popleft()]
+                yield self._checked([self._collect(sample, future) for sample, future in pending.popleft()])
         finally:  # the consumer stopped early: what has not begun need not begin
             for _, future in (pair for batch in pending for pair in batch):
                 if not future.running():
@@ -73,8 +69,7 @@ class PromptLoader:
     def close(self) -> None:
         """Ends the workers. (The server that forked them is shared by all loaders, and ends with this process.)"""
         if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
+            self._pool.close()
 
     def __enter__(self) -> "PromptLoader":
         return self
@@ -82,39 +77,23 @@ class PromptLoader:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _submit(self, sample: Sample, control: str | None) -> Future:
-        return self._pool.schedule(_work, args=(sample, control), timeout=self.timeout)
+    def _checked(self, batch: list[Prompt | Skipped]) -> list[Prompt | Skipped]:
+        """`batch`, unless it shows that no sample at all can be used."""
+        self._kinds.update(item.kind if isinstance(item, Skipped) else None for item in batch)
+        self._seen += len(batch)
+        if batch and self.give_up_after and self._seen >= self.give_up_after and len(self._kinds) == 1 and None not in self._kinds:
+            last = batch[-1]
+            raise DataError(f"all of the first {self._seen} samples were skipped, the last ({last.key}) because "
+                            f"{last.path}: {last.reason}; check --video_root, and see python -m video.scan --data ...")
+        return batch
 
     def _collect(self, sample: Sample, future: Future) -> Prompt | Skipped:
         try:
             return future.result()
         except TimeoutError:
-            return _skipped(sample, f"took more than {self.timeout:g} s (--timeout)")
-        except ProcessExpired as error:
-            return _skipped(sample, f"its worker died (exit code {error.exitcode})")
-
-
-def _context():
-    """A way to start processes that inherits no thread, lock or CUDA state from the trainer."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
-    return context
-
-
-_worker_encoder: Encoder | None = None  # set once in each worker, so that tasks carry a sample alone
-
-
-def _start_worker(encoder: Encoder) -> None:
-    global _worker_encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer ends its workers
-    torch.set_num_threads(1)
-    _worker_encoder = encoder
-
-
-def _work(sample: Sample, control: str | None) -> Prompt | Skipped:
-    return _encode(_worker_encoder, sample, control)
+            return _skipped(sample, f"took more than {self.timeout:g} s (--decode_timeout)", "timeout")
+        except WorkerDied as error:
+            return _skipped(sample, f"its worker died ({error})", "worker died")
 
 
 def _encode(encoder: Encoder, sample: Sample, control: str | None) -> Prompt | Skipped:
@@ -122,11 +101,11 @@ def _encode(encoder: Encoder, sample: Sample, control: str | None) -> Prompt | S
     try:
         return encoder(sample, control)
     except SampleError as error:
-        return Skipped(sample.key, error.path, error.reason)
+        return Skipped(sample.key, error.path, error.reason, type(error).__name__)
     except Exception as error:  # named and counted by the caller: one odd file in 100,000 must not end a run
-        return _skipped(sample, f"{type(error).__name__}: {error}")
+        return _skipped(sample, f"{type(error).__name__}: {error}", type(error).__name__)
 
 
-def _skipped(sample: Sample, reason: str) -> Skipped:
+def _skipped(sample: Sample, reason: str, kind: str) -> Skipped:
     media = (*sample.videos, *sample.images)
-    return Skipped(sample.key, media[0] if media else "", " ".join(reason.split())[:300])
+    return Skipped(sample.key, media[0] if media else "", " ".join(reason.split())[:300], kind)

@@ -4,19 +4,20 @@ The model's own processor does no more here than normalise and cut (do_resize=Fa
 were chosen and resized once, in frames.py.
 """
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 
 import numpy as np
 import torch
 from transformers import AutoProcessor
 
-from video.dataset import MARKS, Sample
+from video.cache import FrameCache
+from video.formats import MARKS, WHOLE, Clip, Sample
 from video.frames import (
     SampleError,
     VideoError,
     VideoSettings,
-    frame_count,
+    choose,
     frame_size,
     image_size,
     probe,
@@ -43,6 +44,7 @@ class Skipped:
     key: str
     path: str
     reason: str
+    kind: str = field(default="", compare=False)  # the type of the exception, "timeout" or "worker died"
 
 
 @dataclass
@@ -101,20 +103,26 @@ def control_frames(frames: torch.Tensor, control: str | None, key: str) -> torch
     raise ValueError(f"control {control!r} is none of {CONTROLS}")
 
 
+def with_clips(sample: Sample) -> list[tuple[str, Clip]]:
+    """(path, the part asked about) of each of its videos."""
+    return list(zip(sample.videos, sample.clips or [WHOLE] * len(sample.videos), strict=True))
+
+
 class PromptEncoder:
     """Calls turn a Sample into a Prompt, or raise SampleError with the file and the reason.
 
     It is pickled into worker processes, and each of them loads the processor again from `processor_path`, a folder or
-    hub name. `template` holds "{problem}", where the question goes.
+    hub name. `template` holds "{problem}", where the question goes. `cache` keeps the frames of videos on disk.
     """
 
     def __init__(
-        self, processor_path: str, settings: VideoSettings, template: str = TEMPLATE, max_prompt_tokens: int = 8192
+        self, processor_path: str, settings: VideoSettings, template: str = TEMPLATE, max_prompt_tokens: int = 8192,
+        cache: FrameCache | None = None,
     ):
         if "{problem}" not in template:
             raise ValueError('--prompt_template must hold "{problem}", where the question goes')
         self.processor_path, self.settings = str(processor_path), settings
-        self.template, self.max_prompt_tokens = template, max_prompt_tokens
+        self.template, self.max_prompt_tokens, self.cache = template, max_prompt_tokens, cache
         self._load()
 
     def _load(self) -> None:
@@ -134,7 +142,7 @@ class PromptEncoder:
         self._chat = lru_cache(maxsize=64)(self._render_chat)
 
     def __getstate__(self) -> dict:
-        names = ("processor_path", "settings", "template", "max_prompt_tokens")
+        names = ("processor_path", "settings", "template", "max_prompt_tokens", "cache")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict) -> None:
@@ -148,13 +156,14 @@ class PromptEncoder:
         SampleError for a question that holds the model's special tokens.
         """
         ids = self._token_ids(sample)
-        self._check_length(sample, len(ids), self._planned_tokens(sample))
+        self._check_length(sample, len(ids), self.planned_tokens(sample))
         images = [read_image(path, self.settings, self.factor) for path in sample.images]
         if control == "blank":
             images = [torch.full_like(image, GREY) for image in images]
         videos, rates = [], []
-        for number, path in enumerate(sample.videos):
-            frames, rate = read_video(path, self.settings, self.factor)
+        read = read_video if self.cache is None else self.cache.read
+        for number, (path, clip) in enumerate(with_clips(sample)):
+            frames, rate = read(path, self.settings, self.factor, clip)
             videos.append(control_frames(frames, control, f"{sample.key}/{number}"))
             rates.append(rate)
         image_inputs, video_inputs = self._cut(images, videos)
@@ -197,16 +206,16 @@ class PromptEncoder:
     def _token_ids(self, sample: Sample) -> list[int]:
         return self.tokenizer(self.text(sample), add_special_tokens=False)["input_ids"]
 
-    def _planned_tokens(self, sample: Sample) -> int:
+    def planned_tokens(self, sample: Sample) -> int:
         """Vision tokens of `sample` by arithmetic on file headers: no frame is decoded."""
         total = 0
         for path in sample.images:
             height, width = image_size(path, self.settings, self.factor)
             total += (height // self.factor) * (width // self.factor)
-        for path in sample.videos:
-            frames, fps, height, width = probe(path)
+        for path, clip in with_clips(sample):
+            frames, fps, height, width = probe(path, clip)
             try:
-                count = frame_count(frames, fps, self.settings)
+                count = len(choose(frames, fps, self.settings, clip)[0])
                 height, width = frame_size(height, width, count, self.settings, self.factor)
             except ValueError as error:
                 raise VideoError(path, str(error)) from error

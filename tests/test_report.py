@@ -1,0 +1,223 @@
+"""What there is to look at: report.html in a browser, frames put together again, a step's completions, curves."""
+
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from video_helpers import SMALL, make_video
+
+from grpo import plot
+from grpo.evaluate import paired, summarise
+from grpo.report import completions_table, evaluation_table, frames_of, show_rollouts, strip, verdict, write_report
+from grpo.tiny import build_tiny_model
+from grpo.types import Rollout
+from video.dataset import Sample
+from video.frames import read_image, read_video
+from video.loader import PromptLoader
+from video.prompt import PromptEncoder
+
+EVIL = "<script>document.title = 'broken'; fetch('/leak')</script><img src='/leak.png' onerror='fetch(`/leak2`)'>"
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return PromptEncoder(build_tiny_model(tmp_path_factory.mktemp("tiny") / "model"), SMALL, "{problem}")
+
+
+def record(key, kind, completion, prediction, score):
+    return {
+        "key": key, "kind": kind, "completion": completion, "prediction": prediction, "score": score, "opposite": None
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory, encoder):
+    """report.html of six questions about two videos, a missing one among them, with markup in everything a model or a row
+    can hold; and of two columns."""
+    folder = tmp_path_factory.mktemp("report")
+    videos = [make_video(folder / f"{i}.mp4", seed=i) for i in range(2)] + [str(folder / "gone.mp4")]
+    kinds = ("colour", "colour", "shape", "shape", 'a "kind" & <b>', "colour")
+    samples = [
+        Sample(f"rows.jsonl:{i}", f"What? {EVIL}", "B", (videos[i // 2],), options=(f"A. {EVIL}", "B. red"))
+        for i in range(6)
+    ]
+    rows = [
+        record("rows.jsonl:0", kinds[0], "<think>so</think><answer>B</answer>", "B", 1.0),
+        record("rows.jsonl:1", kinds[1], f"<think>{EVIL}</think><answer>{EVIL}</answer>", EVIL, 0.0),
+        record("rows.jsonl:2", kinds[2], EVIL, None, 0.0),
+        record("rows.jsonl:3", kinds[3], "<answer>A", "A", 0.0),
+        record("rows.jsonl:4", kinds[4], "<answer>0.7", "0.7", 0.7),
+        {"key": "rows.jsonl:5", "skipped": f"{EVIL}: no such file"},
+    ]
+    columns = {"think": rows, f"against {EVIL}": rows}
+    result = {
+        "results": {name: summarise(column) for name, column in columns.items()},
+        "paired": {"think": paired(rows, rows)},
+    }
+    picture = folder / "curve.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    with PromptLoader(encoder, workers=0) as loader:
+        return write_report(folder / "report.html", f"title {EVIL}", result, columns, samples, loader, 100, picture)
+
+
+def browse(url, folder):
+    """The page's DOM after its scripts ran, in a headless Chromium; skips where there is none."""
+    browser = next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
+    if browser is None:
+        pytest.skip("no Chromium here: `apt-get install chromium`, and the report is opened in it")
+    quiet = ("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
+    sandbox = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        f"--user-data-dir={folder}/profile",
+    )
+    command = [browser, *sandbox, *quiet, "--virtual-time-budget=2000", "--dump-dom", url]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120).stdout
+
+
+@pytest.fixture(scope="module")
+def served(report):
+    """(address of the report, list of the paths that a browser asked for)."""
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(report.parent))
+
+        def log_message(self, *_):
+            asked.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/report.html", asked
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ("", {0, 1, 2, 3, 4, 5}),
+        ("verdict=right", {0}),
+        ("verdict=wrong", {1, 2, 3}),
+        ("verdict=unparsed", {2}),
+        ("verdict=partly", {4}),
+        ("verdict=unreadable", {5}),
+        ("kind=colour", {0, 1}),
+        ("kind=shape&verdict=unparsed", {2}),
+        ("kind=a+%22kind%22+%26+%3Cb%3E", {4}),
+    ],
+)
+def test_filters_in_a_browser(served, tmp_path, filters, expected):
+    dom = browse(f"{served[0]}#{filters}", tmp_path)
+    cards = re.findall(r"<article([^>]*)><small>rows\.jsonl:(\d)", dom)
+    assert len(cards) == 6, dom[:2000]
+    assert {int(number) for attributes, number in cards if "hidden" not in attributes} == expected
+    assert f'<span id="shown">{len(expected)} of 6</span>' in dom
+
+
+def test_nothing_leaves_the_page_and_markup_shows_as_text(served, tmp_path):
+    address, asked = served
+    dom = browse(address, tmp_path)
+    assert "<title>title &lt;script&gt;" in dom, "a script in a completion changed the page's title"
+    assert set(asked) <= {'"GET /report.html HTTP/1.1"', "/report.html", "/favicon.ico"}, asked
+    assert dom.count("&lt;script&gt;document.title") >= 10
+    assert len(re.findall("<script", dom)) == 1
+    pictures = re.findall(r'<img data-strip="\d+" alt="frames" src="data:image/webp;base64,', dom)
+    assert len(pictures) == 4, "four questions have a readable video"
+    references = re.findall(r"""<\w[^>]*?\s(?:src|href)=["']?([^\s"'>]+)""", dom)
+    assert len(references) == 5, "four strips and the curve"
+    assert all(reference.startswith("data:image/") for reference in references)
+
+
+def test_the_file_needs_no_network_and_holds_each_video_once(report):
+    page = report.read_text()
+    assert page.count("data:image/webp") == 2
+    assert page.count("<script") == 1
+    assert "http" not in re.sub(r"http-equiv|base64,[\w+/=]+", "", page)
+    assert verdict({"prediction": None, "score": 0.0}) == "wrong unparsed"
+
+
+def test_frames_are_those_that_the_model_saw(tmp_path, encoder):
+    path = make_video(tmp_path / "v.mp4", frames=20, height=40, width=60)
+    Image.effect_noise((50, 70), 90).convert("RGB").save(tmp_path / "i.png")
+    prompt = encoder(Sample("k", "Q?", "A", (path,), (str(tmp_path / "i.png"),)))
+    video, image = frames_of(prompt, encoder.processor)
+    expected, _ = read_video(path, SMALL, encoder.factor)
+    assert torch.equal(video, expected)
+    assert torch.equal(image[0], read_image(str(tmp_path / "i.png"), SMALL, encoder.factor))
+    assert strip(video).shape == (3, expected.shape[2], 8 * expected.shape[3])
+
+
+def test_completions_of_a_step_with_frames_for_tensorboard(tmp_path, encoder):
+    prompt = encoder(Sample("k", "Q | <b>?", "A", (make_video(tmp_path / "v.mp4"),)))
+    rollout = Rollout([], [], ["<think>a|b\nc</think>", "x"], [True, True], rewards=[1.0, 0.5],
+                      parts={"accuracy": [1.0, 0.0]}, advantages=[0.7, -0.7])  # fmt: skip
+    shown = []
+    board = SimpleNamespace(
+        add_image=lambda name, image, step: shown.append((name, tuple(image.shape), step)),
+        add_text=lambda name, text, step: shown.append((name, text, step)),
+    )
+    show_rollouts(board, 7, [prompt] * 3, [rollout] * 3, encoder.processor)
+    assert [(name, step) for name, _, step in shown] == [
+        ("rollouts/0", 7), ("rollouts/0", 7), ("rollouts/1", 7), ("rollouts/1", 7)
+    ]  # fmt: skip
+    assert shown[0][1] == (3, 28, 8 * 28)
+    assert completions_table(prompt.sample, rollout).splitlines() == [
+        "Q &#124; &lt;b&gt;? (answer: A)",
+        "",
+        "| reward | advantage | accuracy | completion |",
+        "|---|---|---|---|",
+        "| 1 | 0.7 | 1 | &lt;think&gt;a&#124;b c&lt;/think&gt; |",
+        "| 0.5 | -0.7 | 0 | x |",
+    ]
+
+
+def test_the_table_of_an_evaluation():
+    rows = [record("a", "x", "", "A", 1.0), record("b", "x", "", None, 0.0), {"key": "c", "skipped": "bad"}]
+    others = [record("a", "x", "", "A", 0.0), record("b", "x", "", "B", 0.0)]
+    results = {"think": summarise(rows), "think against": summarise(others)}
+    lines = evaluation_table({"results": results, "paired": {"think": paired(rows, others)}}).splitlines()
+    assert lines[0].strip().split("  ") == ["think", "think against"]
+    assert lines[1].split() == ["x", "50.0%", "0.0%"]
+    assert lines[-2].startswith("think, against the other checkpoint: +50.0% of 2 questions (1 better, 0 worse")
+    assert lines[-1] == "2 questions; 1 unreadable, counted neither way"
+
+
+def make_run(folder, steps):
+    folder.mkdir()
+    rows = [{"phase": "eval", "step": 0, "accuracy": 0.25}]
+    for step in range(steps):
+        row = {"reward": step / 10, "accuracy": 0.5, "kl": 0.01, "length": 11.0, "entropy": 0.2, "clip_low_share": 0.01,
+               "clip_high_share": 0.02, "sampler_gap": 1e-7, "letter_A": 0.75, "seconds_waiting": 0.1}  # fmt: skip
+        rows.append({"phase": "train", "step": step, **row, **({"letter_B": 0.25} if step % 2 else {})})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"phase": "tr')
+    return folder
+
+
+def test_curves_of_one_run_and_of_several(tmp_path, capsys):
+    runs = [make_run(tmp_path / "a", 5), make_run(tmp_path / "b", 3)]
+    with Image.open(plot.plot_run(runs[0])) as one:
+        assert one.format == "PNG"
+    assert plot.main([*map(str, runs), "--output", str(tmp_path / "both.png")]) == 0
+    with Image.open(tmp_path / "both.png") as both:
+        assert min(both.size) > 500
+    assert plot.main([str(tmp_path)]) == 2
+    assert "has no metrics.jsonl" in capsys.readouterr().err
+    train = plot.read_metrics(runs[0], "train")
+    assert len(train) == 5
+    values = {title: plot.curve(train, value) for title, value, _ in plot.PANELS}
+    assert values["clip share"] == (list(range(5)), pytest.approx([0.03] * 5))
+    assert values["answer letters"][1] == [0.75] * 5
+    make_run(tmp_path / "empty", 0)
+    plot.plot_run(tmp_path / "empty")

@@ -1,0 +1,123 @@
+"""Worker processes that are killed at any moment, hang, or lose their trainer."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from video_helpers import assert_gone
+
+from video.pool import WorkerDied, WorkerPool, WorkersDoNotStart
+
+
+def work(what):
+    if what == "die":
+        os._exit(7)
+    if what == "sleep":
+        time.sleep(600)
+    if what == "raise":
+        raise KeyError("k")
+    if what == "slow":
+        time.sleep(0.3)
+    return os.getpid()
+
+
+class DoesNotStart:
+    """Cannot be unpickled in a worker."""
+
+    def __reduce__(self):
+        return os._exit, (3,)
+
+
+@pytest.fixture
+def pool():
+    pool = WorkerPool(work, 1, timeout=2.0)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.timeout(60)
+def test_each_call_costs_only_itself(pool):
+    calls = [pool.submit(what) for what in ("", "die", "", "raise", "sleep", "", "slow")]
+    first, second, third, last = (calls[n].result() for n in (0, 2, 5, 6))
+    with pytest.raises(WorkerDied, match="exit code 7"):
+        calls[1].result()
+    with pytest.raises(KeyError):
+        calls[3].result()
+    with pytest.raises(TimeoutError):
+        calls[4].result()
+    assert first != second != third == last
+    pool.close()
+    pool.close()
+    assert_gone([first, second, third])
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_killed_between_calls_loses_none(pool):
+    for _ in range(3):
+        pid = pool.submit("").result()
+        os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+        assert pool.submit("").result() != pid
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_killed_in_a_call_loses_that_one():
+    pool = WorkerPool(work, 2, timeout=30)
+    pids = {pool.submit("slow").result() for _ in range(2)} | {f.result() for f in [pool.submit("slow") for _ in range(2)]}
+    hung = [pool.submit("sleep") for _ in range(2)]
+    time.sleep(0.3)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    for call in hung:
+        with pytest.raises(WorkerDied, match="exit code -9"):
+            call.result(timeout=10)
+    assert pool.submit("").result(timeout=20) not in pids
+    pool.close()
+
+
+@pytest.mark.timeout(60)
+def test_closing_ends_workers_that_hang():
+    pool = WorkerPool(work, 2, timeout=600)
+    pid = pool.submit("").result()
+    calls = [pool.submit("sleep") for _ in range(5)]
+    time.sleep(0.2)
+    began = time.monotonic()
+    pool.close()
+    assert time.monotonic() - began < 5
+    assert_gone([pid])
+    assert not any(call.done() and call.exception() is None for call in calls)
+
+
+@pytest.mark.timeout(60)
+def test_workers_that_do_not_start_are_an_error_and_no_endless_loop(capfd):
+    pool = WorkerPool(functools.partial(work, DoesNotStart()), 1, timeout=5)
+    with pytest.raises(WorkersDoNotStart):
+        pool.submit().result(timeout=50)
+    pool.close()
+
+
+@pytest.mark.timeout(60)
+def test_a_hung_worker_does_not_outlive_a_killed_trainer(tmp_path):
+    code = (
+        "import multiprocessing, time, video.pool as p\n"
+        "if __name__ == '__main__':\n"
+        "    p.ORPHAN_SECONDS, p.PRELOAD = 0.5, (); pool = p.WorkerPool(time.sleep, 1, 1.0)\n"
+        "    pool.submit(0).result(); print(multiprocessing.active_children()[0].pid, flush=True)\n"
+        "    pool.submit(600); time.sleep(60)\n"
+    )
+    (tmp_path / "script.py").write_text(code)
+    root = str(Path(__file__).parent.parent)
+    trainer = subprocess.Popen([sys.executable, str(tmp_path / "script.py")], stdout=subprocess.PIPE,
+                               env=os.environ | {"PYTHONPATH": root})
+    pid = int(trainer.stdout.readline())
+    time.sleep(0.3)
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    time.sleep(2)
+    assert_gone([pid])

@@ -1,0 +1,66 @@
+"""A scan of a whole set names each bad file once, and the list it writes is what --skip_list reads."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from video_helpers import make_broken, make_video
+
+from video.dataset import leave_out, read_mixture, read_skip_list
+from video.formats import Clip
+from video.scan import files_of, main
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A set of good and broken files; the first of each is used by two rows."""
+    broken = make_broken(tmp_path)
+    del broken["folder"]
+    Image.new("RGB", (40, 40)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
+    good = [make_video(tmp_path / f"good{n}.mp4") for n in range(3)]
+    videos = [*good, good[0], *broken.values(), next(iter(broken.values()))]
+    rows = [{"problem": "q", "solution": "A", "video": path} for path in videos]
+    rows += [{"problem": "q", "solution": "A", "image": f"{name}.png"} for name in ("good", "bad")]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "d.jsonl", sorted([*broken.values(), str(tmp_path / "bad.png")])
+
+
+def test_bad_files_are_listed_once_with_reason_and_rows(data, tmp_path, capsys):
+    path, bad = data
+    assert main(["--data", str(path), "--output", str(tmp_path / "bad.jsonl"), "--workers", "1", "--nframes", "4"]) == 0
+    entries = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert sorted(entry["path"] for entry in entries) == bad
+    assert all(entry["reason"] and "\n" not in entry["reason"] for entry in entries)
+    assert next(entry for entry in entries if entry["path"].endswith("truncated.mp4"))["rows"] == ["d.jsonl:5", "d.jsonl:10"]
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{len(bad)} bad files, in {len(bad) + 1} rows: ")
+    assert f"{len(bad) + 4} of {len(bad) + 4} files, {len(bad)} bad" in err
+    kept, left_out = leave_out(read_mixture(str(path)), read_skip_list(tmp_path / "bad.jsonl"))
+    assert len(kept) == 5 and len(left_out) == len(bad) + 1
+
+
+def test_clips_of_a_file_are_read_apart(data):
+    path, _ = data
+    row = {"problem": "q", "solution": "A", "video": "good0.mp4"}
+    path.write_text("\n".join(json.dumps(row | {"video_end": end}) for end in (None, 2, 2, 3)))
+    files = files_of(read_mixture(str(path)))
+    assert [(file.clips[0], file.meta["rows"]) for file in files] == [
+        (Clip(), ["d.jsonl:1"]), (Clip(None, 2), ["d.jsonl:2", "d.jsonl:3"]), (Clip(None, 3), ["d.jsonl:4"]),
+    ]  # fmt: skip
+
+
+def test_mistakes_in_the_call_are_one_line(tmp_path, capsys):
+    assert main(["--data", str(tmp_path / "none.jsonl")]) == 2
+    assert main(["--data", str(tmp_path / "none.jsonl"), "--fps", "0"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "no such file" in lines[0] and "--fps must be above 0" in lines[1]
+
+
+def test_it_starts_as_a_module():
+    run = subprocess.run([sys.executable, "-m", "video.scan", "--help"], capture_output=True, text=True, check=False,
+                         cwd=Path(__file__).parent.parent)
+    assert run.returncode == 0 and "--max_frames" in run.stdout

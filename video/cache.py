@@ -1,0 +1,116 @@
+"""Chosen and resized frames of videos on disk, so that a second epoch, or another run, decodes nothing."""
+import hashlib
+import json
+import os
+import tempfile
+import time
+import warnings
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from video import frames
+from video.formats import WHOLE, Clip
+
+VERSION = 1  # of what is stored; raise it when frames are chosen or resized otherwise
+KEEP = 0.9  # of the limit is left after evicting
+SCANS_PER_LIMIT = 256  # how often the folder's size is measured while a limit's worth of frames is written
+STALE_SECONDS = 600  # after which a half-written file is the leftover of a process that died
+
+
+class FrameCache:
+    """Reads videos as `frames.read_video` does, keeping what it read in `folder`, at most `gigabytes` (10**9 bytes).
+
+    An entry belongs to a file's real path, size and time of change (its content is not hashed: reading 100 GB for that
+    would cost what the cache saves), to the clip, all settings, the patch factor and the decoder. Any number of
+    processes may share a folder: a file appears whole or not at all, and one that is damaged or gone is a miss. The
+    limit is kept to within 1/256 for each process that writes; the files longest unused go first.
+    """
+
+    def __init__(self, folder: str | Path, gigabytes: float = 20.0):
+        if not gigabytes > 0:
+            raise ValueError("--frame_cache_gb must be above 0")
+        self.folder, self.limit = Path(folder), int(gigabytes * 1e9)
+        self._unmeasured = self.limit  # bytes written since the folder was measured: measure at the first write
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder).close()
+        except OSError as error:
+            raise ValueError(f"--frame_cache {folder}: cannot be written to ({error.strerror})") from error
+
+    def read(self, path: str, settings: frames.VideoSettings, factor: int, clip: Clip = WHOLE):
+        """(frames uint8 (T, 3, H, W), their rate), as `frames.read_video`; raises VideoError as that does."""
+        entry = self.entry(path, settings, factor, clip)
+        if entry is None:  # missing: let the reader say so
+            return frames.read_video(path, settings, factor, clip)
+        if (found := _load(entry)) is not None:
+            return found
+        fresh = frames.read_video(path, settings, factor, clip)
+        try:
+            self._store(entry, *fresh)
+        except OSError as error:  # a full disk costs time, not samples
+            warnings.warn(f"--frame_cache {self.folder}: {error.strerror}; frames are not kept", stacklevel=2)
+        return fresh
+
+    def entry(self, path: str, settings: frames.VideoSettings, factor: int, clip: Clip) -> Path | None:
+        """Where the frames of a video are kept; None where there is no such video."""
+        try:
+            files = [path, *frames.frame_files(path)] if os.path.isdir(path) else [path]
+            identity = [(os.path.realpath(file), (status := os.stat(file)).st_size, status.st_mtime_ns) for file in files]
+        except (OSError, frames.VideoError):
+            return None
+        decoder = "pyav" if frames.decord is None else "decord"
+        text = json.dumps([VERSION, decoder, identity, asdict(settings), factor, clip], sort_keys=True)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
+
+    def _store(self, entry: Path, pixels: torch.Tensor, rate: float) -> None:
+        size = pixels.numel()
+        if self._unmeasured + size > self.limit / SCANS_PER_LIMIT:
+            self._evict(size)
+            self._unmeasured = 0
+        self._unmeasured += size
+        handle, name = tempfile.mkstemp(suffix=".tmp", dir=self.folder)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, frames=pixels.numpy(), rate=rate)  # a zip: it holds checksums
+            os.replace(name, entry)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+    def _evict(self, coming: int) -> None:
+        """Removes the longest unused entries where they and `coming` bytes would be over the limit."""
+        found, now = [], time.time()
+        with os.scandir(self.folder) as items:
+            for item in items:
+                try:
+                    status = item.stat()
+                except FileNotFoundError:  # another process evicts too
+                    continue
+                if item.name.endswith(".tmp") and now - status.st_mtime > STALE_SECONDS:
+                    Path(item.path).unlink(missing_ok=True)
+                elif item.name.endswith((".npz", ".tmp")):
+                    found.append((status.st_mtime_ns, status.st_size, item.path))
+        total = sum(size for _, size, _ in found) + coming
+        if total <= self.limit:
+            return
+        for _, size, path in sorted(found):
+            if total <= self.limit * KEEP:
+                return
+            if path.endswith(".npz"):
+                Path(path).unlink(missing_ok=True)
+                total -= size
+
+
+def _load(entry: Path) -> tuple[torch.Tensor, float] | None:
+    """What `entry` holds, marked as just used; None where it is missing or damaged."""
+    try:
+        with np.load(entry) as stored:
+            pixels, rate = stored["frames"], float(stored["rate"])
+        os.utime(entry)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return torch.from_numpy(pixels), rate

@@ -1,0 +1,81 @@
+"""Writes a data file of any known format in the project's own form, that of open-r1-video-4k.
+
+    python -m video.convert train.jsonl LLaVA-Video-large-swift-origin.jsonl --video_root LLaVA-Video-large-swift
+
+Rows get `problem`, `solution` (for a choice, `<answer>`, the first two characters of the answer, `</answer>`), `video`,
+`original_question` and `original_answer`. Of LLaVA-Video-large-swift these are all, as its 4k rows were published; the
+rows of other formats keep what else they have. As there, rows whose file is missing are left out.
+"""
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from video.dataset import read_samples
+from video.formats import MARKS, MULTIPLE_CHOICE, DataError, Sample
+
+
+def to_row(sample: Sample) -> dict:
+    """The row of `sample`: `formats` reads it as the same sample, paths made absolute, where its file is there."""
+    line = next((option for option in sample.options if option.startswith(sample.answer)), sample.answer)
+    original = sample.meta.get("original_answer", line)
+    answer = sample.answer
+    if sample.problem_type == MULTIPLE_CHOICE:
+        answer = original[:2] if original[:1].isalpha() and original[:1] == answer[:1] else answer
+    row = {"problem": sample.problem, "solution": f"<answer>{answer}</answer>"}
+    for name, paths in (("video", sample.videos), ("image", sample.images)):
+        if paths:
+            absolute = [os.path.abspath(path) for path in paths]
+            row |= {name: absolute[0]} if len(paths) == 1 else {f"{name}s": absolute}
+    row["original_question"] = sample.meta.get("original_question", MARKS.sub("", sample.problem))
+    row["original_answer"] = original
+    if sample.problem_type != MULTIPLE_CHOICE:
+        row["problem_type"] = sample.problem_type
+    for name, column in zip(("video_start", "video_end", "sample_fps"), zip(*sample.clips)):
+        if any(number is not None for number in column):
+            row[name] = list(column)
+    for name, texts in (("options", sample.options), ("completions", sample.completions)):
+        if texts:
+            row[name] = list(texts)
+    return row | {name: value for name, value in sample.meta.items() if name not in row}
+
+
+def convert(source: str, target: str, video_root: str | None = None, keep_missing: bool = False) -> tuple[int, list[str]]:
+    """(rows written to `target`, missing files of the rows left out). Raises DataError where no row is left."""
+    written, missing = [], []
+    for sample in read_samples(source, video_root):
+        gone = [path for path in (*sample.videos, *sample.images) if not os.path.exists(path)]
+        if gone and not keep_missing:
+            missing.append(gone[0])
+        else:
+            written.append(json.dumps(to_row(sample), ensure_ascii=False, default=str) + "\n")
+    if not written:
+        raise DataError(f"{source}: the files of all {len(missing)} rows are missing, the first {missing[0]}; "
+                        "give --video_root, or --keep_missing to write the rows all the same")
+    partial = Path(f"{target}.part")
+    partial.write_text("".join(written), encoding="utf-8")
+    os.replace(partial, target)
+    return len(written), missing
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="IN", help="A .jsonl, .json or .parquet file.")
+    parser.add_argument("target", metavar="OUT", help="The .jsonl file to write.")
+    parser.add_argument("--video_root", help="Folder that video paths are under (default: that of IN).")
+    parser.add_argument("--keep_missing", action="store_true", help="Keep rows whose file is missing.")
+    given = parser.parse_args(arguments)
+    try:
+        written, missing = convert(given.source, given.target, given.video_root, given.keep_missing)
+    except (DataError, OSError) as error:
+        print(f"video.convert: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{written} rows written to {given.target}")
+    if missing:
+        print(f"{len(missing)} rows left out, their files are missing; the first: {missing[0]}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,375 @@
+"""Rows of other people's data as `Sample`s, recognised by their fields, row by row.
+
+One small function a format, listed in FORMATS with the fields that tell it; a new format is one function more. What is
+wrong with a row raises DataError; a video that is missing or broken does not, for only its own sample is lost, when it
+is encoded. Every format may also have `problem_type`, `options`, `completions` and `video_start` / `video_end`.
+"""
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote, urlparse
+
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+LETTER = re.compile(r"\(?[A-Za-z](?![A-Za-z])")  # "B", "B.", "(B)", "B) red"; not "Blue"
+CHOICE = re.compile(r"\(?([A-Z])(?:[.):](?!\w)|$)")  # as LETTER where free text may come too: not "A man"
+MARKS = re.compile(r"<(?:video|image)>\n?")  # where other trainers put the pixels; here they always come first
+MULTIPLE_CHOICE = "multiple choice"
+SUFFIXES = ("", ".mp4", ".mkv", ".webm", ".avi", ".mov")
+FOLDERS = ("", "videos", "video", "data")  # where benchmarks keep their videos, under their own root
+# MVBench's rows name a file alone; the folder under its `video` depends on the subtask, which names the .json
+MVBENCH_FOLDERS = {
+    "star/Charades_v1_480": "action_sequence action_prediction object_interaction",
+    "clevrer/video_validation":
+        "object_existence moving_direction moving_count moving_attribute counterfactual_inference",
+    "perception/videos": "object_shuffle action_count state_change character_order",
+    "ssv2_video": "action_antonym",
+    "Moments_in_Time_Raw/videos": "fine_grained_action",
+    "FunQA_test/test": "unexpected_action",
+    "sta/sta_video": "action_localization",
+    "scene_qa/video": "scene_transition",
+    "nturgbd": "fine_grained_pose",
+    "vlnqa": "egocentric_navigation",
+    "tvqa/frames_fps3_hq": "episodic_reasoning",
+}
+
+VIDEO_MMMU_FOLDERS = ("Art", "Business", "Engineering", "Humanities", "Medicine", "Science")
+
+
+class DataError(ValueError):
+    """A data file or row that cannot be used: one line with the place and the mend."""
+
+
+class Clip(NamedTuple):
+    """The part of a video that a row asks about, in seconds; None is the video's own start or end."""
+
+    start: float | None = None
+    end: float | None = None
+    fps: float | None = None  # of a folder of frames: at which rate they were taken (None: 2, as in qwen-vl-utils)
+
+
+WHOLE = Clip()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question. `key` names its row, e.g. "train.jsonl:17" (1-based line, or item of an array)."""
+
+    key: str
+    problem: str  # the question as asked, options included
+    answer: str  # the ground truth, e.g. "B" or "B."
+    videos: tuple[str, ...] = ()  # files, or folders of frames
+    images: tuple[str, ...] = ()
+    problem_type: str = MULTIPLE_CHOICE
+    options: tuple[str, ...] = ()
+    completions: tuple[str, ...] = ()  # target texts of a supervised warm-up
+    clips: tuple[Clip, ...] = ()  # one for each of `videos`; () where all are taken whole
+    meta: dict = field(default_factory=dict)  # the row's other fields
+
+
+class Row:
+    """A row while it is read: its fields by type, and which of them were used."""
+
+    def __init__(self, fields: dict, key: str, root: Path, source: str):
+        self.fields, self.key, self.root, self.source, self.used = fields, key, root, source, set()
+
+    def get(self, name: str):
+        self.used.add(name)
+        return self.fields.get(name)
+
+    def text(self, name: str) -> str:
+        value = self.get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise self.error(f"field {name!r} must be a text that is not empty, got {value!r:.200}")
+        return value
+
+    def texts(self, *names: str) -> tuple[str, ...]:
+        """The texts of the first of the fields `names` that is there: a text counts as a list of one, null as none."""
+        found = ()
+        for name in reversed(names):
+            value = self.get(name)
+            if value is None:
+                continue
+            values = [value] if isinstance(value, str) else value
+            if not isinstance(values, list) or not all(isinstance(item, str) and item for item in values):
+                raise self.error(f"field {name!r} must be a text or a list of texts, got {value!r:.200}")
+            found = tuple(values)
+        return found
+
+    def paths(self, *names: str) -> tuple[str, ...]:
+        """As `texts`, of files: where they lie under the root."""
+        return tuple(reroot(path, self.root) for path in self.texts(*names))
+
+    def error(self, message: str) -> DataError:
+        return DataError(f"{self.key}: {message}")
+
+
+def parse_row(fields: dict, key: str, root: Path, source: str = "") -> Sample:
+    """The sample of a row; `root` is where its videos lie, `source` the stem of its file's name. Raises DataError."""
+    present = {name for name, value in fields.items() if value is not None}
+    for names in (present, fields.keys()):  # the second only to say which field of a format is null
+        for needed, parse in FORMATS:
+            if needed <= names:
+                return parse(Row(fields, key, root, source))
+    known = "; ".join(" + ".join(sorted(needed)) for needed, _ in FORMATS)
+    raise DataError(f"{key}: has the fields {sorted(fields)}, of no known format; needed are: {known}")
+
+
+def reroot(path: str, root: Path) -> str:
+    """Where `path` lies under `root`: joined if relative; if absolute and gone, by the longest suffix found there.
+
+    Of a URL its path counts, so that a row that names a download finds the downloaded file.
+    """
+    if "://" in path:
+        path = unquote(urlparse(path).path)
+    given = Path(path)
+    if not given.is_absolute():
+        return str(root / given)
+    if not given.exists():
+        for start in range(1, len(given.parts)):
+            candidate = root.joinpath(*given.parts[start:])
+            if candidate.exists():
+                return str(candidate)
+    return path
+
+
+def _open_r1_video(row: Row) -> Sample:
+    """open-r1-video-4k, which is also the project's own form: problem, solution, video(s) and/or image(s)."""
+    return _build(row, row.text("problem"), _tagged(row.text("solution")), kind=MULTIPLE_CHOICE)
+
+
+def _video_r1(row: Row) -> Sample:
+    """Video-R1: `path` is a video or an image by `data_type`, and the options are not in the question yet."""
+    kind, paths = row.text("data_type"), row.paths("path")
+    if kind not in ("video", "image"):
+        raise row.error(f'data_type is {kind!r}; it must be "video" or "image"')
+    problem = row.text("problem") + ("\nOptions:" if row.texts("options") else "")
+    videos, images = (paths, ()) if kind == "video" else ((), paths)
+    return _build(row, problem, _tagged(row.text("solution")), videos, images, kind=MULTIPLE_CHOICE)
+
+
+def _llava_video(row: Row) -> Sample:
+    """LLaVA-Video-large-swift, raw, with the rules of Open-R1-Video's own conversion, which published 4k of its rows:
+    tags dropped, the question cut at the first "Please", the answer at two characters, and no other field kept."""
+    question, response = re.sub("<video>|<image>", "", row.text("query")), row.text("response")
+    row.used |= row.fields.keys()
+    sample = _build(row, question.split("Please")[0], response[:2].strip(), kind=MULTIPLE_CHOICE)
+    sample.meta.update(original_question=question, original_answer=response)
+    return sample
+
+
+def _easy_r1(row: Row) -> Sample:
+    """EasyR1 and LongVideo-Reason: problem with <video> and <image> marks; answer bare or tagged, of any kind."""
+    return _build(row, row.text("problem"), _tagged(str(row.get("answer"))))
+
+
+def _messages(row: Row) -> Sample:
+    """A chat: one user turn with text, videos and images, then the assistant's. System turns are left out.
+
+    The answer is the row's `answer` or `solution`, else the assistant's text, which is a completion in any case.
+    """
+    turns = {"user": [], "assistant": [], "system": []}
+    for turn in row.get("messages") or ():
+        if not isinstance(turn, dict) or turn.get("role") not in turns:
+            raise row.error(f"a message must have the role user, assistant or system, got {turn!r:.200}")
+        turns[turn["role"]].append(turn.get("content"))
+    if len(turns["user"]) != 1 or len(turns["assistant"]) > 1:
+        raise row.error(f"has {len(turns['user'])} user turns and {len(turns['assistant'])} of the assistant; one is needed")
+    parts = [{"text": part} if isinstance(part, str) else part for part in _listed(turns["user"][0])]
+    if not all(isinstance(part, dict) for part in parts):
+        raise row.error("a message's content must be a text or a list of parts such as {\"type\": \"video\", ...}")
+    media = {kind: [part[kind] for part in parts if part.get(kind)] for kind in ("video", "image")}
+    if not all(isinstance(path, str) for paths in media.values() for path in paths):
+        raise row.error("a video or image in a message must be a path; give frames as a folder")
+    videos, images = (tuple(reroot(path, row.root) for path in paths) or None for paths in media.values())
+    clips = [Clip(_seconds(row, part.get("video_start")), _seconds(row, part.get("video_end")),
+                  _seconds(row, part.get("sample_fps"))) for part in parts if part.get("video")]
+    reply = "".join(part if isinstance(part, str) else part.get("text", "") for part in _listed(turns["assistant"]))
+    answer = next((str(value) for name in ("answer", "solution") if (value := row.get(name)) is not None), reply)
+    if not answer.strip():
+        raise row.error("has no answer; end the messages with the assistant's, or add the field 'answer'")
+    problem = "\n".join(part["text"] for part in parts if part.get("text"))
+    return _build(row, problem, _tagged(answer), videos, images, clips=tuple(clips) if any(map(any, clips)) else (),
+                  completions=(reply,) if reply else ())
+
+
+def _mvbench(row: Row) -> Sample:
+    """MVBench: candidates and the text of the right one; `start` and `end` in seconds; its root holds the folders."""
+    video, row.used = row.text("video"), row.used | {"start", "end"}
+    folder = next((name for name, subtasks in MVBENCH_FOLDERS.items() if row.source in subtasks.split()), "")
+    places = [row.root / top / folder / video for top in FOLDERS] + [Path(_find(row, video))]
+    path = str(next((place for place in places if place.exists()), places[0]))
+    fps = 3.0 if folder.startswith("tvqa") else None
+    clip = Clip(_seconds(row, row.get("start")), _seconds(row, row.get("end")), fps)
+    return _choice(row, row.texts("candidates"), row.text("answer"), path, clips=(clip,) if any(clip) else ())
+
+
+def _video_mme(row: Row) -> Sample:
+    return _choice(row, row.texts("options"), row.text("answer"), _find(row, row.text("videoID")))
+
+
+def _tempcompass(row: Row) -> Sample:
+    """TempCompass: options are in the question; "yes" and "no" become options, "Option 2: ..." is the number 2."""
+    question, answer, video = row.text("question"), row.text("answer"), _find(row, row.text("video_id"))
+    label = re.match(r"(?:Caption|Sentence|Option) (\w)\b", answer)
+    if label:
+        return _build(row, question, label[1], (video,))
+    if answer.strip(" .").lower() in ("yes", "no"):
+        return _choice(row, ("yes", "no"), answer.strip(" .").lower(), video)
+    letter = CHOICE.match(answer)
+    return _build(row, question, letter[1] if letter else answer, (video,))
+
+
+def _mmvu(row: Row) -> Sample:
+    """MMVU: choices by letter, or none in an open-ended question."""
+    videos = tuple(_find(row, path) for path in row.texts("video_path", "video"))
+    choices = {letter: text for letter, text in (row.get("choices") or {}).items() if text}
+    if row.get("question_type") == "open-ended" or not choices:
+        return _build(row, row.text("question"), str(row.get("answer")).strip(), videos, kind="free-form")
+    return _choice(row, tuple(choices.values()), row.text("answer"), *videos)
+
+
+def _vsi_bench(row: Row) -> Sample:
+    """VSI-Bench: a question without options has a number for an answer, scored by mean relative accuracy."""
+    video = _find(row, f"{row.text('dataset')}/{row.text('scene_name')}")
+    options, truth = row.texts("options"), str(row.get("ground_truth"))
+    if options:
+        return _choice(row, options, truth, video)
+    return _build(row, row.text("question"), truth, (video,), kind="mra")
+
+
+def _longvideobench(row: Row) -> Sample:
+    """LongVideoBench: option0 to option4, "N/A" where there are fewer (or `candidates`), and the right one's index."""
+    row.used |= {f"option{n}" for n in range(5)}
+    options = row.texts("candidates") or tuple(
+        option for n in range(5) if (option := row.fields.get(f"option{n}")) not in (None, "N/A")
+    )
+    index = row.get("correct_choice")
+    if not isinstance(index, int) or not 0 <= index < len(options):
+        raise row.error(f"correct_choice must be the index of one of its {len(options)} options, got {index!r}")
+    return _choice(row, options, chr(ord("A") + index), _find(row, row.text("video_path")))
+
+
+def _video_mmmu(row: Row) -> Sample:
+    """Video-MMMU: the video has the row's id and lies in a folder of its discipline; of the questions that have an image,
+    the published video shows it at the end. A question without options has a number or a text for an answer."""
+    name = row.text("id")
+    places = [row.root / top / discipline / f"{name}.mp4" for top in FOLDERS for discipline in VIDEO_MMMU_FOLDERS]
+    video = next((str(place) for place in places if place.is_file()), None) or _find(row, name)
+    row.used |= {"image", "images"}
+    options, answer = row.texts("options"), str(row.get("answer"))
+    return _choice(row, options, answer, video) if options else _build(row, row.text("question"), answer, (video,), ())
+
+
+# tried in this order, so a format comes before those whose fields it includes
+FORMATS = tuple((frozenset(fields.split()), parse) for fields, parse in (
+    ("problem solution path data_type", _video_r1),
+    ("problem solution", _open_r1_video),
+    ("problem answer", _easy_r1),
+    ("query response", _llava_video),
+    ("messages", _messages),
+    ("video_path question option0 correct_choice", _longvideobench),
+    ("video_path question candidates correct_choice", _longvideobench),
+    ("video question candidates answer", _mvbench),
+    ("videoID question options answer", _video_mme),
+    ("dataset scene_name question ground_truth", _vsi_bench),
+    ("question question_type choices answer", _mmvu),
+    ("video_id question answer dim", _tempcompass),
+    ("id question options answer", _video_mmmu),
+))
+
+
+def _choice(row: Row, options: tuple[str, ...], answer: str, *videos: str, clips: tuple[Clip, ...] = ()) -> Sample:
+    """A multiple-choice sample; `answer` is a letter, or the text of one of `options`."""
+    texts = [option.strip(" .").casefold() for option in options]
+    if answer.strip(" .").casefold() in texts:
+        letter = chr(ord("A") + texts.index(answer.strip(" .").casefold()))
+    elif (found := CHOICE.match(answer.strip())) and ord(found[1]) - ord("A") < len(options):
+        letter = found[1]
+    else:
+        raise row.error(f"the answer {answer!r} is none of the options {list(options)}")
+    return _build(row, row.text("question"), letter, videos, (), options, MULTIPLE_CHOICE, clips)
+
+
+def _build(row, problem, answer, videos=None, images=None, options=None, kind=None, clips=None, completions=()) -> Sample:
+    """A sample from a row's parts, paths final; None is read from the row's own fields, what no one reads is `meta`.
+
+    Options that are not in the question yet are added to it, a lettered line each.
+    """
+    given = row.text("problem_type") if row.get("problem_type") is not None else kind
+    problem_type = given or guess_type(answer)
+    if problem_type == MULTIPLE_CHOICE and not LETTER.match(answer):
+        mend = "write e.g. <answer>B</answer>, or set problem_type"
+        raise row.error(f"solution {answer!r} has no option letter; {mend}")
+    options = lettered(row.texts("options") if options is None else options)
+    if not all(re.search(rf"\b{letter}\W+{re.escape(text)}", problem) for letter, text in _labels(options)):
+        problem = "\n".join((problem.rstrip("\n"), *options))
+    videos = row.paths("video", "videos") if videos is None else videos
+    images = row.paths("image", "images") if images is None else images
+    return Sample(
+        key=row.key, problem=problem, answer=answer, problem_type=problem_type, videos=videos, images=images,
+        options=options, completions=row.texts("completions") or completions,
+        clips=clips or _clips(row, len(videos)),
+        meta={name: value for name, value in row.fields.items() if name not in row.used},
+    )
+
+
+def lettered(options: tuple[str, ...]) -> tuple[str, ...]:
+    """Options as "A. red" lines; as they are where each has its own letter already ("A. red", "A) red", "(A) red")."""
+    letters = [chr(ord("A") + n) for n in range(len(options))]
+    if all(re.match(rf"\(?{letter}[.):]", option) for letter, option in zip(letters, options)):
+        return tuple(options)
+    return tuple(f"{letter}. {option}" for letter, option in zip(letters, options))
+
+
+def _labels(options: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(letter, text) of each lettered option."""
+    return [(chr(ord("A") + n), re.sub(r"^\(?[A-Z][.):]+\s*", "", option)) for n, option in enumerate(options)]
+
+
+def guess_type(answer: str) -> str:
+    """The problem type of an answer whose row names none: a letter, a number, LaTeX, or else free text."""
+    if CHOICE.match(answer):
+        return MULTIPLE_CHOICE
+    if re.fullmatch(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)", answer):
+        return "numerical"
+    return "math" if re.search(r"[\\^=$]|\d/\d", answer) else "free-form"
+
+
+def _clips(row: Row, count: int) -> tuple[Clip, ...]:
+    """The clips of a row's videos: numbers for all of them, or lists of one number a video."""
+    columns = []
+    for name in ("video_start", "video_end", "sample_fps"):
+        value = row.get(name)
+        values = value if isinstance(value, list) else [value] * count
+        if len(values) != count:
+            raise row.error(f"field {name!r} has {len(values)} numbers for {count} videos")
+        columns.append([_seconds(row, number) for number in values])
+    clips = tuple(Clip(*column) for column in zip(*columns))
+    return clips if any(number is not None for clip in clips for number in clip) else ()
+
+
+def _seconds(row: Row, value) -> float | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9):
+        raise row.error(f"start, end and sample_fps must be numbers of 0 or more, got {value!r}")
+    return value
+
+
+def _find(row: Row, name: str) -> str:
+    """The file of a video that a benchmark calls `name`, with or without a suffix, in the folders where it may lie."""
+    path = reroot(name, row.root)
+    for folder in FOLDERS if not Path(path).exists() else ():
+        for suffix in SUFFIXES:
+            if (candidate := row.root / folder / (name + suffix)).is_file():
+                return str(candidate)
+    return path if Path(path).exists() or Path(path).suffix in SUFFIXES[1:] else path + ".mp4"
+
+
+def _tagged(solution: str) -> str:
+    """The text between <answer> and </answer>, or all of it where there are no such tags, stripped."""
+    tagged = ANSWER.search(solution)
+    return (tagged.group(1) if tagged else solution).strip()
+
+
+def _listed(value) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]

@@ -1,0 +1,166 @@
+"""Calls in worker processes that may hang, crash or be killed: each has a time limit, and costs only itself.
+
+Every worker has a pipe and a thread of its own and shares no lock with the others, so that one killed at any moment, by
+the system for its memory or by a decoder's crash, can neither stop nor break the rest.
+"""
+import multiprocessing
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from multiprocessing.connection import Connection, wait
+
+# imported once, by the server that workers are forked from: a replaced worker then starts in a fraction of a second
+PRELOAD = (
+    "torch", "torchvision.transforms.functional", "video.prompt", "transformers.models.qwen2_vl.processing_qwen2_vl",
+    "transformers.models.qwen2_vl.video_processing_qwen2_vl", "transformers.models.qwen2_vl.image_processing_qwen2_vl",
+    "transformers.models.qwen2_5_vl.processing_qwen2_5_vl", "transformers.models.qwen2.tokenization_qwen2",
+)
+START_SECONDS = 600.0  # imports on a busy machine; then the worker counts as one that does not start
+STARTS = 3  # attempts, one after the other, before a call fails because no worker starts
+ORPHAN_SECONDS = 30.0  # after its limit a worker that hangs ends itself, should nobody be left to end it
+
+
+class WorkerDied(RuntimeError):
+    """The process that ran a call ended. The text gives its exit code; -9 is SIGKILL, -11 a crash."""
+
+
+class WorkersDoNotStart(RuntimeError):
+    """Processes end before they could take a call; their own error is printed above."""
+
+
+class WorkerPool:
+    """Runs `function(*args)` in `count` processes; `function` and its arguments are pickled into them.
+
+    `submit` gives a Future that raises TimeoutError after `timeout` seconds of running, WorkerDied where the process
+    ended, or what the call raised. Workers start at once. close() ends them all, whatever they do.
+    """
+
+    def __init__(self, function: Callable, count: int, timeout: float):
+        self.function, self.timeout = function, timeout
+        self._context, self._tasks = _context(), queue.SimpleQueue()
+        self._closed, self._close = multiprocessing.Pipe(duplex=False)  # ready for reading once closed
+        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, *args) -> Future:
+        future = Future()
+        self._tasks.put((future, args))
+        return future
+
+    def close(self) -> None:
+        if not self._close.closed:
+            self._close.close()
+            for _ in self._threads:
+                self._tasks.put(None)
+            for thread in self._threads:
+                thread.join()
+
+    def _serve(self) -> None:
+        """One thread: starts a worker, hands it calls one by one, replaces it when it dies or overruns."""
+        worker = None
+        while not self._close.closed:
+            worker = worker or _Worker(self)
+            if (task := self._tasks.get()) is None:
+                break
+            future, args = task
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                for _ in range(STARTS):
+                    if worker.begin(args):
+                        break
+                    worker.end()
+                    worker = _Worker(self)
+                else:
+                    raise WorkersDoNotStart("worker processes end before they take a call; see their error above")
+                failed, value = worker.finish()
+                if failed:
+                    raise value
+                future.set_result(value)
+            except Exception as error:
+                if isinstance(error, (TimeoutError, WorkerDied, WorkersDoNotStart)):
+                    worker.end()
+                    worker = None
+                future.set_exception(error)
+        if worker:
+            worker.end()
+
+
+class _Worker:
+    """A process and this end of its pipe. It says "ready", then for each call "begun" and the outcome."""
+
+    def __init__(self, pool: WorkerPool):
+        self.pool, self.ready = pool, False
+        self.pipe, other = multiprocessing.Pipe()
+        self.process = pool._context.Process(target=_work, args=(other, pool.function, pool.timeout + ORPHAN_SECONDS), daemon=True)
+        self.process.start()
+        other.close()  # so that its end reads as the end of the pipe
+
+    def begin(self, args: tuple) -> bool:
+        """Whether the worker took the call; where not, it had died before, and the call is not to blame."""
+        try:
+            if not self.ready:
+                self._receive(START_SECONDS)
+                self.ready = True
+            self.pipe.send(args)
+            self._receive(START_SECONDS)
+        except (OSError, EOFError):  # TimeoutError is an OSError
+            return False
+        return True
+
+    def finish(self) -> tuple[bool, object]:
+        """(whether the call raised, what it raised or returned)."""
+        try:
+            return self._receive(self.pool.timeout)
+        except (EOFError, ConnectionError) as error:
+            self.process.join()
+            raise WorkerDied(f"exit code {self.process.exitcode}") from error
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+    def _receive(self, seconds: float):
+        """Its next message. Raises TimeoutError, EOFError where it has ended, WorkersDoNotStart where the pool has."""
+        ready = wait([self.pipe, self.pool._closed], seconds)
+        if self.pool._closed in ready:
+            raise WorkersDoNotStart("the pool was closed")
+        if not ready:
+            raise TimeoutError
+        return self.pipe.recv()
+
+
+def _work(pipe: Connection, function: Callable, longest: float) -> None:
+    """The worker process: answers calls until its pipe closes; ends itself where one takes above `longest` seconds."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer ends its workers
+    if torch := sys.modules.get("torch"):  # imported, where `function` needs it, when that was unpickled
+        torch.set_num_threads(1)  # processes, not threads, work in parallel
+    alarm = getattr(signal, "setitimer", lambda *_: None)  # its default action ends a process even inside C code
+    try:
+        pipe.send("ready")
+        while True:
+            args = pipe.recv()
+            alarm(getattr(signal, "ITIMER_REAL", 0), longest)
+            pipe.send("begun")
+            try:
+                outcome = False, function(*args)
+            except Exception as error:
+                outcome = True, error
+            pipe.send(outcome)
+            alarm(getattr(signal, "ITIMER_REAL", 0), 0)
+    except (EOFError, ConnectionError):
+        return
+
+
+def _context():
+    """A way to start processes that inherits no thread, lock or CUDA state from the trainer."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOAD))
+    return context

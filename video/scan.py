@@ -1,0 +1,99 @@
+"""Reads every video and image of a data set once, and lists those that cannot be used, with reasons.
+
+    python -m video.scan --data train.jsonl --video_root videos --output bad.jsonl
+    python train.py --data train.jsonl --video_root videos --skip_list bad.jsonl
+
+A file counts as bad where training would skip it: the same frames are decoded, in worker processes with a time limit.
+"""
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from video.dataset import read_mixture
+from video.formats import WHOLE, DataError, Sample
+from video.frames import VideoSettings, read_image, read_video
+from video.loader import PromptLoader
+from video.prompt import Skipped, with_clips
+
+BATCH = 64  # files handed to the workers at a time
+
+
+@dataclass(frozen=True)
+class Reader:
+    """An encoder that reads the files of a sample and returns nothing of them."""
+
+    settings: VideoSettings
+    factor: int = 28  # of Qwen2-VL; which files can be read does not depend on it
+
+    def __call__(self, sample: Sample, control: str | None = None) -> str:
+        for path, clip in with_clips(sample):
+            read_video(path, self.settings, self.factor, clip)
+        for path in sample.images:
+            read_image(path, self.settings, self.factor)
+        return sample.key
+
+
+def files_of(samples: list[Sample]) -> list[Sample]:
+    """One sample for each file, and for each clip of it; its meta["rows"] are the keys of the rows that use it."""
+    rows: dict[tuple, dict[str, None]] = {}
+    for sample in samples:
+        media = [("videos", os.path.abspath(path), clip) for path, clip in with_clips(sample)]
+        for item in media + [("images", os.path.abspath(path), WHOLE) for path in sample.images]:
+            rows.setdefault(item, {})[sample.key] = None
+    return [
+        Sample(key=path, problem="", answer="", clips=(clip,) if kind == "videos" else (), meta={"rows": list(keys)},
+               **{kind: (path,)})
+        for (kind, path, clip), keys in rows.items()
+    ]
+
+
+def scan(samples: list[Sample], settings: VideoSettings, workers: int, timeout: float, show=print) -> list[dict]:
+    """{"path", "reason", "rows"} of each file that cannot be used; `show` gets a line of progress now and then."""
+    files, bad, began, shown = files_of(samples), {}, time.monotonic(), 0.0
+    batches = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
+    done = 0
+    with PromptLoader(Reader(settings), workers, timeout, give_up_after=None) as loader:
+        for batch, outcomes in zip(batches, loader.batches(batches)):
+            for file, outcome in zip(batch, outcomes):
+                if isinstance(outcome, Skipped):
+                    entry = bad.setdefault(file.key, {"path": file.key, "reason": outcome.reason, "rows": []})
+                    entry["rows"] += file.meta["rows"]
+            done += len(batch)
+            seconds = time.monotonic() - began
+            if seconds - shown > 1 or done == len(files):
+                shown = seconds
+                show(f"{done} of {len(files)} files, {len(bad)} bad, {done / max(seconds, 1e-9):.1f} a second")
+    return list(bad.values())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", required=True, help="Data files, as train.py takes them.")
+    parser.add_argument("--video_root", help="Folder that video paths are under (default: the data file's folder).")
+    parser.add_argument("--output", default="bad.jsonl", help="The list to write, for --skip_list [bad.jsonl].")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Processes that read files [all cores].")
+    parser.add_argument("--decode_timeout", type=float, default=60.0, help="Seconds a file may take [60].")
+    for item in fields(VideoSettings):
+        kind = int if "int" in str(item.type) else float
+        parser.add_argument(f"--{item.name}", type=kind, default=item.default, help=f"As in train.py [{item.default}].")
+    given = parser.parse_args(arguments)
+    try:
+        settings = VideoSettings(**{item.name: getattr(given, item.name) for item in fields(VideoSettings)})
+        samples = read_mixture(given.data, given.video_root)
+        bad = scan(samples, settings, given.workers, given.decode_timeout, lambda line: print(line, file=sys.stderr))
+        partial = Path(f"{given.output}.part")
+        partial.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad), encoding="utf-8")
+        os.replace(partial, given.output)
+    except (DataError, ValueError, OSError) as error:
+        print(f"video.scan: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(bad)} bad files, in {len({row for entry in bad for row in entry['rows']})} rows: {given.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
