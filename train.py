@@ -25,7 +25,7 @@ from grpo.evaluate import CONTROLS
 from grpo.metrics import RunLog, describe_run, quiet_transformers
 from grpo.model import ModelError
 from grpo.plot import plot_run
-from grpo.report import summary_of, summary_table
+from grpo.report import show_rollouts, summary_of, summary_table
 from grpo.rollout import rollout
 from grpo.run import (
     Run,
@@ -68,6 +68,8 @@ def grpo(run, policy, reference, optimizer, samples, held_out, first, state):
         metrics |= update.update(policy, optimizer, chunks, config, processes)
         metrics |= describe_rollouts(prompts, rollouts, processes)
         metrics["seconds"] = time.perf_counter() - clock + metrics["seconds_waiting"]
+        if processes.is_main and config.show_every and step % config.show_every == 0:
+            show_rollouts(log.board, step, prompts, rollouts, run.processor)
         log.step("train", step, metrics, shown=("reward", "accuracy", "kl", "length"))
 
         done = step + 1

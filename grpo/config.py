@@ -105,6 +105,7 @@ class Config:
     eval_every: int = flag(0, "Evaluate every so many steps; 0: only before and after.", least=0)
     eval_batch: int = flag(4, "Prompts decoded together in evaluation.", least=1)
     controls: bool = flag(False, "Close with accuracy on shuffled, reversed and blank videos.")
+    show_every: int = flag(50, "Show two prompts' frames and completions in TensorBoard so often; 0: never.", least=0)
     save_every: int = flag(100, "Save a checkpoint every so many steps; the last is always saved.", least=1)
     keep_checkpoints: int = flag(2, "How many of the latest checkpoints to keep.", least=1)
 

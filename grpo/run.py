@@ -121,7 +121,7 @@ def check_inputs(config):
 
 # What may differ between a run and its continuation without making it another run.
 FREE_TO_CHANGE = {"output", "resume", "workers", "decode_timeout", "device", "threads", "prompts_per_rollout",
-                  "save_every", "keep_checkpoints", "eval_batch", "controls", "video_root", "reward_timeout"}  # fmt: skip
+                  "save_every", "show_every", "keep_checkpoints", "eval_batch", "controls", "video_root", "reward_timeout"}  # fmt: skip
 
 
 def on_this_machine(model):

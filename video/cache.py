@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from video import frames
-from video.formats import WHOLE, Clip
+from video.formats import WHOLE, Clip, DataError
 
 VERSION = 1  # of what is stored; raise it when frames are chosen or resized otherwise
 KEEP = 0.9  # of the limit is left after evicting
@@ -32,14 +32,14 @@ class FrameCache:
 
     def __init__(self, folder: str | Path, gigabytes: float = 20.0):
         if not gigabytes > 0:
-            raise ValueError("--frame_cache_gb must be above 0")
+            raise DataError("--frame_cache_gb must be above 0")
         self.folder, self.limit = Path(folder), int(gigabytes * 1e9)
         self._unmeasured = self.limit  # bytes written since the folder was measured: measure at the first write
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
-            raise ValueError(f"--frame_cache {folder}: cannot be written to ({error.strerror})") from error
+            raise DataError(f"--frame_cache {folder}: cannot be written to ({error.strerror})") from error
 
     def read(self, path: str, settings: frames.VideoSettings, factor: int, clip: Clip = WHOLE):
         """(frames uint8 (T, 3, H, W), their rate), as `frames.read_video`; raises VideoError as that does."""

@@ -17,7 +17,7 @@ import numpy as np
 COLOURS = {"red": (225, 40, 40), "green": (40, 205, 70), "blue": (50, 90, 240), "yellow": (240, 220, 50)}
 SHAPES = ("square", "circle", "triangle", "cross")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y down
-PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
+PLACES = {"west": (-1, 0), "east": (1, 0), "north": (0, -1), "south": (0, 1)}  # no word that names a direction
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 QUESTIONS = {
     "direction": "Which direction does the shape move?",
@@ -124,9 +124,10 @@ def warmup_rows(rng, spec: DemoSpec):
         names = [option[3:] for option in row["options"]]
         rows = [{**row, "completions": [completion(name, letter) for name, letter in zip(names, LETTERS)]}]
         if kind == "direction":
-            truth = question(rng, scene, "colour", index // 4)
-            rows.append({**truth, "completions": [completion(scene.colours[0], truth["original_answer"][0])]})
+            rows.append(answered(question(rng, scene, "colour", index // 4)))
         yield scene, rows
+        still = random_scene(rng, spec, "place", index)
+        yield still, [answered(question(rng, still, "place", index // 4))]
 
 
 def answered(row: dict) -> dict:
