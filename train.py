@@ -11,6 +11,7 @@ ones, for no weight has changed since sampling.
 import json
 import sys
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from transformers import AutoProcessor
 
 from grpo import distributed, update
-from grpo.checkpoint import CheckpointError, load_state, load_training, save_checkpoint, save_weights
+from grpo.checkpoint import CheckpointError, is_best, load_state, load_training, save_checkpoint, save_weights
 from grpo.config import ConfigError, parse_config
 from grpo.demo import build_demo
 from grpo.evaluate import CONTROLS
@@ -38,6 +39,7 @@ from grpo.run import (
     made_before,
     read_data,
 )
+from grpo.stops import RunError, Stopped, count_bad, explain_memory, listening, lost_process
 from grpo.warmup import warm_up
 from rewards import parse_rewards
 from video.dataset import DataError
@@ -45,11 +47,13 @@ from video.loader import PromptLoader
 from video.prompt import PromptEncoder
 
 
+@explain_memory
 def grpo(run, policy, reference, optimizer, samples, held_out, first, state):
     """GRPO from step `first` to the last; `state` goes into every checkpoint."""
     config, processes, log = run.config, run.processes, run.log
     rewards = parse_rewards(config.reward)
     batches = run.batches(samples, first, config.steps, config.prompts_per_step, config.seed)
+    bad = 0
     log.start("grpo", config.steps, first)
     for step, (prompts, metrics) in enumerate(batches, start=first):
         clock = time.perf_counter()
@@ -72,19 +76,26 @@ def grpo(run, policy, reference, optimizer, samples, held_out, first, state):
             show_rollouts(log.board, step, prompts, rollouts, run.processor)
         log.step("train", step, metrics, shown=("reward", "accuracy", "kl", "length"))
 
-        done = step + 1
+        bad = count_bad(bad, metrics, config, step)
+
+        done, best = step + 1, False
         if config.eval_every and done % config.eval_every == 0 and done < config.steps:
-            log.evaluation(done, run.evaluate(policy, held_out))
-        if done % config.save_every == 0 or done == config.steps:
+            accuracy = run.evaluate(policy, held_out)
+            log.evaluation(done, accuracy)
+            best = is_best(state, done, accuracy)
+        if best or done % config.save_every == 0 or done == config.steps:
             save_checkpoint(config.output, done, policy, optimizer, run.processor, config, state, processes)
     log.stop()
 
 
-def train(config):
-    """A whole run: supervised warm-up where asked for, GRPO, evaluation before and after. Returns the summary."""
+def train(config, stop_asked):
+    """A whole run: supervised warm-up where asked for, GRPO, evaluation before and after. Returns the summary.
+
+    Once stop_asked(), it saves a checkpoint at the next step and raises Stopped.
+    """
     began, folder = time.time(), Path(config.output)
     check_inputs(config)
-    processes = distributed.start(config.device)
+    processes = distributed.start(config.device, config.shard_size)
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.demo and processes.is_main:
@@ -105,9 +116,11 @@ def train(config):
     encoder = PromptEncoder(config.model, config.video_settings(), config.prompt_template, config.max_prompt_tokens)
     log = RunLog(folder, processes.is_main, partial(made_before, state["step"], config.steps, warmed.exists()))
     log.describe(config, describe_run())
+    if config.top_k or config.top_p < 1:
+        log.say("--top_k or --top_p is on: completions are sampled from fewer tokens than their log-probabilities are over")
 
-    with PromptLoader(encoder, config.workers, config.decode_timeout) as loader:
-        run = Run(config, processes, processor, loader, log)
+    with closing(log), PromptLoader(encoder, config.workers, config.decode_timeout) as loader:
+        run = Run(config, processes, processor, loader, log, stop_asked)
         policy = build_policy(config.model if needs_warmup else start, config, processor, processes)
         if needs_warmup:
             warm_up(policy, run, sft)
@@ -119,7 +132,12 @@ def train(config):
         else:
             state["before"] = run.evaluate(policy, held_out)
             log.evaluation(0, state["before"])
-        grpo(run, policy, reference, optimizer, samples, held_out, state["step"], state)
+        try:
+            grpo(run, policy, reference, optimizer, samples, held_out, state["step"], state)
+        except Stopped as stop:
+            if stop.step > state["step"] and not (folder / f"checkpoint-{stop.step}").exists():
+                save_checkpoint(folder, stop.step, policy, optimizer, processor, config, state, processes)
+            raise
         after = run.evaluate(policy, held_out)
         log.evaluation(config.steps, after)
         asked = CONTROLS if config.controls and held_out else ()
@@ -130,7 +148,6 @@ def train(config):
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         print(f"\nheld-out accuracy of {summary['questions']} questions\n{summary_table(summary)}")
         print(f"{summary['seconds']:.0f} s; curve: {plot_run(folder)}; events: tensorboard --logdir {folder}")
-    log.close()
     distributed.stop()
     return summary
 
@@ -138,10 +155,19 @@ def train(config):
 def main(arguments=None):
     quiet_transformers()
     try:
-        train(parse_config(arguments))
-    except (CheckpointError, ConfigError, DataError, ModelError) as error:
+        with listening() as stop_asked:
+            train(parse_config(arguments), stop_asked)
+    except Stopped as stop:
+        distributed.stop()
+        print(f"train.py: {stop}; the same command goes on from there", file=sys.stderr)
+    except (CheckpointError, ConfigError, DataError, ModelError, RunError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        print(f"train.py: error: another process is gone, see its message: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 3
     return 0
 
 

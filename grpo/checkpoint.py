@@ -42,9 +42,10 @@ def save_weights(folder, policy, processor, config, processes):
 
 
 def save_checkpoint(folder, step, policy, optimizer, processor, config, state, processes):
-    """Saves after `step` steps, keeps the last config.keep_checkpoints, and returns the checkpoint's folder.
+    """Saves after `step` steps, keeps the last config.keep_checkpoints and the best, and returns the checkpoint's folder.
 
-    state: plain values that resuming needs beside weights and moments. Raises CheckpointError, with the reason.
+    state: plain values that resuming needs beside weights and moments; its "best" is that of `is_best`. Raises
+    CheckpointError, with the reason.
     """
     target = Path(folder) / f"{PREFIX}{step}"
     with _whole_or_nothing(target, processes) as partial:
@@ -56,9 +57,18 @@ def save_checkpoint(folder, step, policy, optimizer, processor, config, state, p
             (partial / "training" / "state.json").write_text(json.dumps({**state, "step": step, "adam_steps": steps}))
     if processes.is_main:
         for old in checkpoints(folder)[: -config.keep_checkpoints]:
-            shutil.rmtree(old)
+            if old.name != f"{PREFIX}{state.get('best', {}).get('step')}":
+                shutil.rmtree(old)
     processes.barrier()
     return target
+
+
+def is_best(state, step, summary):
+    """Whether held-out accuracy after `step` steps is above all earlier ones; notes it in state["best"] if so."""
+    if not summary or summary["overall"] <= state.get("best", {}).get("accuracy", -1.0):
+        return False
+    state["best"] = {"step": step, "accuracy": summary["overall"]}
+    return True
 
 
 class _whole_or_nothing:

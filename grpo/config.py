@@ -71,6 +71,7 @@ class Config:
     weight_decay: float = flag(0.0, "Weight decay of AdamW.", least=0.0)
     adam_beta2: float = flag(0.999, "Second beta of AdamW.", above=0.0, most=0.9999999)
     grad_clip: float = flag(1.0, "Largest norm of the gradient.", above=0.0)
+    max_bad_updates: int = flag(10, "Stop after so many steps in a row whose gradient was not finite.", least=1)
 
     # supervised warm-up
     sft_data: str | None = flag(None, "Questions with `completions` for a supervised pass before GRPO.")
@@ -96,6 +97,7 @@ class Config:
     # memory and speed
     device: str = flag("auto", "Where to run.", choices=("auto", "cuda", "cpu"))
     threads: int = flag(0, "CPU threads of each process; 0 leaves torch's choice.", least=0)
+    shard_size: int = flag(0, "Processes that share one copy of the weights; 0: those of a node.", least=0)
     prompts_per_forward: int = flag(1, "Prompts packed into one forward and backward.", least=1)
     prompts_per_rollout: int = flag(1, "Prompts whose completions are decoded together.", least=1)
     gradient_checkpointing: bool = flag(True, "Recompute activations in backward.")
@@ -107,7 +109,7 @@ class Config:
     controls: bool = flag(False, "Close with accuracy on shuffled, reversed and blank videos.")
     show_every: int = flag(50, "Show two prompts' frames and completions in TensorBoard so often; 0: never.", least=0)
     save_every: int = flag(100, "Save a checkpoint every so many steps; the last is always saved.", least=1)
-    keep_checkpoints: int = flag(2, "How many of the latest checkpoints to keep.", least=1)
+    keep_checkpoints: int = flag(2, "How many of the latest checkpoints to keep, beside the best on held-out questions.", least=1)
 
     def video_settings(self):
         names = (f.name for f in dataclasses.fields(VideoSettings))
@@ -123,12 +125,12 @@ PRESETS = {
     "demo": dict(
         model=str(DEMO / "start"), data=str(DEMO / "data/train.jsonl"), eval_data=str(DEMO / "data/val.jsonl"),
         sft_data=str(DEMO / "data/warmup.jsonl"), output=str(DEMO / "run"), demo=True,
-        sft_steps=1000, sft_until=0.9, sft_learning_rate=2e-3, sft_prompts_per_step=32,
-        steps=300, prompts_per_step=32, group_size=8, max_new_tokens=24,
-        reward=("accuracy:1", "format:0.5"), kl_coef=0.15, learning_rate=5e-4, adam_beta2=0.95,
+        sft_steps=1000, sft_until=0.9, sft_learning_rate=1e-3, sft_prompts_per_step=32,
+        steps=450, prompts_per_step=64, group_size=4, max_new_tokens=24,
+        reward=("accuracy:1", "format:0.5"), kl_coef=0.15, learning_rate=5e-4, lr_schedule="cosine", adam_beta2=0.95,
         prompt_template="{problem}", min_pixels=28 * 28, max_pixels=28 * 28, nframes=8,
-        threads=1, workers=1, prompts_per_forward=32, prompts_per_rollout=32, gradient_checkpointing=False,
-        eval_samples=1000, eval_every=20, eval_batch=128, controls=True, save_every=1000,
+        threads=1, workers=1, prompts_per_forward=64, prompts_per_rollout=64, gradient_checkpointing=False,
+        eval_samples=1000, eval_every=50, eval_batch=128, controls=True, save_every=200,
     ),  # fmt: skip
 }
 

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from grpo import model as models
+from grpo.config import ConfigError
 
 
 @dataclass
@@ -47,8 +48,12 @@ class Processes:
             dist.barrier()
 
 
-def start(device="auto"):
-    """Joins torchrun's processes where there are any, else stands alone. Returns the `Processes`."""
+def start(device="auto", shard_size=0):
+    """Joins torchrun's processes where there are any, else stands alone. Returns the `Processes`.
+
+    shard_size processes (0: those of one node) hold one copy of the weights; with more, copies are replicated and only
+    gradients cross nodes. Raises ConfigError where it does not divide their number.
+    """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -62,7 +67,11 @@ def start(device="auto"):
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend)
-    return Processes(rank, world, device, init_device_mesh(kind, (world,)))
+    size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if world % size:
+        raise ConfigError(f"--shard_size {size}: must divide the number of processes, {world}")
+    shape, names = ((world,), ("shard",)) if size == world else ((world // size, size), ("replicate", "shard"))
+    return Processes(rank, world, device, init_device_mesh(kind, shape, mesh_dim_names=names))
 
 
 def stop():

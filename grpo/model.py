@@ -1,12 +1,24 @@
 """The one file that touches transformers' model classes: what they are, how they are loaded and entered."""
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import rename_source_key
 
 from grpo import attention
 
@@ -49,8 +61,8 @@ class ModelSpec:
         )
 
 
-def load_model(path, dtype=torch.float32):
-    """Returns the unmodified transformers model of a folder or hub name, entered through this project's attention.
+def read_config(path):
+    """The transformers config of a folder or hub name; only its config.json is needed.
 
     Raises ModelError for a family whose positions are not known here, or where dropout would make the scorer disagree
     with the sampler.
@@ -68,7 +80,93 @@ def load_model(path, dtype=torch.float32):
         raise ModelError(f"--model {path}: attention_dropout must be 0 in its config.json")
     if "sliding_attention" in config.text_config.layer_types:
         raise ModelError(f"--model {path}: sliding-window attention is not supported; set use_sliding_window to false")
-    return use_own_attention(FAMILIES[config.model_type].from_pretrained(path, dtype=dtype))
+    return config
+
+
+def empty_model(path, dtype=torch.float32):
+    """The unmodified transformers model of a folder or hub name, entered through this project's attention, on the meta
+    device: it takes no memory until `materialise`. Raises as `read_config`."""
+    config = read_config(path)
+    with torch.device("meta"):
+        model = FAMILIES[config.model_type]._from_config(config, dtype=dtype)
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    except OSError:
+        pass  # a checkpoint without one: the config's EOS ids, which the model has taken already
+    return use_own_attention(model)
+
+
+def materialise(model, device):
+    """Gives what is on the meta device memory on `device`, in place: parameters uninitialised, tied ones still tied, and
+    buffers (rotary frequencies, in no file) computed as transformers does, on the CPU."""
+    made = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in made:
+                    new = torch.nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+                    made[id(parameter)] = (new, parameter)  # the old one is kept, so that its id stays taken
+                module._parameters[name] = made[id(parameter)][0]
+        if any(buffer.is_meta for buffer in module._buffers.values()):
+            module._buffers |= {name: torch.empty_like(b, device="cpu") for name, b in module._buffers.items()}
+            model._init_weights(module)
+            module.to(device)
+
+
+@torch.no_grad()
+def load_weights(model, path):
+    """Fills a materialised model from safetensors files; of a sharded parameter each process reads its own rows alone.
+
+    Names are mapped as transformers maps them (files on the hub have `visual.` and `model.layers.`). Raises ModelError
+    where a weight is missing or of another shape.
+    """
+    renamings = get_model_conversion_mapping(model)
+    targets = {name.replace(".base_layer", ""): p for name, p in model.named_parameters(remove_duplicate=False)}
+    filled = set()
+    for file in weight_files(path):
+        with safe_open(file, framework="pt") as stored:
+            for key in stored.keys():
+                name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, targets)
+                if name in targets:
+                    _fill(targets[name], stored.get_slice(key), f"{file}: {key}")
+                    filled.add(id(targets[name]))
+    missing = [name for name, p in targets.items() if id(p) not in filled and ".lora_" not in name]
+    if missing:
+        raise ModelError(f"--model {path}: its safetensors lack {len(missing)} weights, {missing[0]} among them")
+
+
+def _fill(parameter, stored, where):
+    if stored.get_shape() != list(parameter.shape):
+        raise ModelError(f"{where} is of shape {stored.get_shape()}, config.json says {list(parameter.shape)}")
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(stored[:])
+        return
+    local = parameter.to_local()
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    if local.numel():
+        local.copy_(stored[offset[0] : offset[0] + local.shape[0]])
+
+
+def weight_files(path):
+    """The safetensors files of a folder or hub name, downloaded where need be. Raises ModelError where there are none."""
+    try:
+        folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"--model {path}: cannot be downloaded ({str(error).splitlines()[0]})") from error
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    for name in sorted(names):
+        if not (folder / name).exists():
+            raise ModelError(f"--model {path}: {name} is missing (weights are read from safetensors only)")
+    return [folder / name for name in sorted(names)]
+
+
+def load_model(path, dtype=torch.float32):
+    """Returns the model of a folder or hub name on the CPU, whole. Raises as `read_config` and `load_weights`."""
+    model = empty_model(path, dtype)
+    materialise(model, "cpu")
+    load_weights(model, path)
+    return model
 
 
 def use_own_attention(model):

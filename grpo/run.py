@@ -3,7 +3,8 @@
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ from grpo.config import Config, ConfigError, load_config
 from grpo.data import hold_out, step_samples
 from grpo.evaluate import mean, predict, summarise
 from grpo.metrics import RunLog
-from grpo.model import checkpoint_activations, load_model, model_spec, vision_tower
+from grpo.model import checkpoint_activations, empty_model, load_weights, materialise, model_spec, vision_tower
 from grpo.policy import Policy
+from grpo.stops import Stopped, explain_memory
 from rewards import answer_stats, check_sample
 from video.dataset import DataError, read_samples
 from video.loader import PromptLoader
@@ -28,13 +30,15 @@ DEMO_COMMAND = "python train.py --preset demo"
 
 @dataclass
 class Run:
-    """One run's surroundings. `first` is the step it starts at, `state` what its checkpoint remembers."""
+    """One run's surroundings. `stop_asked` says whether this process has got a signal; `prompts` are those at work."""
 
     config: Config
     processes: distributed.Processes
     processor: object
     loader: PromptLoader
     log: RunLog
+    stop_asked: Callable = lambda: False
+    prompts: list = field(default_factory=list)
 
     @property
     def tokenizer(self):
@@ -44,23 +48,28 @@ class Run:
         """Yields (prompts of this process, {"skipped", "seconds_waiting"}) for steps first to last - 1.
 
         Worker processes decode ahead. A sample that could not be read is named and counted, and its step is smaller.
+        Raises Stopped, in all processes alike, before the first step that any of them was asked not to take.
         """
         own = slice(self.processes.rank, None, self.processes.world)
         shares = (step_samples(samples, step, per_step, seed)[own] for step in range(first, last))
         encoded, asked = self.loader.batches(shares), time.perf_counter()
-        for batch in encoded:
+        for step, batch in enumerate(encoded, start=first):
             waited = time.perf_counter() - asked
             prompts = [p for p in batch if not isinstance(p, Skipped)]
             for p in batch:
                 if isinstance(p, Skipped):
                     self.log.say(f"skipped {p.key}: {p.path}: {p.reason}", everywhere=True)
-            skipped = self.processes.sum({"skipped": len(batch) - len(prompts)})["skipped"]
-            yield prompts, {"skipped": int(skipped), "seconds_waiting": waited}
+            sums = self.processes.sum({"skipped": len(batch) - len(prompts), "stop": self.stop_asked()})
+            if sums["stop"]:
+                raise Stopped(step)
+            self.prompts = prompts
+            yield prompts, {"skipped": int(sums["skipped"]), "seconds_waiting": waited}
             asked = time.perf_counter()
 
+    @explain_memory
     def evaluate(self, policy, samples, control=None):
         """`summarise`d accuracy on samples, greedy; {} where there are none."""
-        config = self.config
+        config, self.prompts = self.config, []
         if not samples:
             return {}
         records = predict(
@@ -120,8 +129,8 @@ def check_inputs(config):
 
 
 # What may differ between a run and its continuation without making it another run.
-FREE_TO_CHANGE = {"output", "resume", "workers", "decode_timeout", "device", "threads", "prompts_per_rollout",
-                  "save_every", "show_every", "keep_checkpoints", "eval_batch", "controls", "video_root", "reward_timeout"}  # fmt: skip
+FREE_TO_CHANGE = {"output", "resume", "workers", "decode_timeout", "device", "threads", "shard_size", "prompts_per_rollout",
+                  "save_every", "show_every", "keep_checkpoints", "max_bad_updates", "eval_batch", "controls", "video_root", "reward_timeout"}  # fmt: skip
 
 
 def on_this_machine(model):
@@ -207,13 +216,16 @@ def check_answers(samples):
 
 def build_policy(path, config, processor, processes, master=torch.float32):
     """The sharded Policy of a checkpoint folder: masters in fp32, computed in bf16 on a GPU."""
-    model = load_model(path, master).to(processes.device)
+    model = empty_model(path, master)
     if config.freeze_vision:
         vision_tower(model).requires_grad_(False)
     if config.gradient_checkpointing and master is torch.float32:
         checkpoint_activations(model, vision=not config.freeze_vision)
     compute = torch.bfloat16 if processes.device.type == "cuda" else None
-    return distributed.shard(Policy(model, model_spec(model, processor.tokenizer)).to(processes.device), processes, compute)
+    policy = distributed.shard(Policy(model, model_spec(model, processor.tokenizer)), processes, compute)
+    materialise(model, processes.device)
+    load_weights(model, path)
+    return policy.to(processes.device)
 
 
 def build_reference(path, config, processor, processes):

@@ -11,6 +11,7 @@ from grpo.positions import prompt_positions
 from grpo.tiny import build_tiny_model
 from video.dataset import Sample
 from video.prompt import Prompt
+from video.synthetic import DemoSpec, make_demo_set
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 PIXEL_FIELDS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
@@ -21,6 +22,14 @@ def checkpoints(tmp_path_factory):
     """{family: folder} of one tiny checkpoint each."""
     root = tmp_path_factory.mktemp("checkpoints")
     return {family: build_tiny_model(root / family, family, seed=1) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """(demo set, {tied: checkpoint}) of the tests that start processes."""
+    root = tmp_path_factory.mktemp("world")
+    models = {tie: build_tiny_model(root / f"tie{tie}", tie=tie, seed=3) for tie in (False, True)}
+    return make_demo_set(root / "data", DemoSpec(train=24, val=8, warmup=8)), models
 
 
 @pytest.fixture(params=FAMILIES)

@@ -90,6 +90,21 @@ def test_reference_sees_the_pixels(setting):
     assert (chunks[0].ref_logprobs - before).abs().max() > 1e-2
 
 
+def test_an_error_in_the_tower_is_an_error(setting, monkeypatch):
+    """Trap 15: never text-only log-probabilities instead."""
+    policy, prompts, rollouts = setting
+    chunks = update.make_chunks(prompts, rollouts, config_of(), policy, ALONE)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("broken tower")
+
+    monkeypatch.setattr(policy.model.model.visual, "forward", fail)
+    with pytest.raises(RuntimeError, match="broken tower"):
+        update.add_reference(policy, chunks, 1.0)
+    with pytest.raises(RuntimeError, match="broken tower"):
+        update.update(policy, update.make_optimizer(policy, config_of()), chunks, config_of(), ALONE)
+
+
 def test_later_passes_compare_with_the_first(setting):
     """mu = 2: the second pass's ratio is against the log-probabilities of the first, and it moves the weights again."""
     policy, prompts, rollouts = setting

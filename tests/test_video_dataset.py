@@ -165,7 +165,7 @@ def test_a_skip_list_leaves_out_the_rows_of_its_files(tmp_path, monkeypatch):
     assert leave_out(samples, listed) == ([samples[0], samples[2]], [samples[1]])
     monkeypatch.chdir(tmp_path)  # relative paths of either side mean the same files
     assert leave_out(read_samples("a/train.jsonl"), listed)[1][0].videos == ("a/a1.mp4",)
-    with pytest.raises(DataError, match="--skip_list .*: no such file; write one with python -m video.scan"):
+    with pytest.raises(DataError, match="--skip_list .*: no such file; python -m video.scan"):
         read_skip_list(tmp_path / "none")
     with pytest.raises(DataError, match="--skip_list bad.jsonl:2: is not JSON"):
         read_skip_list(write(tmp_path / "bad.jsonl", bad, "{"))

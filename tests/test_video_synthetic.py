@@ -8,7 +8,7 @@ import pytest
 
 from video.dataset import read_samples
 from video.frames import VideoSettings, read_video
-from video.synthetic import COLOURS, DIRECTIONS, OPPOSITE, RADIUS, DemoSpec, draw, make_demo_set, random_scene
+from video.synthetic import COLOURS, DIRECTIONS, OPPOSITE, PLACES, RADIUS, DemoSpec, draw, make_demo_set, random_scene
 
 SPEC = DemoSpec(seed=3, kinds=("direction", "order"), train=64, val=16, warmup=32)
 
@@ -61,8 +61,8 @@ def test_parts_share_no_video_and_kinds_are_as_specified(demo):
     )
     kinds = {part: Counter(sample.meta["kind"] for sample in samples[part]) for part in samples}
     assert kinds["train"] == {"direction": 32, "order": 32}
-    assert kinds["val"] == {"direction": 16, "colour": 16, "shape": 16, "order": 16}
-    assert kinds["warmup"] == {"direction": 16, "order": 16, "colour": 16}
+    assert kinds["val"] == {"direction": 16, "colour": 16, "shape": 16, "order": 16, "place": 16}
+    assert kinds["warmup"] == {"direction": 16, "order": 16, "colour": 16, "place": 32}
     contents = {part: {open(video, "rb").read() for video in videos[part]} for part in videos}
     assert not contents["train"] & contents["val"]
 
@@ -95,7 +95,7 @@ def test_warmup_names_every_option_of_a_trained_kind_and_the_truth_of_others(dem
     for row in rows(demo["warmup"]):
         bound = [f"<think>I see {option[3:]} .</think><answer>{option[0]}</answer>" for option in row["options"]]
         true = [text for text in bound if text.endswith(row["solution"])]
-        assert row["completions"] == (true if row["kind"] == "colour" else bound)
+        assert row["completions"] == (true if row["kind"] in ("colour", "place") else bound)
 
 
 def test_shapes_stay_whole_inside_and_move_as_named():
@@ -122,13 +122,27 @@ def test_frames_without_their_order_do_not_tell_the_way():
         assert np.array_equal(np.sort(frames, axis=0), np.sort(turned, axis=0))
 
 
+def test_a_still_shape_stands_where_its_answer_says():
+    """Place is taught in the warm-up; none of its words names a direction, and nothing in its videos moves."""
+    assert not set(PLACES) & set(DIRECTIONS)
+    spec, generator = DemoSpec(), np.random.default_rng(2)
+    for index in range(200):
+        scene = random_scene(generator, spec, "place", index)
+        assert len(set(scene.centres)) == 1
+        away = np.array(scene.centres[0]) - spec.size / 2
+        along = {name: float(away @ np.array(way)) for name, way in PLACES.items()}
+        assert max(along, key=along.get) == scene.direction == tuple(PLACES)[index % 4]
+        assert np.abs(away).max() <= spec.size / 2 - RADIUS * spec.size
+
+
 def test_one_frame_alone_cannot_reach_the_target():
-    """Best guess from the first position, on a grid: about half of four ways; from a middle one, near chance."""
+    """Best guess from the first position, on a grid: three quarters, short of the 90% that training reaches; from a middle
+    one, near chance."""
     drawn = scenes(40000, seed=1)
     names = list(DIRECTIONS)
     truth = np.array([names.index(scene.direction) for scene in drawn])
     half = len(drawn) // 2
-    for frame, low, high in ((0, 0.40, 0.55), (3, 0.23, 0.32), (4, 0.23, 0.32)):
+    for frame, low, high in ((0, 0.65, 0.77), (3, 0.25, 0.36), (4, 0.25, 0.36)):
         place = np.array([scene.centres[frame] for scene in drawn]) // 2  # cells of 2 px
         cells = np.unique(place, axis=0, return_inverse=True)[1].ravel()
         counts = np.zeros((cells.max() + 1, 4))

@@ -12,13 +12,13 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from video_helpers import encode  # noqa: E402
+from video_helpers import encode
 
-from grpo.tiny import build_tiny_model  # noqa: E402
-from video.formats import Sample  # noqa: E402
-from video.frames import VideoSettings  # noqa: E402
-from video.loader import PromptLoader  # noqa: E402
-from video.prompt import Prompt, PromptEncoder  # noqa: E402
+from grpo.tiny import build_tiny_model
+from video.formats import Sample
+from video.frames import VideoSettings
+from video.loader import PromptLoader
+from video.prompt import Prompt, PromptEncoder
 
 
 def make_720p(path: Path, seconds: int, seed: int) -> str:

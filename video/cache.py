@@ -59,9 +59,10 @@ class FrameCache:
         """Where the frames of a video are kept; None where there is no such video."""
         try:
             files = [path, *frames.frame_files(path)] if os.path.isdir(path) else [path]
-            identity = [(os.path.realpath(file), (status := os.stat(file)).st_size, status.st_mtime_ns) for file in files]
+            status = [(os.path.realpath(file), os.stat(file)) for file in files]
         except (OSError, frames.VideoError):
             return None
+        identity = [(real, found.st_size, found.st_mtime_ns) for real, found in status]
         decoder = "pyav" if frames.decord is None else "decord"
         text = json.dumps([VERSION, decoder, identity, asdict(settings), factor, clip], sort_keys=True)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"

@@ -41,7 +41,9 @@ def to_row(sample: Sample) -> dict:
     return row | {name: value for name, value in sample.meta.items() if name not in row}
 
 
-def convert(source: str, target: str, video_root: str | None = None, keep_missing: bool = False) -> tuple[int, list[str]]:
+def convert(
+    source: str, target: str, video_root: str | None = None, keep_missing: bool = False
+) -> tuple[int, list[str]]:
     """(rows written to `target`, missing files of the rows left out). Raises DataError where no row is left."""
     written, missing = [], []
     for sample in read_samples(source, video_root):

@@ -72,7 +72,7 @@ def read_skip_list(path: str | Path) -> dict[str, str]:
     """{absolute path of a file: reason} of a list that `python -m video.scan` wrote. Raises DataError."""
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"--skip_list {path}: no such file; write one with python -m video.scan --data ... --output FILE")
+        raise DataError(f"--skip_list {path}: no such file; python -m video.scan --data ... --output FILE writes one")
     listed = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip():

@@ -174,7 +174,8 @@ def _messages(row: Row) -> Sample:
             raise row.error(f"a message must have the role user, assistant or system, got {turn!r:.200}")
         turns[turn["role"]].append(turn.get("content"))
     if len(turns["user"]) != 1 or len(turns["assistant"]) > 1:
-        raise row.error(f"has {len(turns['user'])} user turns and {len(turns['assistant'])} of the assistant; one is needed")
+        counts = f"{len(turns['user'])} user turns and {len(turns['assistant'])} of the assistant"
+        raise row.error(f"has {counts}; one is needed")
     parts = [{"text": part} if isinstance(part, str) else part for part in _listed(turns["user"][0])]
     if not all(isinstance(part, dict) for part in parts):
         raise row.error("a message's content must be a text or a list of parts such as {\"type\": \"video\", ...}")
@@ -291,7 +292,9 @@ def _choice(row: Row, options: tuple[str, ...], answer: str, *videos: str, clips
     return _build(row, row.text("question"), letter, videos, (), options, MULTIPLE_CHOICE, clips)
 
 
-def _build(row, problem, answer, videos=None, images=None, options=None, kind=None, clips=None, completions=()) -> Sample:
+def _build(
+    row, problem, answer, videos=None, images=None, options=None, kind=None, clips=None, completions=()
+) -> Sample:
     """A sample from a row's parts, paths final; None is read from the row's own fields, what no one reads is `meta`.
 
     Options that are not in the question yet are added to it, a lettered line each.

@@ -200,7 +200,7 @@ def _probe(path: str, *_) -> tuple[int, float, int, int]:
             stream = _video_stream(container, path)
             fps, height, width = stream.average_rate, stream.height, stream.width
             if height * width > MAX_FRAME_PIXELS:
-                raise VideoError(path, f"its frames of {width} x {height} pixels are above the limit of {MAX_FRAME_PIXELS} pixels")
+                raise VideoError(path, f"its frames of {width} x {height} pixels are above the limit of {MAX_FRAME_PIXELS}")
             frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
     except VideoError:
         raise

@@ -81,7 +81,8 @@ class PromptLoader:
         """`batch`, unless it shows that no sample at all can be used."""
         self._kinds.update(item.kind if isinstance(item, Skipped) else None for item in batch)
         self._seen += len(batch)
-        if batch and self.give_up_after and self._seen >= self.give_up_after and len(self._kinds) == 1 and None not in self._kinds:
+        nothing_else = len(self._kinds) == 1 and None not in self._kinds
+        if batch and nothing_else and self.give_up_after and self._seen >= self.give_up_after:
             last = batch[-1]
             raise DataError(f"all of the first {self._seen} samples were skipped, the last ({last.key}) because "
                             f"{last.path}: {last.reason}; check --video_root, and see python -m video.scan --data ...")

@@ -96,7 +96,8 @@ class _Worker:
     def __init__(self, pool: WorkerPool):
         self.pool, self.ready = pool, False
         self.pipe, other = multiprocessing.Pipe()
-        self.process = pool._context.Process(target=_work, args=(other, pool.function, pool.timeout + ORPHAN_SECONDS), daemon=True)
+        args = (other, pool.function, pool.timeout + ORPHAN_SECONDS)
+        self.process = pool._context.Process(target=_work, args=args, daemon=True)
         self.process.start()
         other.close()  # so that its end reads as the end of the pipe
 
@@ -126,7 +127,7 @@ class _Worker:
         self.pipe.close()
 
     def _receive(self, seconds: float):
-        """Its next message. Raises TimeoutError, EOFError where it has ended, WorkersDoNotStart where the pool has."""
+        """Its next message. TimeoutError; EOFError where it has ended; WorkersDoNotStart where the pool was closed."""
         ready = wait([self.pipe, self.pool._closed], seconds)
         if self.pool._closed in ready:
             raise WorkersDoNotStart("the pool was closed")

@@ -1,0 +1,125 @@
+"""Checkpoints of real processes: any number of them resumes, no moment of death matters, a full disk loses nothing."""
+
+import json
+import random
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from processes import COMPARED, assert_same_run, finish, kill, launch, metrics_of, start, wait_for, weights_of
+
+from grpo.checkpoint import checkpoints
+from grpo.config import load_config
+from grpo.model import load_model
+
+LONG = ("--steps", "4", "--save_every", "2", "--keep_checkpoints", "9")
+
+
+def back_to(folder, step, copy):
+    """A copy of a run folder as it was when checkpoint `step` was its newest."""
+    shutil.copytree(folder, copy)
+    for checkpoint in checkpoints(copy):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+    return copy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tie", [False, True])
+def test_saved_by_two_resumed_by_two_four_and_one(world, tmp_path, tie):
+    """What is left of the data comes once, in order, and the metrics are those of one process that never stopped."""
+    alone, _ = launch(1, tmp_path / "1", world, *LONG, tie=tie)
+    whole, _ = launch(2, tmp_path / "2", world, *LONG, tie=tie)
+    for count in (2, 4, 1):
+        folder = back_to(tmp_path / "2", 2, tmp_path / f"2 to {count}")
+        flags = LONG if not count == 2 else (*LONG, "--output", str(folder))
+        resumed, _ = launch(count, folder, world, *flags, tie=tie)
+        assert_same_run(resumed, alone, folder, tmp_path / "1", step=4)
+        if count == 2:
+            assert resumed == whole
+            ours, theirs = weights_of(folder, 4), weights_of(tmp_path / "2", 4)
+            assert all((ours[name] == theirs[name]).all() for name in theirs), "bit for bit"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_any_moment_and_resumed(world, tmp_path, processes):
+    """SIGKILL at five random moments, saving included."""
+    more = ("--steps", "12", "--save_every", "1", "--eval_every", "3")
+    whole = metrics_of_run(processes, tmp_path / "whole", world, *more)
+    folder, moments = tmp_path / "killed", random.Random(processes)
+    for step in (1, 3, 4, 7, 10):
+        process = start(processes, folder, world, *more)
+        wait_for(lambda: len([r for r in metrics_of(folder) if r["phase"] == "train"]) >= step, process)
+        time.sleep(moments.uniform(0, 0.4))
+        kill(process)
+        process.communicate()
+    assert metrics_of_run(processes, folder, world, *more) == whole
+    assert [c.name for c in checkpoints(folder)][-1] == "checkpoint-12"
+    ours, theirs = weights_of(folder, 12), weights_of(tmp_path / "whole", 12)
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def metrics_of_run(processes, folder, world, *more):
+    launch(processes, folder, world, *more)
+    return metrics_of(folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a file system of so many bytes and returns its folder."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+
+    def mount(size):
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"mounting a small file system is refused here: {done.stderr.strip()}")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", folder], capture_output=True)
+
+
+@pytest.mark.parametrize("processes", [pytest.param(1), pytest.param(2, marks=pytest.mark.slow)])
+def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(world, tmp_path, small_disk, processes):
+    more = ("--save_every", "1", "--keep_checkpoints", "9")
+    launch(1, tmp_path / "1", world, *more, "--steps", "1")
+    size = sum(path.stat().st_size for path in (tmp_path / "1" / "checkpoint-1").rglob("*") if path.is_file())
+    folder = small_disk(int(1.6 * size) + 2**17) / "run"
+    _, output = launch(processes, folder, world, *more, expect=None)
+    error = [line for line in output.splitlines() if line.startswith("train.py: error: ") and "could not be saved" in line]
+    assert len(error) >= 1 and "o space left" in error[0] and "checkpoint-2" in error[0], output[-2000:]
+    assert processes > 1 or "Traceback" not in output
+    assert [c.name for c in checkpoints(folder)] == ["checkpoint-1"]
+    assert load_model(folder / "checkpoint-1") and load_config(folder / "checkpoint-1" / "run.json")
+    moved = Path(shutil.copytree(folder, tmp_path / "moved"))
+    resumed, _ = launch(1, moved, world, *more)
+    assert [row["step"] for row in resumed] == [0, 1, 2]
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(world, tmp_path, capsys):
+    """Held-out accuracy is the toy reward's nature's own; what counts is which folder stays."""
+    import train
+    from grpo import evaluate  # noqa: F401
+    from processes import command
+
+    accuracies = iter([0.1, 0.5, 0.3, 0.2, 0.0])
+    flags = command(1, tmp_path, world, "--steps", "5", "--save_every", "5", "--eval_every", "1",
+                    "--keep_checkpoints", "1")[2:]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "grpo.run.summarise", lambda records: {"overall": next(accuracies, 0.0), "kinds": {}, "unparsed": 0.0,
+                                                   "opposite": None, "count": 5, "skipped": 0,
+                                                   "intervals": {"overall": [0, 1]}, "counts": {}}
+        )  # fmt: skip
+        assert train.main(flags) == 0
+    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-5"]
+    state = json.loads((tmp_path / "checkpoint-5" / "training" / "state.json").read_text())
+    assert state["best"] == {"step": 1, "accuracy": 0.5}
+
+

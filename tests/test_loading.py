@@ -1,0 +1,93 @@
+"""Weights that go from files to shards: any layout of files, old and new names, tied and untied, and right buffers."""
+
+import json
+
+import pytest
+import torch
+from conftest import FAMILIES, load_pair, make_prompt, naive_logprobs, random_completions
+from safetensors.torch import load_file, save_file
+
+from grpo.model import FAMILIES as CLASSES
+from grpo.model import ModelError, empty_model, load_model, materialise
+from grpo.packing import pack
+from grpo.tiny import build_tiny_model
+
+
+def rewritten(folder, target, rename, files):
+    """A copy of a checkpoint folder whose weights have other names and lie in so many files."""
+    target.mkdir()
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors":
+            (target / path.name).write_bytes(path.read_bytes())
+    weights = {rename(name): value for name, value in load_file(folder / "model.safetensors").items()}
+    names = sorted(weights)
+    if files == 1:
+        save_file(weights, target / "model.safetensors")
+        return target
+    index = {}
+    for number in range(files):
+        own, file = names[number::files], f"model-{number + 1:05}-of-{files:05}.safetensors"
+        save_file({name: weights[name] for name in own}, target / file)
+        index |= dict.fromkeys(own, file)
+    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return target
+
+
+def new_name(name):
+    """transformers 5's own name of a weight whose name on the hub is `name`."""
+    if name.startswith("visual."):
+        return f"model.{name}"
+    return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
+
+
+@pytest.mark.parametrize("files", [1, 3])
+@pytest.mark.parametrize("rename", [str, new_name], ids=["hub names", "new names"])
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_those_of_from_pretrained(tmp_path, family, tie, rename, files):
+    made = build_tiny_model(tmp_path / "made", family, tie=tie)
+    assert any(name.startswith("visual.") for name in load_file(made / "model.safetensors")), "the hub's own names"
+    folder = rewritten(made, tmp_path / "folder", rename, files)
+    policy, naive, tokenizer = load_pair(folder)
+    assert (policy.model.lm_head.weight is policy.model.get_input_embeddings().weight) == tie
+    prompt = make_prompt(tokenizer, [("video", (4, 4, 6))])
+    completions = random_completions(tokenizer, (5, 3))
+    with torch.no_grad():
+        ours, _ = policy(pack([prompt], [completions], policy.spec))
+        theirs = naive_logprobs(naive, policy.spec, prompt, completions)
+    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)
+    for (name, ours), (_, theirs) in zip(policy.model.named_parameters(), naive.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    for (name, ours), (_, theirs) in zip(policy.model.named_buffers(), naive.named_buffers(), strict=True):
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype, name
+
+
+def test_bf16_keeps_rotary_frequencies_in_fp32(checkpoints):
+    model = load_model(checkpoints["qwen2_vl"], torch.bfloat16)
+    naive = CLASSES["qwen2_vl"].from_pretrained(checkpoints["qwen2_vl"], dtype=torch.bfloat16)
+    for (name, ours), (_, theirs) in zip(model.named_buffers(), naive.named_buffers(), strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, theirs), name
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_tied_model_materialises_one_embedding(tmp_path):
+    model = empty_model(build_tiny_model(tmp_path / "tied", tie=True))
+    assert all(p.is_meta for p in model.parameters())
+    materialise(model, "cpu")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+def test_missing_and_wrong_weights_are_one_line(tmp_path):
+    made = build_tiny_model(tmp_path / "made")
+    weights = load_file(made / "model.safetensors")
+    for change, words in (
+        ({"lm_head.weight": None}, "lack 1 weights, lm_head.weight"),
+        ({"model.norm.weight": torch.zeros(3)}, r"model.norm.weight is of shape \[3\], config.json says \[64\]"),
+    ):
+        save_file({k: v for k, v in (weights | change).items() if v is not None}, made / "model.safetensors")
+        with pytest.raises(ModelError, match=words):
+            load_model(made)
+    (made / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="model.safetensors is missing"):
+        load_model(made)
