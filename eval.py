@@ -100,7 +100,7 @@ def find_samples(folder, config, arguments):
         samples = read_samples(arguments.data, arguments.video_root)
     elif (folder / "run.json").exists():
         config.eval_samples = arguments.samples or config.eval_samples
-        samples = split_data(config)[1]
+        samples = split_data(config, lambda line: None)[1]
     else:
         raise ConfigError(
             f"--ckpt {arguments.ckpt}: is of no run, so it has no held-out questions; give --data or --benchmark"

@@ -25,6 +25,7 @@ from grpo.demo import build_demo
 from grpo.evaluate import CONTROLS
 from grpo.metrics import RunLog, describe_run, quiet_transformers
 from grpo.model import ModelError
+from grpo.plan import plan_text
 from grpo.plot import plot_run
 from grpo.report import show_rollouts, summary_of, summary_table
 from grpo.rollout import rollout
@@ -101,7 +102,7 @@ def train(config, stop_asked):
     if config.demo and processes.is_main:
         build_demo(config)
     processes.barrier()
-    samples, held_out, sft = read_data(config)
+    samples, held_out, sft = read_data(config, print if processes.is_main else lambda line: None)
     if config.steps is None:
         config.steps = max(1, int(config.epochs * len(samples)) // config.prompts_per_step)
     if config.resume == "no" and processes.is_main:
@@ -113,7 +114,9 @@ def train(config, stop_asked):
     needs_warmup = config.sft_steps and not warmed.exists()
     start = warmed if config.sft_steps else config.model
     processor = AutoProcessor.from_pretrained(config.model)
-    encoder = PromptEncoder(config.model, config.video_settings(), config.prompt_template, config.max_prompt_tokens)
+    encoder = PromptEncoder(
+        config.model, config.video_settings(), config.prompt_template, config.max_prompt_tokens, config.cache()
+    )
     log = RunLog(folder, processes.is_main, partial(made_before, state["step"], config.steps, warmed.exists()))
     log.describe(config, describe_run())
     if config.top_k or config.top_p < 1:
@@ -155,8 +158,12 @@ def train(config, stop_asked):
 def main(arguments=None):
     quiet_transformers()
     try:
+        config = parse_config(arguments)
+        if config.plan:
+            print(plan_text(config))
+            return 0
         with listening() as stop_asked:
-            train(parse_config(arguments), stop_asked)
+            train(config, stop_asked)
     except Stopped as stop:
         distributed.stop()
         print(f"train.py: {stop}; the same command goes on from there", file=sys.stderr)

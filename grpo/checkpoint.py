@@ -88,7 +88,9 @@ class _whole_or_nothing:
     def __exit__(self, kind, error, _):
         if error is not None:
             shutil.rmtree(self.partial, ignore_errors=True)
-            if isinstance(error, (OSError, dcp.api.CheckpointException)) or "SafetensorError" in kind.__name__:
+            if isinstance(error, dcp.api.CheckpointException):
+                error = next(iter(error.failures.values()))[0]
+            if isinstance(error, OSError) or "SafetensorError" in type(error).__name__:
                 reason = " ".join(str(error).split())[:300]
                 raise CheckpointError(f"{self.folder} could not be saved, earlier checkpoints are whole: {reason}") from error
             return

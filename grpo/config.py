@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rewards import parse_rewards
+from video.cache import FrameCache
 from video.frames import VideoSettings
 from video.prompt import TEMPLATE
 
@@ -27,7 +28,10 @@ class Config:
     # what is trained, on what, where to
     preset: str = flag("qwen2-vl-7b", "Named set of values that the other flags override.")
     model: str = flag("Qwen/Qwen2-VL-7B-Instruct", "Folder or hub name of a Qwen2-VL or Qwen2.5-VL checkpoint.")
-    data: str = flag("data/LLaVA-Video-large-swift-origin.jsonl", "Training questions: jsonl as in open-r1-video-4k.")
+    data: tuple = flag(
+        ("data/LLaVA-Video-large-swift-origin.jsonl",),
+        "Training questions, of any known format: files as FILE or FILE:WEIGHT (how often its rows come in an epoch).",
+    )
     video_root: str | None = flag(None, "Folder that video paths are under (default: the data file's folder).")
     eval_data: str | None = flag(None, "Held-out questions (default: --eval_samples rows held out of --data).")
     eval_samples: int = flag(100, "How many questions to evaluate on; 0 turns evaluation off.", least=0)
@@ -94,6 +98,10 @@ class Config:
     workers: int = flag(2, "Processes that decode videos ahead, for each trainer; 0 decodes in the trainer.", least=0)
     decode_timeout: float = flag(60.0, "Seconds after which a video counts as unreadable.", above=0.0)
 
+    skip_list: str | None = flag(None, "List of bad files that python -m video.scan wrote; their rows are left out.")
+    frame_cache: str | None = flag(None, "Folder that keeps decoded frames, for any number of processes and runs.")
+    frame_cache_gb: float = flag(20.0, "Largest size of that folder, in GB.", above=0.0)
+
     # memory and speed
     device: str = flag("auto", "Where to run.", choices=("auto", "cuda", "cpu"))
     threads: int = flag(0, "CPU threads of each process; 0 leaves torch's choice.", least=0)
@@ -101,6 +109,11 @@ class Config:
     prompts_per_forward: int = flag(1, "Prompts packed into one forward and backward.", least=1)
     prompts_per_rollout: int = flag(1, "Prompts whose completions are decoded together.", least=1)
     gradient_checkpointing: bool = flag(True, "Recompute activations in backward.")
+    plan: int = flag(0, "Print the memory that a run on so many GPUs takes, and end; 0: train.", least=0)
+    gpu_memory: float = flag(80.0, "GiB of one GPU, for --plan.", above=0.0)
+    lora_rank: int = flag(0, "Train adapters of this rank on the decoder, the weights frozen; 0: all weights.", least=0)
+    lora_alpha: float = flag(32.0, "Adapters are scaled by alpha / rank.", above=0.0)
+    lora_merge: bool = flag(False, "Also save the weights with the adapters merged in, at the end.")
     freeze_vision: bool = flag(False, "Do not train the vision tower; its features are then computed once a step.")
 
     # evaluation and output
@@ -110,6 +123,10 @@ class Config:
     show_every: int = flag(50, "Show two prompts' frames and completions in TensorBoard so often; 0: never.", least=0)
     save_every: int = flag(100, "Save a checkpoint every so many steps; the last is always saved.", least=1)
     keep_checkpoints: int = flag(2, "How many of the latest checkpoints to keep, beside the best on held-out questions.", least=1)
+
+    def cache(self):
+        """The cache of decoded frames, None where --frame_cache is not given."""
+        return FrameCache(self.frame_cache, self.frame_cache_gb) if self.frame_cache else None
 
     def video_settings(self):
         names = (f.name for f in dataclasses.fields(VideoSettings))
@@ -123,7 +140,7 @@ PRESETS = {
     # over each sequence, then over sequences.
     "qwen2-vl-7b": {"loss_normaliser": "sequence"},
     "demo": dict(
-        model=str(DEMO / "start"), data=str(DEMO / "data/train.jsonl"), eval_data=str(DEMO / "data/val.jsonl"),
+        model=str(DEMO / "start"), data=(str(DEMO / "data/train.jsonl"),), eval_data=str(DEMO / "data/val.jsonl"),
         sft_data=str(DEMO / "data/warmup.jsonl"), output=str(DEMO / "run"), demo=True,
         sft_steps=1000, sft_until=0.9, sft_learning_rate=1e-3, sft_prompts_per_step=32,
         steps=450, prompts_per_step=64, group_size=4, max_new_tokens=24,
@@ -153,6 +170,7 @@ def parse_config(arguments=None):
     preset = given.get("preset", Config.preset)
     if preset not in PRESETS:
         raise ConfigError(f"--preset {preset}: unknown; presets are {', '.join(PRESETS)}")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     config = Config(**{**PRESETS[preset], **given})
     check(config)
     return config
@@ -206,6 +224,7 @@ def save_config(config, path):
 def load_config(path):
     """The Config that `save_config` wrote. Raises ConfigError where the file is not one."""
     try:
-        return Config(**json.loads(Path(path).read_text()))
+        saved = json.loads(Path(path).read_text())
+        return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: not a configuration of this project ({error})") from error

@@ -27,7 +27,8 @@ def step_samples(samples, step, prompts_per_step, seed):
 def hold_out(samples, count, seed):
     """(training samples, `count` held-out ones) of one file. No video or image is on both sides: a training sample that
     shares one with a held-out sample is left out of both."""
-    held = [samples[i] for i in epoch_order(len(samples), seed, 10**6)[:count]]
+    rows = list({sample.key: sample for sample in samples}.values())  # a weight repeats rows
+    held = [rows[i] for i in epoch_order(len(rows), seed, 10**6)[:count]]
     media = {m for sample in held for m in (sample.key, *sample.videos, *sample.images)}
     train = [s for s in samples if media.isdisjoint((s.key, *s.videos, *s.images))]
     return train, held

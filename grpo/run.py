@@ -21,7 +21,7 @@ from grpo.model import checkpoint_activations, empty_model, load_weights, materi
 from grpo.policy import Policy
 from grpo.stops import Stopped, explain_memory
 from rewards import answer_stats, check_sample
-from video.dataset import DataError, read_samples
+from video.dataset import DataError, leave_out, read_mixture, read_samples, read_skip_list, split_spec
 from video.loader import PromptLoader
 from video.prompt import Skipped
 
@@ -117,9 +117,10 @@ def check_inputs(config):
     """Raises ConfigError at once, before anything loads, where weights or data are missing: what, and how to get them."""
     missing = []
     if not config.demo:
-        if not Path(config.data).is_file():
+        absent = [path for path, _ in map(split_spec, config.data) if not Path(path).is_file()]
+        if absent:
             missing.append(
-                f"--data {config.data}: no such file (open-r1-video-4k: `hf download Xiaodong/open-r1-video-4k "
+                f"--data {absent[0]}: no such file (open-r1-video-4k: `hf download Xiaodong/open-r1-video-4k "
                 "--repo-type dataset --local-dir data`, its videos beside it or under --video_root)"
             )
         if not on_this_machine(config.model) and (missing or os.environ.get("HF_HUB_OFFLINE")):
@@ -130,7 +131,7 @@ def check_inputs(config):
 
 # What may differ between a run and its continuation without making it another run.
 FREE_TO_CHANGE = {"output", "resume", "workers", "decode_timeout", "device", "threads", "shard_size", "prompts_per_rollout",
-                  "save_every", "show_every", "keep_checkpoints", "max_bad_updates", "eval_batch", "controls", "video_root", "reward_timeout"}  # fmt: skip
+                  "save_every", "show_every", "keep_checkpoints", "max_bad_updates", "lora_merge", "plan", "gpu_memory", "eval_batch", "controls", "video_root", "reward_timeout", "frame_cache", "frame_cache_gb"}  # fmt: skip
 
 
 def on_this_machine(model):
@@ -151,7 +152,7 @@ def clear_run(folder):
 def made_before(first, last, warmed, phase, step):
     """Whether a line of metrics.jsonl belongs to the part of a run before step `first`, which is not made again."""
     if phase == "eval":
-        return step < first or step == first != last
+        return step < first or 0 < step == first != last
     return warmed if phase == "warmup" else step < first
 
 
@@ -167,7 +168,7 @@ def find_checkpoint(config):
     other = [
         f"--{name} was {old!r}, is {getattr(config, name)!r}"
         for name, old in vars(saved).items()
-        if name not in FREE_TO_CHANGE and _plain(old) != _plain(getattr(config, name))
+        if name not in FREE_TO_CHANGE and old != getattr(config, name)
     ]
     if other:
         raise ConfigError(
@@ -177,15 +178,14 @@ def find_checkpoint(config):
     return found[-1] if found else None
 
 
-def _plain(value):
-    return list(value) if isinstance(value, tuple) else value
+def read_data(config, say):
+    """(training samples, held-out samples, samples of the supervised pass), each sample checked against its reward.
 
-
-def read_data(config):
-    """(training samples, held-out samples, samples of the supervised pass), each sample checked against its reward."""
-    train, held_out = split_data(config)
+    say: takes a line for the user, such as how many rows --skip_list left out.
+    """
+    train, held_out = split_data(config, say)
     if not train:
-        raise DataError(f"--eval_samples {config.eval_samples}: holds out all of --data {config.data}; lower it")
+        raise DataError(f"--eval_samples {config.eval_samples}: holds out all of --data; lower it")
     sft = read_samples(config.sft_data, config.video_root) if config.sft_steps else []
     for sample in sft:
         if not sample.completions:
@@ -195,9 +195,12 @@ def read_data(config):
     return train, held_out, sft
 
 
-def split_data(config):
+def split_data(config, say):
     """(training samples, held-out samples): the latter from --eval_data, else held out of --data."""
-    train = read_samples(config.data, config.video_root)
+    train = read_mixture(config.data, config.video_root)
+    if config.skip_list:
+        train, left_out = leave_out(train, read_skip_list(config.skip_list))
+        say(f"--skip_list {config.skip_list}: {len(left_out)} of {len(train) + len(left_out)} rows left out")
     if not config.eval_samples:
         return train, []
     if config.eval_data:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import COMPARED, assert_same_run, finish, kill, launch, metrics_of, start, wait_for, weights_of
+from processes import assert_same_run, kill, launch, metrics_of, start, wait_for, weights_of
 
 from grpo.checkpoint import checkpoints
 from grpo.config import load_config
@@ -104,9 +104,10 @@ def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(world, tmp_path
 
 def test_the_best_checkpoint_is_kept_beside_the_last(world, tmp_path, capsys):
     """Held-out accuracy is the toy reward's nature's own; what counts is which folder stays."""
+    from processes import command
+
     import train
     from grpo import evaluate  # noqa: F401
-    from processes import command
 
     accuracies = iter([0.1, 0.5, 0.3, 0.2, 0.0])
     flags = command(1, tmp_path, world, "--steps", "5", "--save_every", "5", "--eval_every", "1",

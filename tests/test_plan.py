@@ -1,0 +1,116 @@
+"""The memory plan against independent counts: meta models, tensors in memory, and by hand."""
+
+import pytest
+import torch
+from conftest import make_prompt, random_completions
+from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+
+import train
+from grpo.config import parse_config
+from grpo.model import load_model, model_spec, read_config
+from grpo.packing import pack
+from grpo.plan import (
+    GIB,
+    Shapes,
+    lora_count,
+    memory_plan,
+    most_frames,
+    parameter_counts,
+    plan_text,
+    published_config,
+    shapes_of,
+)
+from grpo.policy import Policy
+from grpo.update import make_optimizer
+
+SEVEN, TWO = "Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2-VL-2B-Instruct"
+
+
+@pytest.fixture(scope="module")
+def seven():
+    config = published_config(SEVEN)
+    return config, parameter_counts(config)
+
+
+def test_published_parameter_counts(seven):
+    """8,291,375,616 and 2,208,985,600: what the hub's safetensors metadata say of both."""
+    config, counts = seven
+    with torch.device("meta"):
+        model = Qwen2VLForConditionalGeneration(config)
+    assert counts["all"] == sum(p.numel() for p in model.parameters()) == 8_291_375_616
+    assert counts["root"] > 2 * config.text_config.vocab_size * config.text_config.hidden_size
+    assert parameter_counts(published_config(TWO))["all"] == 2_208_985_600
+
+
+def test_tokens_by_hand(seven):
+    """16 frames of 196·28² pixels: 8 time steps of 196 merged tokens, 4 patches each."""
+    tokens = memory_plan(*seven, Shapes(16, 196 * 28 * 28, 8, 256, 4))["tokens"]
+    assert tokens["video"] == 8 * 196 and tokens["patches"] == 4 * 8 * 196
+    assert tokens["packed"] == tokens["prompt"] + 8 * 256
+
+
+def test_the_recipe_fits_72_gib():
+    config = parse_config(["--plan", "4"])
+    model = published_config(config.model)
+    counts = parameter_counts(model)
+    plan_of = lambda frames: memory_plan(model, counts, shapes_of(config, frames))
+    plan = plan_of(None)
+    assert 40 * GIB < plan["peak"] <= 72 * GIB
+    most = most_frames(plan_of, 80 * GIB)
+    assert most > 16 and plan_of(most)["peak"] <= 80 * GIB < plan_of(most + 2)["peak"]
+    assert "fits --gpu_memory 80" in plan_text(config)
+
+
+def test_parts_against_tensors_in_memory(checkpoints):
+    """Masters, moments, gradients, KV cache and saved layer inputs of a tiny fp32 model, byte for byte where exact."""
+    folder = checkpoints["qwen2_vl"]
+    processor = AutoProcessor.from_pretrained(folder)
+    model = load_model(folder)
+    policy, config = Policy(model, model_spec(model, processor.tokenizer)), read_config(folder)
+    optimizer = make_optimizer(policy, parse_config(["--preset", "demo"]))
+    prompt = make_prompt(processor.tokenizer, [("video", (4, 4, 6))])
+    completions = random_completions(processor.tokenizer, [5] * 3)
+    packed = pack([prompt], [completions], policy.spec)
+    policy(packed)[0].sum().backward()
+
+    # 8 frames of 4 x 6 patches of 14²; what is left of the prompt is text.
+    shapes = Shapes(8, 4 * 6 * 14 * 14, 3, 5, 1, text_tokens=len(prompt.input_ids) - 24)
+    plan = memory_plan(config, parameter_counts(config), shapes)
+    assert plan["tokens"]["packed"] == packed.input_ids.shape[1]
+    assert plan["tokens"]["patches"] == len(packed.pixels)
+    update = plan["phases"]["update"]
+    sizes = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+    assert update["masters"] == sizes(policy.parameters())
+    assert update["gradients"] == sizes(p.grad for p in policy.parameters())
+    moments = [state[kind] for state in optimizer.state.values() for kind in ("exp_avg", "exp_avg_sq")]
+    assert update["moments"] == sizes(moments)
+
+    _, prompt_kv = policy.prefill(pack([prompt], [[]], policy.spec))
+    measured = sizes(t for pairs in prompt_kv.values() for pair in pairs for t in pair) / 2  # fp32 here, bf16 planned
+    share = len(prompt.input_ids) / plan["tokens"]["packed"]
+    assert plan["phases"]["rollout"]["KV cache"] * share == pytest.approx(measured)
+
+
+def test_each_saving_lowers_the_peak(seven):
+    base = dict(frames=16, pixels=196 * 28 * 28, group=8, completion=256, width=4)
+    peak = lambda **changes: memory_plan(*seven, Shapes(**{**base, **changes}))["peak"]
+    assert peak(width=8) < peak() < peak(checkpointing=False)
+    assert peak(reference=False) == pytest.approx(peak() - 2 * seven[1]["all"] / 4)
+    assert peak(freeze_vision=True) < peak() and peak(frames=32) > peak()
+    assert peak(lora_rank=16) < peak() / 2
+    assert peak(width=1, lora_rank=16) < 24 * GIB, "7B by adapters on one 24 GiB card"
+
+
+def test_lora_count_by_hand(seven):
+    """Rank 8 on 7B: q and o 3584+3584, k and v 3584+512, gate, up and down 3584+18944."""
+    assert lora_count(seven[0], 8) == 8 * 28 * (2 * 7168 + 2 * 4096 + 3 * 22528)
+
+
+def test_plan_is_printed_before_anything_loads(capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert train.main(["--plan", "4", "--max_frames", "32"]) == 0
+    shown = capsys.readouterr().out
+    for words in ("8.29B parameters on 4 GPUs", "32 frames", "KV cache", "most frames that fit", "not yet run on a GPU"):
+        assert words in shown
+    assert train.main(["--plan", "4", "--model", "no/such"]) == 2
+    assert "--model no/such" in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""Runs that end early: signals, a process that dies, updates that are not finite, too little memory; one line each."""
+
+import os
+import signal
+import subprocess
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from processes import command, finish, launch, metrics_of, start, wait_for
+
+import train
+from grpo import update
+from grpo.checkpoint import checkpoints
+from grpo.stops import RunError, count_bad, explain_memory, lost_process
+
+ENDLESS = ("--steps", "400", "--save_every", "1000")
+
+
+def trained(folder):
+    return [row for row in metrics_of(folder) if row["phase"] == "train"]
+
+
+def children(process):
+    listed = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True)
+    return [int(line) for line in listed.stdout.split()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_with_0(world, tmp_path, number):
+    process = start(1, tmp_path, world, *ENDLESS)
+    wait_for(lambda: len(trained(tmp_path)) >= 2, process)
+    process.send_signal(number)
+    output = finish(process)
+    done = len(trained(tmp_path))
+    assert [c.name for c in checkpoints(tmp_path)] == [f"checkpoint-{done}"]
+    assert "Traceback" not in output and f"stopped before step {done}; the same command goes on" in output
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(world, tmp_path):
+    process = start(2, tmp_path, world, *ENDLESS)
+    wait_for(lambda: len(trained(tmp_path)) >= 2, process)
+    os.kill(children(process)[1], signal.SIGTERM)
+    output = finish(process)
+    done = len(trained(tmp_path))
+    assert [c.name for c in checkpoints(tmp_path)] == [f"checkpoint-{done}"] and "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_other_within_a_minute(world, tmp_path):
+    process = start(2, tmp_path, world, *ENDLESS)
+    wait_for(lambda: len(trained(tmp_path)) >= 2, process)
+    os.kill(children(process)[1], signal.SIGKILL)
+    began = time.monotonic()
+    output = finish(process, expect=1)
+    assert time.monotonic() - began < 60
+    assert "Signal 9 (SIGKILL)" in output, "torchrun says who died, and of what"
+
+
+def test_updates_that_keep_failing_stop_the_run(world, tmp_path, monkeypatch, capsys):
+    """A gradient that is not finite leaves weights alone, is counted, and ends the run once it has come N times."""
+    monkeypatch.setattr(update, "clip_gradients", lambda policy, limit: float("nan"))
+    flags = command(1, tmp_path, world, "--steps", "9", "--max_bad_updates", "3")[2:]
+    assert train.main(flags) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("train.py: error:") and "--learning_rate" in error and "--max_bad_updates" in error
+    assert [row["updates_skipped"] for row in trained(tmp_path)] == [1, 1, 1]
+
+
+def test_only_failures_in_a_row_count():
+    config, count = SimpleNamespace(max_bad_updates=2), 0
+    for skipped in (1, 0, 1, 0, 1):
+        count = count_bad(count, {"updates_skipped": skipped}, config, 0)
+    with pytest.raises(RunError, match="2 steps in a row"):
+        count_bad(count, {"updates_skipped": 1}, config, 5)
+
+
+def test_out_of_memory_names_samples_tokens_and_flags(world, tmp_path, monkeypatch, capsys):
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(update, "update", full)
+    assert train.main(command(1, tmp_path, world)[2:]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    for words in ("out of memory on ", ".jsonl:", " tokens)", "--max_frames", "--prompts_per_forward", "Tried to allocate"):
+        assert words in error
+    assert "more" not in error and "--freeze_vision" in error
+
+
+def test_out_of_memory_in_an_evaluation_names_its_flag():
+    config = SimpleNamespace(eval_batch=4, gradient_checkpointing=True, freeze_vision=True)
+
+    @explain_memory
+    def evaluate(run):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(RunError, match="an evaluation: lower .*--eval_batch"):
+        evaluate(SimpleNamespace(prompts=[], config=config))
+
+
+def test_a_lost_process_is_told_from_other_errors():
+    assert lost_process(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1"))
+    assert lost_process(torch.distributed.DistBackendError("NCCL error"))
+    assert not lost_process(RuntimeError("shape mismatch"))
+
+
+def test_shards_must_divide_the_processes(world, tmp_path):
+    _, output = launch(2, tmp_path, world, "--shard_size", "3", expect=1)
+    assert "--shard_size 3: must divide the number of processes, 2" in output
