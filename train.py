@@ -124,11 +124,13 @@ def train(config, stop_asked):
 
     with closing(log), PromptLoader(encoder, config.workers, config.decode_timeout) as loader:
         run = Run(config, processes, processor, loader, log, stop_asked)
-        policy = build_policy(config.model if needs_warmup else start, config, processor, processes)
         if needs_warmup:
+            policy = build_policy(config.model, config, processor, processes)
             warm_up(policy, run, sft)
             save_weights(warmed, policy, processor, config, processes)
-        reference = build_reference(start, config, processor, processes)
+            del policy  # read again below: what a resumed run starts from
+        policy = build_policy(start, config, processor, processes, adapters=config.lora_rank > 0)
+        reference = build_reference(start, policy, config, processor, processes)
         optimizer = update.make_optimizer(policy, config)
         if checkpoint:
             load_training(checkpoint, policy, optimizer, processes)
@@ -143,6 +145,8 @@ def train(config, stop_asked):
             raise
         after = run.evaluate(policy, held_out)
         log.evaluation(config.steps, after)
+        if config.lora_merge:
+            save_weights(folder / "merged", policy, processor, config, processes)
         asked = CONTROLS if config.controls and held_out else ()
         controls = {control: run.evaluate(policy, held_out, control) for control in asked}
 

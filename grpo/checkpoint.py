@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from grpo.config import save_config
+from grpo.lora import merge, save_adapters
 from grpo.model import save_model
 
 PREFIX = "checkpoint-"
@@ -35,7 +36,7 @@ def checkpoints(folder):
 
 
 def save_weights(folder, policy, processor, config, processes):
-    """Writes a Hugging Face folder of the policy's weights; every process must call it."""
+    """Writes a Hugging Face folder of the policy's weights, adapters merged in; every process must call it."""
     folder = Path(folder)
     with _whole_or_nothing(folder, processes) as partial:
         _export(partial, policy, processor, config, processes)
@@ -49,7 +50,12 @@ def save_checkpoint(folder, step, policy, optimizer, processor, config, state, p
     """
     target = Path(folder) / f"{PREFIX}{step}"
     with _whole_or_nothing(target, processes) as partial:
-        _export(partial, policy, processor, config, processes)
+        if config.lora_rank:
+            save_adapters(policy.model, partial, config, processes.is_main)
+            if processes.is_main:
+                save_config(config, partial / "run.json")
+        else:
+            _export(partial, policy, processor, config, processes)
         writer = HuggingFaceStorageWriter(str(partial / "training"), save_distributed=True)
         dcp.save(_training_tensors(policy, optimizer), storage_writer=writer, no_dist=processes.mesh is None)
         if processes.is_main:
@@ -104,6 +110,8 @@ class _whole_or_nothing:
 def _export(folder, policy, processor, config, processes):
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(policy.model, options=options)
+    if processes.is_main:
+        weights = merge(weights, config.lora_alpha / max(config.lora_rank, 1))
     if policy.model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # gathered, it is a second copy of the embedding
     if processes.is_main:

@@ -173,6 +173,7 @@ def parse_config(arguments=None):
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     config = Config(**{**PRESETS[preset], **given})
     check(config)
+    config.freeze_vision |= config.lora_rank > 0  # adapters are the decoder's
     return config
 
 

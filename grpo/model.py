@@ -93,7 +93,7 @@ def empty_model(path, dtype=torch.float32):
         model.generation_config = GenerationConfig.from_pretrained(path)
     except OSError:
         pass  # a checkpoint without one: the config's EOS ids, which the model has taken already
-    return use_own_attention(model)
+    return use_own_attention(model).eval()
 
 
 def materialise(model, device):
@@ -128,23 +128,27 @@ def load_weights(model, path):
             for key in stored.keys():
                 name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, targets)
                 if name in targets:
-                    _fill(targets[name], stored.get_slice(key), f"{file}: {key}")
+                    source = stored.get_slice(key)
+                    if source.get_shape() != list(targets[name].shape):
+                        shape = list(targets[name].shape)
+                        raise ModelError(f"{file}: {key} is of shape {source.get_shape()}, config.json says {shape}")
+                    fill(targets[name], source)
                     filled.add(id(targets[name]))
     missing = [name for name, p in targets.items() if id(p) not in filled and ".lora_" not in name]
     if missing:
         raise ModelError(f"--model {path}: its safetensors lack {len(missing)} weights, {missing[0]} among them")
 
 
-def _fill(parameter, stored, where):
-    if stored.get_shape() != list(parameter.shape):
-        raise ModelError(f"{where} is of shape {stored.get_shape()}, config.json says {list(parameter.shape)}")
+def fill(parameter, source):
+    """Copies a source of the parameter's whole shape (a tensor, or a safetensors slice) into it, or into the rows that
+    this process holds: only those are read."""
     if not isinstance(parameter, DTensor):
-        parameter.copy_(stored[:])
+        parameter.copy_(source[:])
         return
     local = parameter.to_local()
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     if local.numel():
-        local.copy_(stored[offset[0] : offset[0] + local.shape[0]])
+        local.copy_(source[offset[0] : offset[0] + local.shape[0]])
 
 
 def weight_files(path):

@@ -4,14 +4,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from grpo import distributed
+from grpo import distributed, lora
 from grpo.checkpoint import checkpoints
 from grpo.config import Config, ConfigError, load_config
 from grpo.data import hold_out, step_samples
@@ -217,23 +217,36 @@ def check_answers(samples):
             raise DataError(str(error)) from error
 
 
-def build_policy(path, config, processor, processes, master=torch.float32):
-    """The sharded Policy of a checkpoint folder: masters in fp32, computed in bf16 on a GPU."""
-    model = empty_model(path, master)
+def build_policy(path, config, processor, processes, master=torch.float32, adapters=False):
+    """The sharded Policy of a checkpoint folder, computed in bf16 on a GPU: its weights held in `master`, or, with
+    adapters, frozen in what they are computed in."""
+    compute = torch.bfloat16 if processes.device.type == "cuda" else None
+    trained = adapters or master is torch.float32
+    model = empty_model(path, (compute or torch.float32) if adapters else master)
     if config.freeze_vision:
         vision_tower(model).requires_grad_(False)
-    if config.gradient_checkpointing and master is torch.float32:
+    if adapters:
+        lora.add_adapters(model, config)
+        if processes.world == 1:  # nothing to share: sharding would only make a second copy of weights
+            processes = replace(processes, mesh=None)
+    if config.gradient_checkpointing and trained:
         checkpoint_activations(model, vision=not config.freeze_vision)
-    compute = torch.bfloat16 if processes.device.type == "cuda" else None
     policy = distributed.shard(Policy(model, model_spec(model, processor.tokenizer)), processes, compute)
     materialise(model, processes.device)
     load_weights(model, path)
+    lora.start_adapters(model, config.seed)
     return policy.to(processes.device)
 
 
-def build_reference(path, config, processor, processes):
-    """The frozen reference of a checkpoint folder, None where β = 0: nothing is loaded then."""
+def build_reference(path, policy, config, processor, processes):
+    """The frozen reference of a checkpoint folder, None where β = 0: nothing is loaded then, nor where the policy is
+    the reference with adapters."""
     if config.kl_coef == 0:
         return None
+    if config.lora_rank:
+        return lora.without_adapters(policy)
     dtype = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
-    return build_policy(path, config, processor, processes, dtype).requires_grad_(False)
+    reference = build_policy(path, config, processor, processes, dtype).requires_grad_(False)
+    if reference.sharded:  # the root would stay gathered until a backward that never comes
+        reference.set_reshard_after_forward(True, recurse=False)
+    return reference

@@ -1,0 +1,91 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on the decoder's linear layers, by `peft`; the frozen weights are the reference.
+
+    y = W x + (alpha / rank) · B A x,   A uniform as peft draws it, B zero: the policy starts as the reference itself
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from grpo.config import ConfigError
+from grpo.model import fill
+from grpo.sampler import prompt_seed
+
+TARGETS = r".*language_model\.layers\.\d+\..*\.(q|k|v|o|gate|up|down)_proj"
+
+
+def add_adapters(model, config):
+    """Puts fp32 adapters of config.lora_rank into a model on the meta device, in place, and freezes all else."""
+    try:
+        from peft import inject_adapter_in_model
+    except ImportError as error:
+        raise ConfigError("--lora_rank needs peft: pip install peft") from error
+    model.requires_grad_(False)
+    inject_adapter_in_model(_peft_config(config), model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _peft_config(config):
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=TARGETS, base_model_name_or_path=config.model
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def start_adapters(model, seed):
+    """Fills materialised adapters, alike whatever the number of processes: A from (seed, its name), B with zeros."""
+    for name, parameter in adapters(model):
+        values, bound = torch.zeros(parameter.shape), 1 / math.sqrt(parameter.shape[1])
+        if ".lora_A." in name:
+            values.uniform_(-bound, bound, generator=torch.Generator().manual_seed(prompt_seed(seed, "lora", name)))
+        fill(parameter, values)
+
+
+def adapters(model):
+    return [(name, parameter) for name, parameter in model.named_parameters() if ".lora_" in name]
+
+
+def without_adapters(policy):
+    """The reference: a function like the policy's forward, of the same weights with the adapters off."""
+    layers = [m for m in policy.modules() if hasattr(m, "lora_A")]
+
+    def reference(*given):
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            return policy(*given)
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+
+    return reference
+
+
+def save_adapters(model, folder, config, is_main):
+    """Writes adapter_config.json and adapter_model.safetensors, as `peft.PeftModel.from_pretrained` reads them. Every
+    process must call it."""
+    full = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in adapters(model)}
+    if is_main:
+        _peft_config(config).save_pretrained(folder)
+        named = {f"base_model.model.{name.replace('.default', '')}": p.detach().cpu() for name, p in full.items()}
+        save_file({name: p.contiguous() for name, p in named.items()}, Path(folder) / "adapter_model.safetensors")
+
+
+def merge(weights, scale):
+    """{name: tensor} of a model with adapters -> that of the plain model, W + scale · B A in fp32."""
+    merged = {}
+    for name, value in weights.items():
+        if name.endswith(".base_layer.weight"):
+            layer = name.removesuffix(".base_layer.weight")
+            a, b = (weights[f"{layer}.lora_{part}.default.weight"].float() for part in "AB")
+            value = value.float() + scale * (b @ a)
+        if ".lora_" not in name:
+            merged[name.replace(".base_layer", "")] = value
+    return merged
