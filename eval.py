@@ -23,15 +23,15 @@ from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 from transformers import AutoProcessor
 
+from evaluation.benchmarks import BENCHMARKS, benchmark_score, read_benchmark
+from evaluation.evaluate import CONTROLS, paired, predict, summarise
+from evaluation.predictions import Predictions, checkpoint_identity, settings_of
+from evaluation.report import evaluation_table, write_report
 from grpo import distributed
-from grpo.benchmarks import BENCHMARKS, benchmark_score, read_benchmark
 from grpo.config import Config, ConfigError, OneLineParser, add_flag, check, load_config
-from grpo.evaluate import CONTROLS, paired, predict, summarise
 from grpo.metrics import quiet_transformers
 from grpo.model import ModelError
 from grpo.plot import plot_runs
-from grpo.predictions import Predictions, checkpoint_identity, settings_of
-from grpo.report import evaluation_table, write_report
 from grpo.run import build_policy, check_answers, split_data
 from video.dataset import DataError, read_samples
 from video.loader import PromptLoader
@@ -182,7 +182,7 @@ class Progress:
 
 
 def compare(variants, records):
-    """{mode: `grpo.evaluate.paired`} of --ckpt and --against; {} without the latter."""
+    """{mode: `evaluation.evaluate.paired`} of --ckpt and --against; {} without the latter."""
     plain = [v for v in variants if v.control is None]
     ours, theirs = (
         {v.mode: records[v] for v in plain if same == (v.folder == variants[0].folder)} for same in (True, False)

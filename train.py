@@ -18,16 +18,16 @@ from pathlib import Path
 import torch
 from transformers import AutoProcessor
 
+from evaluation.evaluate import CONTROLS
+from evaluation.report import show_rollouts, summary_of, summary_table
 from grpo import distributed, update
 from grpo.checkpoint import CheckpointError, is_best, load_state, load_training, save_checkpoint, save_weights
 from grpo.config import ConfigError, parse_config
 from grpo.demo import build_demo
-from grpo.evaluate import CONTROLS
 from grpo.metrics import RunLog, describe_run, quiet_transformers
 from grpo.model import ModelError
 from grpo.plan import plan_text
 from grpo.plot import plot_run
-from grpo.report import show_rollouts, summary_of, summary_table
 from grpo.rollout import rollout
 from grpo.run import (
     Run,

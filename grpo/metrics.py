@@ -68,7 +68,7 @@ class RunLog:
                 self.board.add_scalar(f"{phase}/{name}", value, step)
 
     def evaluation(self, step, summary):
-        """Held-out accuracy of a `grpo.evaluate.summarise`, overall and by kind."""
+        """Held-out accuracy of a `evaluation.evaluate.summarise`, overall and by kind."""
         if summary:
             kinds = {f"accuracy_{kind}": value for kind, value in summary["kinds"].items()}
             self.write("eval", step, {"accuracy": summary["overall"], **kinds, "unparsed": summary["unparsed"]})

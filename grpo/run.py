@@ -11,11 +11,11 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from evaluation.evaluate import mean, predict, summarise
 from grpo import distributed, lora
 from grpo.checkpoint import checkpoints
 from grpo.config import Config, ConfigError, load_config
 from grpo.data import hold_out, step_samples
-from grpo.evaluate import mean, predict, summarise
 from grpo.metrics import RunLog
 from grpo.model import checkpoint_activations, empty_model, load_weights, materialise, model_spec, vision_tower
 from grpo.policy import Policy

@@ -107,7 +107,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(world, tmp_path, capsys):
     from processes import command
 
     import train
-    from grpo import evaluate  # noqa: F401
+    from evaluation import evaluate  # noqa: F401
 
     accuracies = iter([0.1, 0.5, 0.3, 0.2, 0.0])
     flags = command(1, tmp_path, world, "--steps", "5", "--save_every", "5", "--eval_every", "1",

@@ -15,13 +15,13 @@ import torch
 from transformers import AutoProcessor
 
 import eval as evaluation
-import grpo.evaluate
+import evaluation.evaluate
+from evaluation.evaluate import NO_VIDEO, encode, mcnemar, paired, plan, predict, summarise, wilson
+from evaluation.predictions import Predictions, checkpoint_identity
 from grpo.config import Config, ConfigError, save_config
 from grpo.distributed import Processes
-from grpo.evaluate import NO_VIDEO, encode, mcnemar, paired, plan, predict, summarise, wilson
 from grpo.model import load_model, model_spec
 from grpo.policy import Policy
-from grpo.predictions import Predictions, checkpoint_identity
 from grpo.tiny import build_tiny_model
 from video.dataset import Sample, read_samples
 from video.frames import VideoSettings
@@ -75,7 +75,7 @@ def script(monkeypatch, completions):
     def say(policy, prompts, *_):
         return [SimpleNamespace(texts=[completions[p.sample.key]]) for p in prompts]
 
-    monkeypatch.setattr(grpo.evaluate, "sample", say)
+    monkeypatch.setattr(evaluation.evaluate, "sample", say)
 
 
 def test_wilson_and_mcnemar_against_literal_numbers():
@@ -157,7 +157,7 @@ def test_controls_change_the_video_and_no_video_leaves_it_out(parts, demo, monke
             seen[p.sample.key] = (p.pixel_values_videos, int((p.input_ids == policy.spec.video_token_id).sum()))
         return [SimpleNamespace(texts=[""]) for _ in prompts]
 
-    monkeypatch.setattr(grpo.evaluate, "sample", look)
+    monkeypatch.setattr(evaluation.evaluate, "sample", look)
     samples = read_samples(demo)[:3]
     pixels = {}
     for control in (None, "reverse", "blank", NO_VIDEO):

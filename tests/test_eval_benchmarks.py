@@ -6,7 +6,7 @@ import pytest
 from test_eval import run, script
 from video_helpers import make_video
 
-from grpo.benchmarks import BENCHMARKS, benchmark_score
+from evaluation.benchmarks import BENCHMARKS, benchmark_score
 from grpo.tiny import build_tiny_model
 
 A, B, C, D = (f"<think>so</think><answer>{letter}</answer>" for letter in "ABCD")

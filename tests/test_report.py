@@ -13,9 +13,17 @@ import torch
 from PIL import Image
 from video_helpers import SMALL, make_video
 
+from evaluation.evaluate import paired, summarise
+from evaluation.report import (
+    completions_table,
+    evaluation_table,
+    frames_of,
+    show_rollouts,
+    strip,
+    verdict,
+    write_report,
+)
 from grpo import plot
-from grpo.evaluate import paired, summarise
-from grpo.report import completions_table, evaluation_table, frames_of, show_rollouts, strip, verdict, write_report
 from grpo.tiny import build_tiny_model
 from grpo.types import Rollout
 from video.dataset import Sample

@@ -8,7 +8,7 @@ text), ROUGE stands in: only the multiple-choice part of those two compares with
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from grpo.evaluate import mean
+from evaluation.evaluate import mean
 from video.dataset import DataError, read_samples
 
 
@@ -69,7 +69,7 @@ def _kind(kind, sample, path):
 
 
 def benchmark_score(name, summary):
-    """The benchmark's own total of a `grpo.evaluate.summarise`, in [0, 1].
+    """The benchmark's own total of a `evaluation.evaluate.summarise`, in [0, 1].
 
     MVBench: the mean over its subtasks. VSI-Bench: the mean over its question types, the three difficulties of relative
     direction being one. The others: the mean over questions.

@@ -14,7 +14,7 @@ from video.prompt import Skipped
 
 
 def summary_of(before, after, controls, seconds):
-    """One flat record of a run's evaluations (each a `grpo.evaluate.summarise`); None for what was not evaluated.
+    """One flat record of a run's evaluations (each a `evaluation.evaluate.summarise`); None for what was not evaluated.
 
     `accuracy_*` are over all questions, `kinds` has the same by kind of question, `opposite_when_reversed` is the share
     of questions with an opposite answer that got it when the video ran backwards.
@@ -50,7 +50,7 @@ def summary_table(summary):
 
 
 def evaluation_table(result):
-    """The table of an evaluation, {"results": {column: `grpo.evaluate.summarise`}, "paired", "score"}, as text."""
+    """The table of an evaluation, {"results": {column: `evaluation.evaluate.summarise`}, "paired", "score"}, as text."""
     results = result["results"]
     first = next(iter(results.values()))
     rows = {kind: {name: one["kinds"].get(kind) for name, one in results.items()} for kind in first["kinds"]}

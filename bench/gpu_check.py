@@ -1,0 +1,223 @@
+"""Checks a GPU of 80 GB or more, in under ten minutes, and writes what it measured as JSON and as a Markdown table.
+
+    python bench/gpu_check.py [--output docs/gpu_check]
+    python bench/gpu_check.py --tiny        the same code on a tiny model, on any machine: shows only that it runs
+
+First the tests marked `gpu`. Then one whole step (rollout, reference, update) of Qwen2-VL-7B's shapes with random weights,
+as one of 4 GPUs: a "fake" process group allocates exactly what a real rank would, and its collectives do nothing, so times
+are without communication and numbers mean nothing. Then the same of 2B in one real process. Beside each peak stands
+what `--plan` predicts.
+
+Not yet run on a GPU.
+"""
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
+from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
+
+from grpo import distributed, sampler, update  # noqa: E402
+from grpo.config import parse_config  # noqa: E402
+from grpo.model import FAMILIES, ModelSpec, checkpoint_activations, materialise, read_config, use_own_attention  # noqa: E402
+from grpo.plan import GIB, memory_plan, parameter_counts, published_config, shapes_of, vision_tokens  # noqa: E402
+from grpo.policy import Policy  # noqa: E402
+from grpo.tiny import build_tiny_model  # noqa: E402
+from video.dataset import Sample  # noqa: E402
+from video.prompt import Prompt  # noqa: E402
+
+CASES = {"7B": ("Qwen/Qwen2-VL-7B-Instruct", 4), "2B": ("Qwen/Qwen2-VL-2B-Instruct", 1)}
+SIDE = 14  # merged rows and columns of a frame of 196·28² pixels
+TEXT_TOKENS = 256
+
+
+def build(config, device, processes, master, compute):
+    """A sharded Policy of random weights; no file is read."""
+    with torch.device("meta"):
+        model = FAMILIES[config.model_type]._from_config(config, dtype=master)
+    use_own_attention(model).eval()
+    if master is torch.float32:
+        checkpoint_activations(model)
+    spec = ModelSpec.of(config, [config.text_config.vocab_size - 1], None)
+    policy = distributed.shard(Policy(model, spec), processes, compute)
+    materialise(model, device)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            (parameter.to_local() if isinstance(parameter, DTensor) else parameter).normal_(std=0.02)
+    return policy.to(device)
+
+
+def make_prompt(config, frames, side):
+    """A Prompt of random patches: `frames` frames of side · side merged patches, and TEXT_TOKENS of text."""
+    vision, video = config.vision_config, config.video_token_id
+    steps, merge = frames // vision.temporal_patch_size, vision.spatial_merge_size
+    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    text = torch.full((TEXT_TOKENS // 2,), 5)
+    return Prompt(
+        sample=Sample(key="random", problem="?", answer="A"),
+        input_ids=torch.cat([text, torch.full((steps * side * side,), video), text]),
+        pixel_values=None, image_grid_thw=None,
+        pixel_values_videos=torch.randn(steps * (side * merge) ** 2, values),
+        video_grid_thw=torch.tensor([[steps, side * merge, side * merge]]), seconds_per_grid=[1.0],
+    )  # fmt: skip
+
+
+def never_ending(choose):
+    """`grpo.sampler.choose` whose tokens are always an ordinary one: every completion is as long as it may be, and what
+    a fake collective left in the logits does not matter."""
+
+    def chosen(logits, uniform, settings):
+        tokens, logprobs = choose(logits.nan_to_num(), uniform, settings)
+        return torch.full_like(tokens, 7), logprobs.nan_to_num()
+
+    return chosen
+
+
+class Meter:
+    """Times a phase and notes its peak memory; `measured` is {phase: {"seconds", "gib"}}, gib None on a CPU."""
+
+    def __init__(self, device):
+        self.cuda, self.measured = device.type == "cuda", {}
+
+    def __call__(self, phase, work):
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        result = work()
+        if self.cuda:
+            torch.cuda.synchronize()
+        peak = max(torch.cuda.max_memory_allocated() / GIB, self.measured.get(phase, {}).get("gib", 0)) if self.cuda else None
+        self.measured[phase] = {"seconds": time.perf_counter() - began, "gib": peak}
+        return result
+
+
+def measure(case, tiny):
+    """One case's {phase: {"seconds", "gib", "planned_gib"}} and rates, of the second of two steps."""
+    name, world = CASES[case]
+    device = torch.device("cpu" if tiny else "cuda")
+    flags = ["--model", name, "--plan", str(world)]
+    side, frames = SIDE, 16
+    if tiny:
+        flags += ["--max_new_tokens", "6", "--group_size", "2", "--max_frames", "4", "--max_pixels", str(4 * 28 * 28),
+                  "--min_pixels", "784"]  # fmt: skip
+        side, frames = 2, 4
+    settings = parse_config(flags)
+    with TemporaryDirectory() as folder:
+        config = read_config(build_tiny_model(Path(folder) / "model")) if tiny else published_config(name)
+    if world > 1:
+        dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+        processes = distributed.Processes(0, world, device, mesh)
+    else:
+        processes = distributed.start(device.type)
+    compute = None if tiny else torch.bfloat16
+    policy = build(config, device, processes, torch.float32, compute)
+    reference = build(config, device, processes, compute or torch.float32, compute).requires_grad_(False)
+    if reference.sharded:
+        reference.set_reshard_after_forward(True, recurse=False)
+    optimizer = update.make_optimizer(policy, settings)
+    sampler.choose = never_ending(sampler.choose)
+    clip = update.clip_gradients
+    update.clip_gradients = lambda *given: 1.0 + 0 * bool(clip(*given))  # garbage from fake collectives must not skip it
+
+    prompt, meter = make_prompt(config, frames, side), Meter(device)
+    words = SimpleNamespace(batch_decode=lambda rows, **_: ["" for _ in rows])
+    sampling = sampler.SamplingSettings(max_new_tokens=settings.max_new_tokens)
+    for _ in range(2):  # the first also pays for kernels being chosen and memory being claimed
+
+        def roll_out():
+            with distributed.gathered(policy):
+                return sampler.sample(policy, [prompt], settings.group_size, sampling, [1], words)
+
+        rollouts = meter("rollout", roll_out)
+        rollouts[0].advantages = torch.randn(settings.group_size)
+        one = SimpleNamespace(**{**vars(settings), "prompts_per_step": world})
+        chunks = update.make_chunks([prompt], rollouts, one, policy, processes)
+        meter("reference", lambda: update.add_reference(reference, chunks, 1.0))
+        metrics = meter("update", lambda: update.update(policy, optimizer, chunks, settings, processes))
+
+    assert vision_tokens(config, frames, settings.max_pixels)[0] == len(prompt.pixel_values_videos)
+    plan = memory_plan(config, parameter_counts(config), shapes_of(settings))
+    for phase, parts in plan["phases"].items():
+        meter.measured[phase]["planned_gib"] = sum(parts.values()) / GIB
+    tokens = settings.group_size * settings.max_new_tokens
+    result = {"model": "tiny" if tiny else name, "ranks": world, "real": world == 1, "phases": meter.measured,
+              "prompt_tokens": len(prompt.input_ids), "completion_tokens": tokens,
+              "decoded_tokens_per_second": tokens / meter.measured["rollout"]["seconds"],
+              "step_seconds": sum(phase["seconds"] for phase in meter.measured.values())}  # fmt: skip
+    if world == 1:
+        result["sampler_gap"] = metrics["sampler_gap"]
+    distributed.stop()
+    return result
+
+
+def table(report):
+    """The report as Markdown."""
+    lines = [f"# GPU check, {report['date']}", "", f"{report['device']}, torch {report['torch']}; tests: {report['tests']}", ""]
+    if not report["gpu"]:
+        lines += ["Tiny models on a CPU, to show that the script runs: **not yet run on a GPU**.", ""]
+    lines += ["| case | phase | peak GiB | planned GiB | seconds |", "|---|---|---|---|---|"]
+    for name, case in report["cases"].items():
+        ranks = "1 real process" if case["real"] else f"1 of {case['ranks']} ranks, fake group"
+        for phase, row in case["phases"].items():
+            peak = "–" if row["gib"] is None else f"{row['gib']:.1f}"
+            lines.append(f"| {name}, {ranks} | {phase} | {peak} | {row['planned_gib']:.1f} | {row['seconds']:.2f} |")
+        lines.append(f"| {name} | decoding | | | {case['decoded_tokens_per_second']:.0f} tokens/s |")
+    return "\n".join(lines) + "\n"
+
+
+def run(command):
+    """(exit code, output) of a command, its output shown as well."""
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout)
+    return done.returncode, done.stdout
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="runs/gpu_check", help="Written with .json and .md added [runs/gpu_check].")
+    parser.add_argument("--tiny", action="store_true", help="A tiny model on the CPU.")
+    parser.add_argument("--measure", choices=CASES, help="One case alone, as JSON on the last line.")
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure, arguments.tiny)))
+        return 0
+    if not (arguments.tiny or torch.cuda.is_available()):
+        print("gpu_check.py: error: no GPU here; --tiny shows that the script runs", file=sys.stderr)
+        return 2
+    code, output = run([sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_gpu.py"])
+    report = {
+        "date": datetime.date.today().isoformat(), "gpu": not arguments.tiny, "torch": torch.__version__,
+        "device": "CPU" if arguments.tiny else torch.cuda.get_device_name(),
+        "tests": output.strip().splitlines()[-1], "cases": {},
+    }  # fmt: skip
+    for case in CASES:  # each in a process of its own, so that no memory of one counts for the other
+        failed, output = run([sys.executable, __file__, "--measure", case, *(["--tiny"] if arguments.tiny else [])])
+        if failed:
+            code = failed
+        else:
+            report["cases"][case] = json.loads(output.strip().splitlines()[-1])
+    path = Path(arguments.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    path.with_suffix(".md").write_text(table(report))
+    print(table(report))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Evaluation: predictions, accuracy and its intervals, benchmarks, the report."""

@@ -1,0 +1,89 @@
+"""What must hold on a GPU, in the precision of training; without one the same tests run on the CPU.
+
+Not yet run on a GPU.
+"""
+
+import pytest
+import torch
+from conftest import FAMILIES, PIXEL_FIELDS, load_pair, make_prompt, naive_logprobs, random_completions
+from transformers import AutoProcessor
+
+from grpo import distributed, update
+from grpo.config import parse_config
+from grpo.packing import pack
+from grpo.run import build_policy
+from grpo.sampler import SamplingSettings, sample
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.gpu
+# The largest difference of two log-probabilities; bf16 has 8 bits, and the two paths round at different places.
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.15}
+
+
+def on_device(folder, dtype):
+    policy, naive, tokenizer = load_pair(folder)
+    return policy.to(DEVICE, dtype), naive.to(DEVICE, dtype), tokenizer
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_logprobs_equal_the_naive_forward(checkpoints, family, dtype):
+    policy, naive, tokenizer = on_device(checkpoints[family], dtype)
+    prompt = make_prompt(tokenizer, [("video", (4, 4, 6))])
+    for lengths in ((5, 5, 5), (7, 1, 4)):
+        completions = random_completions(tokenizer, lengths)
+        packed = pack([prompt], [completions], policy.spec).to(DEVICE)
+        with torch.no_grad():
+            ours, _ = policy(packed)
+            theirs = naive_on_device(naive, policy.spec, prompt, completions)
+        assert (ours - theirs).abs().max() < TOLERANCE[dtype]
+
+
+def naive_on_device(naive, spec, prompt, completions):
+    """`naive_logprobs` with its inputs moved to the model's device."""
+    call = naive.forward
+    move = lambda value: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+
+    class Moved:
+        def __call__(self, **given):
+            given = {name: move(value) for name, value in given.items()}
+            given |= {name: given[name].to(naive.dtype) for name in PIXEL_FIELDS if name.startswith("pixel") and name in given}
+            out = call(**given)
+            out.logits = out.logits.float().cpu()
+            return out
+
+    return naive_logprobs(Moved(), spec, prompt, completions).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_sampler_and_scorer_agree(checkpoints, dtype):
+    policy, _, tokenizer = on_device(checkpoints["qwen2_vl"], dtype)
+    prompts = [make_prompt(tokenizer, [("video", (4, 4, 6))], seed) for seed in (1, 2)]
+    settings = SamplingSettings(max_new_tokens=12)
+    rollouts = sample(policy, prompts, 4, settings, [1, 2], tokenizer)
+    packed = pack(prompts, [group.tokens for group in rollouts], policy.spec).to(DEVICE)
+    with torch.no_grad():
+        scored, _ = policy(packed)
+    seen = torch.cat([row for group in rollouts for row in group.logprobs])
+    assert (scored.cpu() - seen).abs().max() < TOLERANCE[dtype]
+
+
+def test_an_update_as_the_recipe_runs_it(checkpoints):
+    """build_policy's own precision (bf16 compute, fp32 masters on a GPU): finite, and masters move by a lr of 1e-6."""
+    folder = checkpoints["qwen2_vl"]
+    config = parse_config(["--preset", "demo", "--model", str(folder), "--gradient_checkpointing"])
+    processes = distributed.start()
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+        policy = build_policy(folder, config, processor, processes)
+        optimizer = update.make_optimizer(policy, config)
+        update.set_learning_rate(optimizer, 1e-6)
+        packed = pack([make_prompt(processor.tokenizer, [("video", (4, 4, 6))])], [[torch.arange(5)]], policy.spec)
+        policy(packed.to(DEVICE))[0].sum().backward()
+        before = [p.detach().clone() for p in policy.parameters()]
+        applied, norm = update.apply_gradients(policy, optimizer, 1.0)
+        assert applied and norm > 0
+        assert {p.dtype for p in policy.parameters()} == {torch.float32}
+        assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters()))
+    finally:
+        distributed.stop()
