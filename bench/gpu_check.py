@@ -12,6 +12,7 @@ Not yet run on a GPU.
 """
 
 import argparse
+import copy
 import datetime
 import json
 import subprocess
@@ -47,7 +48,7 @@ TEXT_TOKENS = 256
 def build(config, device, processes, master, compute):
     """A sharded Policy of random weights; no file is read."""
     with torch.device("meta"):
-        model = FAMILIES[config.model_type]._from_config(config, dtype=master)
+        model = FAMILIES[config.model_type]._from_config(copy.deepcopy(config), dtype=master)
     use_own_attention(model).eval()
     if master is torch.float32:
         checkpoint_activations(model)

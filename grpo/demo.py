@@ -12,7 +12,7 @@ MARK = "demo.json"  # in a model folder that this file made and may make again
 def build_demo(config):
     """Makes config.model and the folder of config.data where they are missing or of another seed. A model folder that
     was not made here is never touched."""
-    make_demo_set(Path(config.data[0]).parent, DemoSpec(seed=config.seed, train=2048))
+    make_demo_set(Path(config.data[0]).parent, DemoSpec(seed=config.seed, train=2048, val=200))
     model, mark = Path(config.model), json.dumps({"seed": config.seed})
     if model.exists() and not (model / MARK).exists():
         return

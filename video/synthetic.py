@@ -3,8 +3,8 @@
 What a still picture may tell. The middle of the path is drawn from one distribution for all four directions, so the
 set of frames without their order (mean frame, shuffled frames) says which axis at most, never which way along it; and a
 video played backwards is distributed exactly as one of the opposite direction. No motion can hide its direction from
-the path's middle and from its start at once: their difference *is* the direction. So the first frame alone allows 73%
-(best guess from its position, of four ways), a middle one 32%: travel is short against the room.
+the path's middle and from its start at once: their difference *is* the direction. So the first frame alone allows 84%
+(best guess from its position, of four ways), a middle one 34%: travel is short against the room.
 """
 import json
 import shutil
@@ -28,7 +28,7 @@ QUESTIONS = {
 }
 LETTERS = "ABCD"
 RADIUS = 0.12  # of a shape, relative to the side of the video
-TRAVEL = (0.30, 0.45)  # first to last frame, relative to the side: no longer, or the first frame tells the direction
+TRAVEL = (0.35, 0.50)  # first to last frame, relative to the side: no longer, or the first frame tells the direction
 MANIFEST = "demo.json"  # written last: a folder that has it is complete
 
 
