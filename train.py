@@ -9,6 +9,7 @@ ones, for no weight has changed since sampling.
 """
 
 import json
+import os
 import sys
 import time
 from contextlib import closing
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import AutoProcessor
 
-from evaluation.evaluate import CONTROLS
+from evaluation.evaluate import CONTROLS, kind_of
 from evaluation.report import show_rollouts, summary_of, summary_table
 from grpo import distributed, update
 from grpo.checkpoint import CheckpointError, is_best, load_state, load_training, save_checkpoint, save_weights
@@ -123,7 +124,8 @@ def train(config, stop_asked):
         log.say("--top_k or --top_p is on: completions are sampled from fewer tokens than their log-probabilities are over")
 
     with closing(log), PromptLoader(encoder, config.workers, config.decode_timeout) as loader:
-        run = Run(config, processes, processor, loader, log, stop_asked)
+        kinds = frozenset(kind_of(sample) for sample in samples)
+        run = Run(config, processes, processor, loader, log, kinds, stop_asked)
         if needs_warmup:
             policy = build_policy(config.model, config, processor, processes)
             warm_up(policy, run, sft)
@@ -170,14 +172,16 @@ def main(arguments=None):
             train(config, stop_asked)
     except Stopped as stop:
         distributed.stop()
-        print(f"train.py: {stop}; the same command goes on from there", file=sys.stderr)
+        if not int(os.environ.get("RANK", 0)):
+            print(f"train.py: {stop}; the same command goes on from there", file=sys.stderr)
     except (CheckpointError, ConfigError, DataError, ModelError, RunError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if not lost_process(error):
             raise
-        print(f"train.py: error: another process is gone, see its message: {str(error).splitlines()[0]}", file=sys.stderr)
+        reason = str(error).splitlines()[0]
+        print(f"train.py: error: another process is gone, see its message: {reason}", file=sys.stderr)
         return 3
     return 0
 

@@ -3,10 +3,10 @@
     python bench/gpu_check.py [--output docs/gpu_check]
     python bench/gpu_check.py --tiny        the same code on a tiny model, on any machine: shows only that it runs
 
-First the tests marked `gpu`. Then one whole step (rollout, reference, update) of Qwen2-VL-7B's shapes with random weights,
-as one of 4 GPUs: a "fake" process group allocates exactly what a real rank would, and its collectives do nothing, so times
-are without communication and numbers mean nothing. Then the same of 2B in one real process. Beside each peak stands
-what `--plan` predicts.
+First the tests marked `gpu`. Then one whole step (rollout, reference, update) of Qwen2-VL-7B's shapes with random
+weights, as one of 4 GPUs: a "fake" process group allocates exactly what a real rank would, and its collectives do
+nothing, so times are without communication and numbers mean nothing. Then the same of 2B in one real process. Beside
+each peak stands what `--plan` predicts.
 
 Not yet run on a GPU.
 """
@@ -87,6 +87,16 @@ def never_ending(choose):
     return chosen
 
 
+def finite(clip_gradients):
+    """`clip_gradients` whose norm is always 1: what fake collectives left in it must not skip the optimizer's step."""
+
+    def clipped(policy, limit):
+        clip_gradients(policy, limit)
+        return 1.0
+
+    return clipped
+
+
 class Meter:
     """Times a phase and notes its peak memory; `measured` is {phase: {"seconds", "gib"}}, gib None on a CPU."""
 
@@ -101,7 +111,7 @@ class Meter:
         result = work()
         if self.cuda:
             torch.cuda.synchronize()
-        peak = max(torch.cuda.max_memory_allocated() / GIB, self.measured.get(phase, {}).get("gib", 0)) if self.cuda else None
+        peak = torch.cuda.max_memory_allocated() / GIB if self.cuda else None
         self.measured[phase] = {"seconds": time.perf_counter() - began, "gib": peak}
         return result
 
@@ -131,9 +141,9 @@ def measure(case, tiny):
     if reference.sharded:
         reference.set_reshard_after_forward(True, recurse=False)
     optimizer = update.make_optimizer(policy, settings)
-    sampler.choose = never_ending(sampler.choose)
-    clip = update.clip_gradients
-    update.clip_gradients = lambda *given: 1.0 + 0 * bool(clip(*given))  # garbage from fake collectives must not skip it
+    if world > 1:
+        sampler.choose = never_ending(sampler.choose)
+        update.clip_gradients = finite(update.clip_gradients)
 
     prompt, meter = make_prompt(config, frames, side), Meter(device)
     words = SimpleNamespace(batch_decode=lambda rows, **_: ["" for _ in rows])
@@ -168,7 +178,8 @@ def measure(case, tiny):
 
 def table(report):
     """The report as Markdown."""
-    lines = [f"# GPU check, {report['date']}", "", f"{report['device']}, torch {report['torch']}; tests: {report['tests']}", ""]
+    about = f"{report['device']}, torch {report['torch']}; tests: {report['tests']}"
+    lines = [f"# GPU check, {report['date']}", "", about, ""]
     if not report["gpu"]:
         lines += ["Tiny models on a CPU, to show that the script runs: **not yet run on a GPU**.", ""]
     lines += ["| case | phase | peak GiB | planned GiB | seconds |", "|---|---|---|---|---|"]
@@ -211,7 +222,7 @@ def main():
         if failed:
             code = failed
         else:
-            report["cases"][case] = json.loads(output.strip().splitlines()[-1])
+            report["cases"][case] = json.loads([line for line in output.splitlines() if line.startswith("{")][-1])
     path = Path(arguments.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")

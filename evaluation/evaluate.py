@@ -156,13 +156,18 @@ def _skip(skipped):
     return {"key": skipped.key, "skipped": f"{skipped.path}: {skipped.reason}"}
 
 
+def kind_of(sample):
+    """The kind of question that accuracies are split by: the row's `kind`, else its problem type."""
+    return sample.meta.get("kind", sample.problem_type)
+
+
 def _record(sample, completion):
     prediction = answer_text(completion, strict=False)
     letter = choice_letter(prediction or "", sample.options)
     opposite = sample.meta.get("opposite")
     return {
         "key": sample.key,
-        "kind": sample.meta.get("kind", sample.problem_type),
+        "kind": kind_of(sample),
         "completion": completion,
         "prediction": prediction,
         "score": score_prediction(prediction, sample),
@@ -170,11 +175,12 @@ def _record(sample, completion):
     }
 
 
-def summarise(records):
-    """{"overall": share, "kinds": {kind: share}, "opposite": share or None, "unparsed": share, "count", "skipped",
-    "intervals": {"overall" or kind: 95% Wilson interval}, "counts": {kind: questions}}.
+def summarise(records, trained=None):
+    """{"overall": share, "trained": share, "kinds": {kind: share}, "opposite": share or None, "unparsed": share, "count",
+    "skipped", "intervals": {"overall" or kind: 95% Wilson interval}, "counts": {kind: questions}}.
 
-    Shares are of the readable samples; an answer that could not be parsed counts as wrong.
+    "trained" is of the kinds that the run trains on, given by name; None: of all. Shares are of the readable samples; an
+    answer that could not be parsed counts as wrong.
     """
     read = [r for r in records if "skipped" not in r]
     kinds = defaultdict(list)
@@ -185,6 +191,7 @@ def summarise(records):
     opposites = [r["opposite"] for r in read if r["opposite"] is not None]
     return {
         "overall": mean(scores),
+        "trained": mean([r["score"] for r in read if trained is None or r["kind"] in trained]),
         "kinds": {kind: mean(own) for kind, own in kinds.items()},
         "opposite": mean(opposites) if opposites else None,
         "unparsed": mean([r["prediction"] is None for r in read]),

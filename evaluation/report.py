@@ -16,8 +16,8 @@ from video.prompt import Skipped
 def summary_of(before, after, controls, seconds):
     """One flat record of a run's evaluations (each a `evaluation.evaluate.summarise`); None for what was not evaluated.
 
-    `accuracy_*` are over all questions, `kinds` has the same by kind of question, `opposite_when_reversed` is the share
-    of questions with an opposite answer that got it when the video ran backwards.
+    `accuracy_*` are over the kinds of question that the run trains on, `overall` over all, `kinds` by kind;
+    `opposite_when_reversed` is the share of questions with an opposite answer that got it when the video ran backwards.
     """
     evaluated = {
         "before": before or None, "after": after or None,
@@ -26,9 +26,10 @@ def summary_of(before, after, controls, seconds):
     }  # fmt: skip
     kinds = sorted(after.get("kinds", {}))
     return {
-        **{f"accuracy_{name}": result and result["overall"] for name, result in evaluated.items()},
+        **{f"accuracy_{name}": result and result["trained"] for name, result in evaluated.items()},
         "opposite_when_reversed": controls["reverse"]["opposite"] if "reverse" in controls else None,
         "seconds": seconds,
+        "overall": {name: result and result["overall"] for name, result in evaluated.items()},
         "kinds": {
             kind: {name: result and result["kinds"].get(kind) for name, result in evaluated.items()} for kind in kinds
         },
@@ -41,7 +42,7 @@ def summary_of(before, after, controls, seconds):
 def summary_table(summary):
     """Accuracy by kind of question, before and after training and under each control, as text."""
     columns = ("before", "after", "shuffled", "reversed", "blank", "no_video")
-    rows = {**summary["kinds"], "all": {name: summary[f"accuracy_{name}"] for name in columns}}
+    rows = {**summary["kinds"], "all": summary["overall"]}
     shown = [name for name in columns if rows["all"][name] is not None]
     text = accuracy_table(rows, shown)
     if summary["opposite_when_reversed"] is not None:

@@ -43,7 +43,7 @@ def save_weights(folder, policy, processor, config, processes):
 
 
 def save_checkpoint(folder, step, policy, optimizer, processor, config, state, processes):
-    """Saves after `step` steps, keeps the last config.keep_checkpoints and the best, and returns the checkpoint's folder.
+    """Saves after `step` steps, keeps the last config.keep_checkpoints and the best, and returns its folder.
 
     state: plain values that resuming needs beside weights and moments; its "best" is that of `is_best`. Raises
     CheckpointError, with the reason.
@@ -53,6 +53,7 @@ def save_checkpoint(folder, step, policy, optimizer, processor, config, state, p
         if config.lora_rank:
             save_adapters(policy.model, partial, config, processes.is_main)
             if processes.is_main:
+                processor.save_pretrained(partial)
                 save_config(config, partial / "run.json")
         else:
             _export(partial, policy, processor, config, processes)
@@ -71,9 +72,9 @@ def save_checkpoint(folder, step, policy, optimizer, processor, config, state, p
 
 def is_best(state, step, summary):
     """Whether held-out accuracy after `step` steps is above all earlier ones; notes it in state["best"] if so."""
-    if not summary or summary["overall"] <= state.get("best", {}).get("accuracy", -1.0):
+    if not summary or summary["trained"] <= state.get("best", {}).get("accuracy", -1.0):
         return False
-    state["best"] = {"step": step, "accuracy": summary["overall"]}
+    state["best"] = {"step": step, "accuracy": summary["trained"]}
     return True
 
 
@@ -98,7 +99,8 @@ class _whole_or_nothing:
                 error = next(iter(error.failures.values()))[0]
             if isinstance(error, OSError) or "SafetensorError" in type(error).__name__:
                 reason = " ".join(str(error).split())[:300]
-                raise CheckpointError(f"{self.folder} could not be saved, earlier checkpoints are whole: {reason}") from error
+                message = f"{self.folder} could not be saved, earlier checkpoints are whole: {reason}"
+                raise CheckpointError(message) from error
             return
         self.processes.barrier()
         if self.processes.is_main:

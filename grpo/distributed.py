@@ -54,8 +54,11 @@ def start(device="auto", shard_size=0):
     shard_size processes (0: those of one node) hold one copy of the weights; with more, copies are replicated and only
     gradients cross nodes. Raises ConfigError where it does not divide their number.
     """
+    size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world % size:
+        raise ConfigError(f"--shard_size {size}: must divide the number of processes, {world}")
     device = torch.device("cpu")
     if kind == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -67,9 +70,6 @@ def start(device="auto", shard_size=0):
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend)
-    size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if world % size:
-        raise ConfigError(f"--shard_size {size}: must divide the number of processes, {world}")
     shape, names = ((world,), ("shard",)) if size == world else ((world // size, size), ("replicate", "shard"))
     return Processes(rank, world, device, init_device_mesh(kind, shape, mesh_dim_names=names))
 
@@ -106,7 +106,7 @@ def clip_gradients(policy, limit):
 
 @contextmanager
 def gathered(policy):
-    """Holds all weights gathered, once, so that nothing inside is collective and processes may decode at their own pace."""
+    """Holds all weights gathered, once, so that nothing inside is collective: processes decode at their own pace."""
     sharded = [m for m in policy.modules() if isinstance(m, FSDPModule)]
     for module in sharded:
         module.unshard()

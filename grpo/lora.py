@@ -1,4 +1,5 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) on the decoder's linear layers, by `peft`; the frozen weights are the reference.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on the decoder's linear layers, by `peft`; the frozen weights are the
+reference.
 
     y = W x + (alpha / rank) · B A x,   A uniform as peft draws it, B zero: the policy starts as the reference itself
 """

@@ -68,10 +68,11 @@ class RunLog:
                 self.board.add_scalar(f"{phase}/{name}", value, step)
 
     def evaluation(self, step, summary):
-        """Held-out accuracy of a `evaluation.evaluate.summarise`, overall and by kind."""
+        """Held-out accuracy of a `evaluation.evaluate.summarise`: of the kinds trained on, overall, and by kind."""
         if summary:
             kinds = {f"accuracy_{kind}": value for kind, value in summary["kinds"].items()}
-            self.write("eval", step, {"accuracy": summary["overall"], **kinds, "unparsed": summary["unparsed"]})
+            totals = {"accuracy": summary["trained"], "accuracy_overall": summary["overall"]}
+            self.write("eval", step, {**totals, **kinds, "unparsed": summary["unparsed"]})
 
     def say(self, text, everywhere=False):
         """Prints a line above the progress bar; `everywhere`: also in processes other than the first."""

@@ -67,6 +67,8 @@ def read_config(path):
     Raises ModelError for a family whose positions are not known here, or where dropout would make the scorer disagree
     with the sampler.
     """
+    if (Path(path) / "adapter_config.json").exists():
+        raise ModelError(f"--model {path}: holds adapters; take the run's `merged` folder (train with --lora_merge)")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -97,8 +99,8 @@ def empty_model(path, dtype=torch.float32):
 
 
 def materialise(model, device):
-    """Gives what is on the meta device memory on `device`, in place: parameters uninitialised, tied ones still tied, and
-    buffers (rotary frequencies, in no file) computed as transformers does, on the CPU."""
+    """Gives what is on the meta device memory on `device`, in place: parameters uninitialised, tied ones still tied,
+    and buffers (rotary frequencies, in no file) computed as transformers does, on the CPU."""
     made = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -152,9 +154,11 @@ def fill(parameter, source):
 
 
 def weight_files(path):
-    """The safetensors files of a folder or hub name, downloaded where need be. Raises ModelError where there are none."""
+    """The safetensors files of a folder or hub name, downloaded where need be. Raises ModelError where none are."""
+    folder = Path(path)
     try:
-        folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
+        if not folder.is_dir():
+            folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, ValueError) as error:
         raise ModelError(f"--model {path}: cannot be downloaded ({str(error).splitlines()[0]})") from error
     index = folder / "model.safetensors.index.json"
@@ -202,7 +206,7 @@ def decoder(model):
 
 
 def vision_features(model, pixels, grids):
-    """(patches, 1176) and (n, 3) grids of images and videos, which the tower treats alike -> (merged tokens, hidden)."""
+    """(patches, 1176) and (n, 3) grids of images and videos, alike to the tower -> (merged tokens, hidden)."""
     return torch.cat(model.get_image_features(pixels, grids, return_dict=True).pooler_output)
 
 

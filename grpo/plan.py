@@ -6,13 +6,13 @@ All sizes are bytes on one GPU. n parameters over S processes that share one cop
     gathered (rollout)   b2 n: all weights at once    gathered (else)  the root (embedding, head) and two blocks in bf16
     reduction            the root's gradient in bf16 and, before it is scattered, in fp32, and one block's
     KV cache             2 b2 · layers · key/value heads · head size · (P + G C) for each prompt of a rollout
-    activations          saved inputs of each decoder layer (L = P + G C tokens) and vision block (patches), and one of
-                         each recomputed with its gradient; without checkpointing, all of them
+    activations          saved inputs of each decoder layer (P + G C tokens) and vision block (patches), and one of
+                         them recomputed with its gradient; without checkpointing, all of them
     logits               COPIES fp32 buffers of one chunk of `grpo.policy.LOGITS_PER_CHUNK` numbers
     overhead             CUDA context, NCCL buffers, the allocator's slack
 
-Phases do not add up: the peak is the largest of rollout, reference and update. Not yet run on a GPU: OVERHEAD and COPIES
-are estimates, the rest is counted; `bench/gpu_check.py` puts measured peaks beside it.
+Phases do not add up: the peak is the largest of rollout, reference and update. Not yet run on a GPU: OVERHEAD and
+COPIES are estimates, the rest is counted; `bench/gpu_check.py` puts measured peaks beside it.
 """
 
 from dataclasses import dataclass
@@ -48,10 +48,9 @@ def published_config(name):
         return read_config(name)
     text = _QWEN2_VL[name]
     vision = {"depth": 32, "embed_dim": 1280, "hidden_size": text["hidden_size"], "mlp_ratio": 4, "num_heads": 16}
-    config = FAMILIES["qwen2_vl"].config_class(
+    return FAMILIES["qwen2_vl"].config_class(
         text_config=text, vision_config=vision, tie_word_embeddings=text["tie_word_embeddings"]
     )
-    return config
 
 
 @dataclass(frozen=True)
@@ -95,11 +94,10 @@ def parameter_counts(config):
 def lora_count(config, rank):
     """Adapter weights on every linear layer of the decoder: rank · (inputs + outputs) each."""
     text = config.text_config
-    hidden, inner = text.hidden_size, text.intermediate_size
     heads = text.num_attention_heads * head_size(text)
     kv = text.num_key_value_heads * head_size(text)
-    shapes = [(hidden, heads), (hidden, kv), (hidden, kv), (heads, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]
-    return rank * text.num_hidden_layers * sum(a + b for a, b in shapes)
+    ends = 2 * (heads + kv) + 3 * text.intermediate_size  # the other side of q, o, k, v, gate, up and down
+    return rank * text.num_hidden_layers * (7 * text.hidden_size + ends)
 
 
 def head_size(text):
@@ -107,9 +105,10 @@ def head_size(text):
 
 
 def layer_bytes(hidden, inner, heads, kv):
-    """Bytes for each token that one bf16 block holds while it is recomputed and differentiated: norms (fp32 inside),
-    q, k, v before and after rotation, attention, residuals; gate, up, their activation and product, with gradients."""
-    return 2 * (12 * hidden + 3 * (heads + 2 * kv)) + 2 * 7 * inner
+    """Bytes for each token that one bf16 block holds while it is recomputed and differentiated: what autograd keeps
+    (two norms in fp32, q, k, v before and after rotation, residuals, gate, up, their activation and product: counted
+    on the meta device, rounded up), and three gradients of the inner width in flight."""
+    return 2 * (27 * hidden + 3 * (heads + 2 * kv) + 4 * inner) + 2 * 3 * inner
 
 
 def memory_plan(config, counts, shapes):
@@ -169,7 +168,7 @@ def memory_plan(config, counts, shapes):
         },
     }  # fmt: skip
     phases = {phase: {**always, **parts} for phase, parts in phases.items()}
-    tokens = {"patches": patches, "video": merged, "prompt": prompt, "packed": packed}
+    tokens = {"patches": patches, "video tokens": merged, "prompt tokens": prompt, "packed tokens": packed}
     return {"tokens": tokens, "phases": phases, "peak": max(sum(parts.values()) for parts in phases.values())}
 
 
@@ -213,8 +212,7 @@ def plan_text(config):
         [
             f"{config.model}: {counts['all'] / 1e9:.2f}B parameters on {config.plan} GPUs, {shapes.width} to a copy",
             f"{shapes.frames} frames of {shapes.pixels} pixels, G {shapes.group}, C {shapes.completion}: "
-            f"{plan['tokens']['patches']} patches, {plan['tokens']['video']} video tokens, prompt {plan['tokens']['prompt']}, "
-            f"packed row {plan['tokens']['packed']}",
+            + ", ".join(f"{count} {name}" for name, count in plan["tokens"].items()),
             row("GiB on each GPU", plan["phases"]),
             *(row(name, [part(phase, name) for phase in plan["phases"]]) for name in names),
             row("sum", [f"{sum(parts.values()) / GIB:.2f}" for parts in plan["phases"].values()]),

@@ -1,4 +1,4 @@
-"""What surrounds the loop: reading data, building models, batches that arrive decoded, evaluation, the closing table."""
+"""What surrounds the loop: reading data, building models, batches that arrive decoded, evaluation."""
 
 import os
 import shutil
@@ -37,6 +37,7 @@ class Run:
     processor: object
     loader: PromptLoader
     log: RunLog
+    trained_kinds: frozenset
     stop_asked: Callable = lambda: False
     prompts: list = field(default_factory=list)
 
@@ -76,7 +77,7 @@ class Run:
             policy, self.loader, samples, self.tokenizer, self.processes, config.max_new_tokens, config.eval_batch,
             control=control,
         )  # fmt: skip
-        return summarise(records)
+        return summarise(records, self.trained_kinds)
 
 
 def describe_rollouts(prompts, rollouts, processes):
@@ -114,7 +115,7 @@ def describe_rollouts(prompts, rollouts, processes):
 
 
 def check_inputs(config):
-    """Raises ConfigError at once, before anything loads, where weights or data are missing: what, and how to get them."""
+    """Raises ConfigError before anything loads where weights or data are missing: what, and how to get them."""
     missing = []
     if not config.demo:
         absent = [path for path, _ in map(split_spec, config.data) if not Path(path).is_file()]
@@ -130,8 +131,10 @@ def check_inputs(config):
 
 
 # What may differ between a run and its continuation without making it another run.
-FREE_TO_CHANGE = {"output", "resume", "workers", "decode_timeout", "device", "threads", "shard_size", "prompts_per_rollout",
-                  "save_every", "show_every", "keep_checkpoints", "max_bad_updates", "lora_merge", "plan", "gpu_memory", "eval_batch", "controls", "video_root", "reward_timeout", "frame_cache", "frame_cache_gb"}  # fmt: skip
+FREE_TO_CHANGE = {"output", "resume", "workers", "decode_timeout", "device", "threads", "shard_size",
+                  "prompts_per_rollout", "save_every", "show_every", "keep_checkpoints", "max_bad_updates",
+                  "lora_merge", "plan", "gpu_memory", "eval_batch", "controls", "video_root", "reward_timeout",
+                  "frame_cache", "frame_cache_gb"}  # fmt: skip
 
 
 def on_this_machine(model):
@@ -144,7 +147,8 @@ def on_this_machine(model):
 
 def clear_run(folder):
     """Removes what an earlier run left in its folder, and nothing else."""
-    for name in ("checkpoint-*", "warmup", "warmup.partial", "events.out.tfevents.*", "*.json", "metrics.jsonl", "curve.png"):
+    weights = ("checkpoint-*", "warmup", "warmup.partial", "merged", "merged.partial")
+    for name in (*weights, "events.out.tfevents.*", "*.json", "metrics.jsonl", "curve.png"):
         for path in Path(folder).glob(name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

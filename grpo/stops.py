@@ -25,7 +25,10 @@ class RunError(RuntimeError):
 
 @contextmanager
 def listening():
-    """Yields a function that says whether SIGTERM or SIGINT has come. A second one, later, ends the process at once."""
+    """Yields a function that says whether SIGTERM or SIGINT has come. A second one, later, ends the process at once.
+
+    torchrun passes a signal on and kills after 30 s; where a step and a save take longer, give it --shutdown_timeout.
+    """
     times = []
 
     def note(number, _):
@@ -48,12 +51,12 @@ def lost_process(error):
 
 
 def explain_memory(function):
-    """Decorates a function of a Run: its out-of-memory error becomes a RunError that names samples, tokens and flags."""
+    """Decorates a function of a Run: out of memory becomes a RunError that names samples, tokens and flags."""
 
     @functools.wraps(function)
-    def explained(run, *rest):
+    def explained(run, *given, **named):
         try:
-            return function(run, *rest)
+            return function(run, *given, **named)
         except torch.OutOfMemoryError as error:
             raise RunError(_memory_message(run.prompts, run.config, error)) from error
 
@@ -71,7 +74,7 @@ def _memory_message(prompts, config, error):
 
 
 def count_bad(in_a_row, metrics, config, step):
-    """How many steps in a row, this one included, have left an update out. Raises RunError at config.max_bad_updates."""
+    """How many steps in a row, this one included, left an update out. Raises RunError at config.max_bad_updates."""
     in_a_row = in_a_row + 1 if metrics["updates_skipped"] else 0
     if in_a_row == config.max_bad_updates:
         raise RunError(

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train
+
 ROOT = Path(__file__).parent.parent
 WATCHDOG = 150  # seconds after which a hang fails its own test
 TIMES = ("seconds", "seconds_waiting", "seconds_sampling")
@@ -59,6 +61,12 @@ def finish(process, expect=0):
 
 def kill(process, number=signal.SIGKILL):
     os.killpg(process.pid, number)
+
+
+def run_here(folder, world, *more, tie=False):
+    """As `launch` of one process, without starting one; returns its step metrics."""
+    assert train.main(command(1, folder, world, *more, tie=tie)[2:]) == 0
+    return [row for row in metrics_of(folder) if row["phase"] == "train"]
 
 
 def launch(processes, folder, world, *more, tie=False, expect=0):

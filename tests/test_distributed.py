@@ -3,15 +3,21 @@
 import json
 
 import pytest
-from processes import assert_same_run, finish, free_port, launch, metrics_of, start
+from processes import assert_same_run, finish, free_port, launch, metrics_of, run_here, start
+
+from grpo.config import ConfigError
+from grpo.distributed import start as start_group
 
 
-@pytest.mark.parametrize("tie", [False, True])
-def test_two_and_four_processes_equal_one(world, tmp_path, tie):
+@pytest.mark.parametrize(
+    "tie, counts", [(False, (2,)), pytest.param(False, (4,), marks=pytest.mark.slow),
+                    pytest.param(True, (2, 4), marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_several_processes_equal_one(world, tmp_path, tie, counts):
     """Traps 17 to 19 and 21: 6 prompts over 4 processes are uneven, so some run a placeholder."""
-    alone, _ = launch(1, tmp_path / "1", world, tie=tie)
+    alone = run_here(tmp_path / "1", world, tie=tie)
     assert all(row["grad_norm"] > 0.01 for row in alone)
-    for count in (2, 4):
+    for count in counts:
         together, _ = launch(count, tmp_path / str(count), world, tie=tie)
         assert_same_run(together, alone, tmp_path / str(count), tmp_path / "1")
 
@@ -27,17 +33,23 @@ def test_a_sample_skipped_in_one_process_does_not_hang(world, tmp_path):
         del row["video"]  # text alone: the sharded tower must run all the same
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = ("--data", str(tmp_path / "data.jsonl"))
-    alone, _ = launch(1, tmp_path / "1", world, *more)
+    alone = run_here(tmp_path / "1", world, *more)
     together, _ = launch(2, tmp_path / "2", world, *more)
     assert sum(row["skipped"] for row in alone) > 0
     assert_same_run(together, alone, tmp_path / "2", tmp_path / "1")
     assert [row["skipped"] for row in together] == [row["skipped"] for row in alone]
 
 
+def test_shards_must_divide_the_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="--shard_size 3: must divide the number of processes, 4"):
+        start_group("cpu", shard_size=3)
+
+
 @pytest.mark.slow
 def test_two_nodes_equal_one_process(world, tmp_path):
     """Two torchrun agents: weights sharded within a node, replicated over both; then on, resumed, without shards."""
-    alone, _ = launch(1, tmp_path / "1", world)
+    alone = run_here(tmp_path / "1", world)
     for more in ((), ("--shard_size", "4"), ("--shard_size", "1")):
         folder, port = tmp_path / f"2x2{''.join(more)}", free_port()
         agents = [start(2, folder, world, *more, nodes=(2, node, port)) for node in range(2)]

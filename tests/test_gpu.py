@@ -47,7 +47,8 @@ def naive_on_device(naive, spec, prompt, completions):
     class Moved:
         def __call__(self, **given):
             given = {name: move(value) for name, value in given.items()}
-            given |= {name: given[name].to(naive.dtype) for name in PIXEL_FIELDS if name.startswith("pixel") and name in given}
+            pixels = [name for name in PIXEL_FIELDS if name.startswith("pixel") and name in given]
+            given |= {name: given[name].to(naive.dtype) for name in pixels}
             out = call(**given)
             out.logits = out.logits.float().cpu()
             return out

@@ -4,11 +4,15 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import FAMILIES, load_pair, make_prompt, naive_logprobs, random_completions
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from grpo.model import FAMILIES as CLASSES
-from grpo.model import ModelError, empty_model, load_model, materialise
+from grpo.model import ModelError, empty_model, fill, load_model, materialise
 from grpo.packing import pack
 from grpo.tiny import build_tiny_model
 
@@ -91,3 +95,33 @@ def test_missing_and_wrong_weights_are_one_line(tmp_path):
     (made / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="model.safetensors is missing"):
         load_model(made)
+
+
+def test_each_process_reads_its_own_rows_alone():
+    """As rank 0 to 3 of four: of 7 to 10 rows, and of 2, where two ranks get none."""
+
+    class Source:
+        def __init__(self, rows):
+            self.whole, self.read = torch.arange(rows * 3.0).view(rows, 3), []
+
+        def __getitem__(self, rows):
+            self.read.extend(range(rows.start, rows.stop))
+            return self.whole[rows]
+
+    # torch keeps offsets by shape, not by rank, so within this one process every rank gets a shape of its own.
+    for rank, rows, expected in ((0, 7, [0, 1]), (1, 8, [2, 3]), (2, 9, [6, 7, 8]), (3, 10, [9]), (3, 2, [])):
+        dist.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
+        module, source = torch.nn.Linear(3, rows, bias=False, device="meta"), Source(rows)
+        fully_shard(module, mesh=init_device_mesh("cpu", (4,)))
+        materialise(module, "cpu")
+        with torch.no_grad():
+            fill(module.weight, source)
+        dist.destroy_process_group()
+        assert source.read == expected
+        assert torch.equal(module.weight.to_local(), source.whole[expected])
+
+
+def test_a_folder_of_adapters_says_what_to_take(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="--lora_merge"):
+        empty_model(tmp_path)

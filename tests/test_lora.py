@@ -1,4 +1,4 @@
-"""Adapters: the reference is the same weights with them off, nothing else changes, and others can read what is saved."""
+"""Adapters: the reference is the same weights with them off, nothing else changes, others can read what is saved."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import make_prompt, random_completions
-from processes import assert_same_run, command, launch, metrics_of
+from processes import assert_same_run, command, launch, metrics_of, run_here
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
@@ -113,7 +113,7 @@ def test_a_run_with_adapters(world, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(world, tmp_path):
-    alone, _ = launch(1, tmp_path / "1", world, *FLAGS, "--lora_merge")
+    alone = run_here(tmp_path / "1", world, *FLAGS, "--lora_merge")
     together, _ = launch(2, tmp_path / "2", world, *FLAGS, "--lora_merge")
     for folder in ("1", "2"):
         (tmp_path / folder / "checkpoint-9").symlink_to(tmp_path / folder / "merged")

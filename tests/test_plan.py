@@ -2,16 +2,20 @@
 
 import pytest
 import torch
-from conftest import make_prompt, random_completions
+from conftest import FAMILIES, make_prompt, random_completions
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 import train
+from grpo.attention import PackedLayout
 from grpo.config import parse_config
-from grpo.model import load_model, model_spec, read_config
+from grpo.model import FAMILIES as CLASSES
+from grpo.model import decoder, load_model, model_spec, read_config, use_own_attention
 from grpo.packing import pack
 from grpo.plan import (
     GIB,
     Shapes,
+    head_size,
+    layer_bytes,
     lora_count,
     memory_plan,
     most_frames,
@@ -45,8 +49,8 @@ def test_published_parameter_counts(seven):
 def test_tokens_by_hand(seven):
     """16 frames of 196·28² pixels: 8 time steps of 196 merged tokens, 4 patches each."""
     tokens = memory_plan(*seven, Shapes(16, 196 * 28 * 28, 8, 256, 4))["tokens"]
-    assert tokens["video"] == 8 * 196 and tokens["patches"] == 4 * 8 * 196
-    assert tokens["packed"] == tokens["prompt"] + 8 * 256
+    assert tokens["video tokens"] == 8 * 196 and tokens["patches"] == 4 * 8 * 196
+    assert tokens["packed tokens"] == tokens["prompt tokens"] + 8 * 256
 
 
 def test_the_recipe_fits_72_gib():
@@ -76,7 +80,7 @@ def test_parts_against_tensors_in_memory(checkpoints):
     # 8 frames of 4 x 6 patches of 14²; what is left of the prompt is text.
     shapes = Shapes(8, 4 * 6 * 14 * 14, 3, 5, 1, text_tokens=len(prompt.input_ids) - 24)
     plan = memory_plan(config, parameter_counts(config), shapes)
-    assert plan["tokens"]["packed"] == packed.input_ids.shape[1]
+    assert plan["tokens"]["packed tokens"] == packed.input_ids.shape[1]
     assert plan["tokens"]["patches"] == len(packed.pixels)
     update = plan["phases"]["update"]
     sizes = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
@@ -87,8 +91,35 @@ def test_parts_against_tensors_in_memory(checkpoints):
 
     _, prompt_kv = policy.prefill(pack([prompt], [[]], policy.spec))
     measured = sizes(t for pairs in prompt_kv.values() for pair in pairs for t in pair) / 2  # fp32 here, bf16 planned
-    share = len(prompt.input_ids) / plan["tokens"]["packed"]
+    share = len(prompt.input_ids) / plan["tokens"]["packed tokens"]
     assert plan["phases"]["rollout"]["KV cache"] * share == pytest.approx(measured)
+
+
+@pytest.mark.parametrize("name", [SEVEN, TWO])
+def test_layer_bytes_against_what_autograd_keeps(name):
+    """One bf16 decoder layer of the real shapes on the meta device: within 10% above the count, gradients apart."""
+    config = published_config(name)
+    text, tokens = config.text_config, 1000
+    with torch.device("meta"):
+        model = use_own_attention(CLASSES["qwen2_vl"]._from_config(config, dtype=torch.bfloat16))
+        hidden = torch.empty(1, tokens, text.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        rotation = torch.empty(1, tokens, head_size(text), dtype=torch.bfloat16)
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = tensor  # held, so that no other storage takes its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layout = PackedLayout([(tokens, ())])
+        decoder(model).layers[0](hidden, position_embeddings=(rotation, rotation), attention_mask=None, layout=layout)
+    counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / tokens
+    inner, size = text.intermediate_size, head_size(text)
+    planned = layer_bytes(text.hidden_size, inner, text.num_attention_heads * size, text.num_key_value_heads * size)
+    assert counted <= planned - 2 * 3 * inner <= 1.1 * counted
 
 
 def test_each_saving_lowers_the_peak(seven):
@@ -110,7 +141,15 @@ def test_plan_is_printed_before_anything_loads(capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert train.main(["--plan", "4", "--max_frames", "32"]) == 0
     shown = capsys.readouterr().out
-    for words in ("8.29B parameters on 4 GPUs", "32 frames", "KV cache", "most frames that fit", "not yet run on a GPU"):
+    for words in ("8.29B parameters on 4 GPUs", "32 frames", "KV cache", "most frames that fit", "not yet run"):
         assert words in shown
     assert train.main(["--plan", "4", "--model", "no/such"]) == 2
     assert "--model no/such" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_families_are_planned_from_config_alone(checkpoints, family):
+    config = read_config(checkpoints[family])
+    counts = parameter_counts(config)
+    assert counts["all"] == sum(p.numel() for p in load_model(checkpoints[family]).parameters())
+    assert memory_plan(config, counts, Shapes(8, 28 * 28 * 4, 4, 16, 2))["peak"] > 0

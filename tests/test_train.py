@@ -125,7 +125,7 @@ def test_eval_reads_the_checkpoint_back_to_the_same_accuracy(flags):
 
     assert evaluation.main(["--ckpt", str(folder / "checkpoint-4"), "--output", str(folder / "eval")]) == 0
     lines = [json.loads(line) for path in (folder / "eval").glob("predictions*.jsonl") for line in open(path)]
-    assert sum(line["score"] for line in lines) / len(lines) == pytest.approx(summary["accuracy_after"], abs=1e-12)
+    assert sum(line["score"] for line in lines) / len(lines) == pytest.approx(summary["overall"]["after"], abs=1e-12)
 
 
 def test_a_toy_reward_rises(flags, tmp_path):
