@@ -30,7 +30,7 @@ from evaluation.report import evaluation_table, write_report
 from grpo import distributed
 from grpo.config import Config, ConfigError, OneLineParser, add_flag, check, load_config
 from grpo.metrics import quiet_transformers
-from grpo.model import ModelError
+from grpo.model import ModelError, read_processor
 from grpo.plot import plot_runs
 from grpo.run import build_policy, check_answers, split_data
 from video.dataset import DataError, read_samples
@@ -203,7 +203,11 @@ def evaluate(arguments):
     processes = distributed.start(config.device)
     output = Path(arguments.output or default_output(arguments))
     settings = settings_of(config, samples, arguments.temperature, processes.device.type)
-    predictions = Predictions(output, settings, processes)
+    read_processor(folder)
+    try:
+        predictions = Predictions(output, settings, processes)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise ConfigError(f"--output {output}: cannot be written to ({error.strerror}); choose another") from error
     variants = make_variants(arguments, folder, against)
     records = answer(variants, samples, config, arguments.temperature, predictions, processes)
     predictions.close()

@@ -17,16 +17,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoProcessor
 
 from evaluation.evaluate import CONTROLS, kind_of
 from evaluation.report import show_rollouts, summary_of, summary_table
 from grpo import distributed, update
 from grpo.checkpoint import CheckpointError, is_best, load_state, load_training, save_checkpoint, save_weights
 from grpo.config import ConfigError, parse_config
+from grpo.data import steps_of
 from grpo.demo import build_demo
 from grpo.metrics import RunLog, describe_run, quiet_transformers
-from grpo.model import ModelError
+from grpo.model import ModelError, read_processor
 from grpo.plan import plan_text
 from grpo.plot import plot_run
 from grpo.rollout import rollout
@@ -62,6 +62,9 @@ def grpo(run, policy, reference, optimizer, samples, held_out, first, state):
         rollouts = rollout(policy, prompts, run.tokenizer, rewards, config, step)
         metrics["seconds_sampling"] = time.perf_counter() - clock
 
+        for group in rollouts:
+            for name, message in group.errors.items():
+                log.say(f"step {step}: reward {name} failed, scored 0: {message}", everywhere=True)
         chunks = update.make_chunks(prompts, rollouts, config, policy, processes)
         if config.freeze_vision:
             update.add_features(policy, chunks)
@@ -105,7 +108,7 @@ def train(config, stop_asked):
     processes.barrier()
     samples, held_out, sft = read_data(config, print if processes.is_main else lambda line: None)
     if config.steps is None:
-        config.steps = max(1, int(config.epochs * len(samples)) // config.prompts_per_step)
+        config.steps = steps_of(config.epochs, len(samples), config.prompts_per_step)
     if config.resume == "no" and processes.is_main:
         clear_run(folder)
     processes.barrier()
@@ -114,10 +117,13 @@ def train(config, stop_asked):
     warmed = folder / "warmup"
     needs_warmup = config.sft_steps and not warmed.exists()
     start = warmed if config.sft_steps else config.model
-    processor = AutoProcessor.from_pretrained(config.model)
-    encoder = PromptEncoder(
-        config.model, config.video_settings(), config.prompt_template, config.max_prompt_tokens, config.cache()
-    )
+    processor = read_processor(config.model)
+    try:
+        encoder = PromptEncoder(
+            config.model, config.video_settings(), config.prompt_template, config.max_prompt_tokens, config.cache()
+        )
+    except ValueError as error:  # special tokens in --prompt_template
+        raise ConfigError(str(error)) from error
     log = RunLog(folder, processes.is_main, partial(made_before, state["step"], config.steps, warmed.exists()))
     log.describe(config, describe_run())
     if config.top_k or config.top_p < 1:
@@ -174,7 +180,7 @@ def main(arguments=None):
         distributed.stop()
         if not int(os.environ.get("RANK", 0)):
             print(f"train.py: {stop}; the same command goes on from there", file=sys.stderr)
-    except (CheckpointError, ConfigError, DataError, ModelError, RunError) as error:
+    except (CheckpointError, ConfigError, DataError, FloatingPointError, ModelError, RunError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:

@@ -31,7 +31,8 @@ class CheckpointError(OSError):
 
 def checkpoints(folder):
     """The run folder's whole checkpoints, oldest first."""
-    found = [p for p in Path(folder).glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
+    named = [p for p in Path(folder).glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
+    found = [p for p in named if (p / "training" / "state.json").exists()]
     return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
 
 

@@ -38,7 +38,7 @@ class Config:
     output: str = flag("runs/qwen2-vl-7b", "Run folder: configuration, metrics, curve, checkpoints.")
     resume: str = flag("auto", "Go on from the run folder's newest checkpoint, or start anew.", choices=("auto", "no"))
     demo: bool = flag(False, "Build the demo's tiny model and videos at --model and --data where they are missing.")
-    seed: int = flag(42, "Seed of data order and sampling.", least=0)
+    seed: int = flag(42, "Seed of data order and sampling.", least=0, most=2**32)
 
     # the group and its sampling
     prompts_per_step: int = flag(4, "Prompts of one step, over all processes.", least=1)
@@ -114,7 +114,7 @@ class Config:
     lora_rank: int = flag(0, "Train adapters of this rank on the decoder, the weights frozen; 0: all weights.", least=0)
     lora_alpha: float = flag(32.0, "Adapters are scaled by alpha / rank.", above=0.0)
     lora_merge: bool = flag(False, "Also save the weights with the adapters merged in, at the end.")
-    freeze_vision: bool = flag(False, "Do not train the vision tower; its features are then computed once a step.")
+    freeze_vision: bool = flag(False, "Do not train the vision tower; reference and policy then share its features.")
 
     # evaluation and output
     eval_every: int = flag(0, "Evaluate every so many steps; 0: only before and after.", least=0)
@@ -211,6 +211,8 @@ def check(config):
     for holds, message in rules:
         if not holds:
             raise ConfigError(message)
+    if config.filter_groups and not any(spec.split(":")[0] == "accuracy" for spec in config.reward):
+        raise ConfigError("--filter_groups looks at the accuracy; add accuracy:1 to --reward")
     for attempt in (config.video_settings, lambda: parse_rewards(config.reward)):
         try:
             attempt()

@@ -1,5 +1,7 @@
 """Which questions a step takes: a pure function of seed and step, so that the step number is the whole data position."""
 
+import math
+
 import torch
 
 
@@ -7,6 +9,11 @@ def epoch_order(count, seed, epoch):
     """A permutation of range(count), another one each epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator).tolist()
+
+
+def steps_of(epochs, count, prompts_per_step):
+    """The steps that `epochs` passes over `count` samples take; the last may begin the next pass, so that none is left out."""
+    return math.ceil(epochs * count / prompts_per_step)
 
 
 def step_samples(samples, step, prompts_per_step, seed):

@@ -56,6 +56,8 @@ def start(device="auto", shard_size=0):
     """
     size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: no GPU that torch can use; give --device cpu, or install a CUDA build and driver")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world % size:
         raise ConfigError(f"--shard_size {size}: must divide the number of processes, {world}")

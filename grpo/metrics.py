@@ -35,10 +35,12 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = [line for line in lines if line.endswith("\n")]  # a kill can cut the last one
         kept = [line for line in lines if keep(*(json.loads(line)[name] for name in ("phase", "step")))]
+        made = [row["step"] for row in map(json.loads, kept) if row["phase"] == "train"]
         path.write_text("".join(kept))
         self.file = open(path, "a")
-        self.board = SummaryWriter(self.folder, purge_step=len(kept) or None)
+        self.board = SummaryWriter(self.folder, purge_step=1 + max(made) if made else None)
 
     def describe(self, config, versions):
         """run.json: the whole configuration; versions.json: command, versions, git revision."""

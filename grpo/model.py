@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
+    AutoProcessor,
     GenerationConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
@@ -85,6 +86,18 @@ def read_config(path):
     return config
 
 
+def read_processor(path):
+    """The processor of a folder or hub name. Raises ModelError."""
+    read_config(path)
+    try:
+        return AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"--model {path}: its processor cannot be read ({str(error).splitlines()[0]}); copy tokenizer and "
+            "preprocessor files from the original model"
+        ) from error
+
+
 def empty_model(path, dtype=torch.float32):
     """The unmodified transformers model of a folder or hub name, entered through this project's attention, on the meta
     device: it takes no memory until `materialise`. Raises as `read_config`."""
@@ -126,7 +139,7 @@ def load_weights(model, path):
     targets = {name.replace(".base_layer", ""): p for name, p in model.named_parameters(remove_duplicate=False)}
     filled = set()
     for file in weight_files(path):
-        with safe_open(file, framework="pt") as stored:
+        with _opened(file) as stored:
             for key in stored.keys():
                 name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, targets)
                 if name in targets:
@@ -139,6 +152,13 @@ def load_weights(model, path):
     missing = [name for name, p in targets.items() if id(p) not in filled and ".lora_" not in name]
     if missing:
         raise ModelError(f"--model {path}: its safetensors lack {len(missing)} weights, {missing[0]} among them")
+
+
+def _opened(file):
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: is no whole safetensors file ({error}); download it again") from error
 
 
 def fill(parameter, source):

@@ -20,6 +20,7 @@ def rollout(policy, prompts, tokenizer, rewards, config, step):
             rollouts += sample(policy, batch, config.group_size, sampling_settings(config), seeds, tokenizer)
     for prompt, group in zip(prompts, rollouts):
         score = score_group(rewards, group.texts, prompt.sample, group.lengths, config.reward_timeout)
-        group.rewards, group.parts, group.errors = score.total, score.parts, score.errors
+        group.rewards, group.parts = score.total, score.parts
+        group.failed, group.errors = score.failed, score.errors
         group.advantages = group_advantages(score.total, config.scale_advantages)
     return rollouts

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,7 +54,7 @@ class Run:
         Raises Stopped, in all processes alike, before the first step that any of them was asked not to take.
         """
         own = slice(self.processes.rank, None, self.processes.world)
-        shares = (step_samples(samples, step, per_step, seed)[own] for step in range(first, last))
+        shares = (distinct_keys(step_samples(samples, step, per_step, seed))[own] for step in range(first, last))
         encoded, asked = self.loader.batches(shares), time.perf_counter()
         for step, batch in enumerate(encoded, start=first):
             waited = time.perf_counter() - asked
@@ -80,6 +82,15 @@ class Run:
         return summarise(records, self.trained_kinds)
 
 
+def distinct_keys(samples):
+    """The samples; one that comes again in a step gets a key, and with it random numbers, of its own."""
+    seen, renamed = Counter(), []
+    for sample in samples:
+        seen[sample.key] += 1
+        renamed.append(sample if seen[sample.key] == 1 else replace(sample, key=f"{sample.key}#{seen[sample.key]}"))
+    return renamed
+
+
 def describe_rollouts(prompts, rollouts, processes):
     """Means over the step's completions, in all processes: rewards and their parts, lengths, what was answered."""
     samples = [p.sample for p, group in zip(prompts, rollouts) for _ in group.texts]
@@ -97,6 +108,7 @@ def describe_rollouts(prompts, rollouts, processes):
     accuracies = [group.parts["accuracy"] for group in rollouts if "accuracy" in group.parts]
     groups = {
         "reward_std": spreads,
+        "rewards_failed": [group.failed for group in rollouts],
         "all_right_share": [min(a) == 1 for a in accuracies],
         "all_wrong_share": [max(a) == 0 for a in accuracies],
     }
@@ -104,7 +116,9 @@ def describe_rollouts(prompts, rollouts, processes):
     merged = {}
     for part in (0, 1):
         for name in dict.fromkeys(name for share in shares for name in share[part]):
-            merged[name] = mean([value for share in shares for value in share[part].get(name, [])])
+            values = [value for share in shares for value in share[part].get(name, [])]
+            if values:  # what was not measured is left out, not 0
+                merged[name] = mean(values)
     count = max(sum(share[3] for share in shares), 1)
     for name in ("no_answer", "several_answers"):
         merged[f"{name}_share"] = sum(share[2][name] * share[3] for share in shares) / count
@@ -117,6 +131,12 @@ def describe_rollouts(prompts, rollouts, processes):
 def check_inputs(config):
     """Raises ConfigError before anything loads where weights or data are missing: what, and how to get them."""
     missing = []
+    try:
+        Path(config.output).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.output):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--output {config.output}: cannot be written to ({error.strerror}); choose another") from error
     if not config.demo:
         absent = [path for path, _ in map(split_spec, config.data) if not Path(path).is_file()]
         if absent:
@@ -147,8 +167,12 @@ def on_this_machine(model):
 
 def clear_run(folder):
     """Removes what an earlier run left in its folder, and nothing else."""
-    weights = ("checkpoint-*", "warmup", "warmup.partial", "merged", "merged.partial")
-    for name in (*weights, "events.out.tfevents.*", "*.json", "metrics.jsonl", "curve.png"):
+    if not (Path(folder) / "run.json").exists():
+        return  # no run of this project: what lies there is someone's own
+    own = [c.name for c in checkpoints(folder)] + ["checkpoint-*.partial", "warmup", "warmup.partial", "merged"]
+    own += ["merged.partial", "events.out.tfevents.*", "run.json", "versions.json", "summary.json", "metrics.jsonl"]
+    own += ["curve.png"]
+    for name in own:
         for path in Path(folder).glob(name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -167,6 +191,8 @@ def find_checkpoint(config):
     """
     found, path = checkpoints(config.output), Path(config.output) / "run.json"
     if not path.exists():
+        if found:
+            raise ConfigError(f"--output {config.output}: holds {found[-1].name}, not of a run of this project; choose another")
         return None
     saved = load_config(path)
     other = [
@@ -189,8 +215,8 @@ def read_data(config, say):
     """
     train, held_out = split_data(config, say)
     if not train:
-        raise DataError(f"--eval_samples {config.eval_samples}: holds out all of --data; lower it")
-    sft = read_samples(config.sft_data, config.video_root) if config.sft_steps else []
+        raise DataError("--data: no row is left to train on; lower --eval_samples, or look at --skip_list")
+    sft = read_samples(config.sft_data, config.video_root, flag="--sft_data") if config.sft_steps else []
     for sample in sft:
         if not sample.completions:
             raise DataError(f"{sample.key}: --sft_data rows need `completions`, a list of target texts")
@@ -208,7 +234,7 @@ def split_data(config, say):
     if not config.eval_samples:
         return train, []
     if config.eval_data:
-        return train, read_samples(config.eval_data, config.video_root)[: config.eval_samples]
+        return train, read_samples(config.eval_data, config.video_root, flag="--eval_data")[: config.eval_samples]
     return hold_out(train, config.eval_samples, config.seed)
 
 

@@ -62,6 +62,7 @@ def choose(logits, uniform, settings):
         # The first token whose cumulative probability exceeds u: a token of probability 0 is never that.
         threshold = uniform.to(logits.device)[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # beyond only where logits are NaN, which `sample` reports
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
@@ -70,7 +71,8 @@ def sample(policy, prompts, group, settings, seeds, tokenizer, features=None):
     """Returns one `Rollout` of `group` completions for each prompt.
 
     prompts: B `video.prompt.Prompt`; seeds: B ints (see `prompt_seed`). A row ends with the first of the model's EOS
-    ids or after max_new_tokens; rows that have ended are dropped and cost nothing more.
+    ids or after max_new_tokens; rows that have ended are dropped and cost nothing more. Raises FloatingPointError where
+    the model's logits are not finite.
     """
     device, count = policy.device, len(prompts) * group
     packed = pack(prompts, [[] for _ in prompts], policy.spec).to(device)
@@ -103,6 +105,10 @@ def sample(policy, prompts, group, settings, seeds, tokenizer, features=None):
             layout.keep_rows(keep)
         logits = policy.decode(tokens, positions[rows] + at, layout)
 
+    if not bool(out_logprobs.isfinite().all()):
+        raise FloatingPointError(
+            "the model's logits are not finite: lower --learning_rate or raise --kl_coef, and go on from an earlier checkpoint"
+        )
     lengths, finished = lengths.tolist(), finished.tolist()
     out_tokens, out_logprobs = out_tokens.cpu(), out_logprobs.cpu()
     rollouts = []

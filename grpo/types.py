@@ -22,6 +22,8 @@ class Rollout:
     rewards: list = field(default_factory=list)
     parts: dict = field(default_factory=dict)
     advantages: list = field(default_factory=list)
+    failed: int = 0  # calls of the user's own rewards that scored 0 because they failed
+    errors: dict = field(default_factory=dict)  # reward -> the first failure's message
 
     @property
     def lengths(self):

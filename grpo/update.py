@@ -1,7 +1,7 @@
 """Gradient steps: the GRPO update of a scored batch, and the supervised step of a warm-up."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -112,7 +112,8 @@ def update(policy, optimizer, made, config, processes):
     """
     totals, metrics = count_totals(made, processes), {}
     for number in range(config.updates_per_batch):
-        sums = dict.fromkeys(("loss", "entropy", "kl", "clip_low_share", "clip_high_share", "sampler_gap"), 0.0)
+        sums = dict.fromkeys(("loss", "entropy", "clip_low_share", "clip_high_share", "sampler_gap"), 0.0)
+        sums |= {"kl": 0.0} if config.kl_coef else {}
         for chunk in made:
             logprobs, entropy = policy(chunk.packed, config.temperature, chunk.features)
             if not chunk.lengths:
@@ -141,9 +142,12 @@ def update(policy, optimizer, made, config, processes):
 
 def apply_gradients(policy, optimizer, grad_clip):
     """Clips the gradient's norm and steps; an update whose norm is not finite is left out. Returns (applied, norm)."""
+    for parameter in policy.parameters():
+        if parameter.requires_grad and parameter.grad is None:  # a tower that saw text alone; sharded, it gets zeros too
+            parameter.grad = torch.zeros_like(parameter)
     norm = clip_gradients(policy, grad_clip)
     applied = math.isfinite(norm)
-    if applied:
+    if norm > 0 and applied:  # all groups skipped or without signal: no step, on one process as on several
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return applied, norm
@@ -152,6 +156,8 @@ def apply_gradients(policy, optimizer, grad_clip):
 def supervised_step(policy, optimizer, prompts, targets, config, processes):
     """One step of maximum likelihood on targets, B lists of (C,) tokens. Returns (loss, [(C,) probabilities of each
     target's tokens]). Every prompt weighs the same, however many targets it has."""
+    # A supervised step has no accuracy to filter by, and its own number of prompts, which placeholders go by.
+    config = replace(config, filter_groups=False, prompts_per_step=config.sft_prompts_per_step)
     groups = [Rollout(group, [torch.zeros(len(t)) for t in group], [], []) for group in targets]
     for group in groups:
         group.advantages = torch.full((len(group.tokens),), 1.0 / sum(group.lengths))

@@ -11,6 +11,7 @@ from collections import deque
 import torch
 
 from grpo.update import learning_rate, make_optimizer, set_learning_rate, supervised_step
+from video.dataset import DataError
 
 RAMP = 20  # steps of linear warm-up of the learning rate, which then stays
 
@@ -21,6 +22,14 @@ def target_tokens(tokenizer, text):
     start, stop = text.find("<answer>") + len("<answer>"), text.find("</answer>")
     marks = [a < stop and b > start and a >= start for a, b in encoded["offset_mapping"]]
     return torch.tensor([*encoded["input_ids"], tokenizer.eos_token_id]), torch.tensor([*marks, False])
+
+
+def refuse_vision_tokens(prompts, targets, spec):
+    """Raises DataError, naming the row, for a completion that holds a vision token: it would have no features."""
+    forbidden = torch.tensor(spec.never_sampled)
+    for prompt, group in zip(prompts, targets):
+        if any(bool(torch.isin(tokens, forbidden).any()) for tokens, _ in group):
+            raise DataError(f"{prompt.sample.key}: a completion holds a vision token such as <|video_pad|>; remove it")
 
 
 def determined(probabilities, marks, completions):
@@ -39,6 +48,7 @@ def warm_up(policy, run, samples):
         rate = learning_rate(step, config.sft_steps, config.sft_learning_rate, "constant", RAMP)
         set_learning_rate(optimizer, rate)
         targets = [[target_tokens(tokenizer, text) for text in prompt.sample.completions] for prompt in prompts]
+        refuse_vision_tokens(prompts, targets, policy.spec)
         loss, probabilities = supervised_step(
             policy, optimizer, prompts, [[tokens for tokens, _ in group] for group in targets], config, processes
         )

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import train
 from grpo.config import PRESETS, Config, ConfigError, load_config, parse_config, save_config
+from grpo.data import step_samples, steps_of
 from video.synthetic import DemoSpec, make_demo_set
 
 ROOT = Path(__file__).parent.parent
@@ -158,6 +159,51 @@ def test_bad_videos_are_skipped_counted_and_named(flags, demo_set, tmp_path, cap
         assert shown.count(name) == 2, "once each step, with its path"
 
 
+def test_starting_anew_touches_nothing_of_others(flags, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "checkpoint-600").mkdir(parents=True)
+    (folder / "train.json").write_text("[]")
+    run(flags, "--sft_steps", "0", "--steps", "2", "--keep_checkpoints", "1")
+    run(flags, "--sft_steps", "0", "--steps", "1", "--resume", "no")
+    assert (folder / "train.json").read_text() == "[]" and (folder / "checkpoint-600").is_dir()
+    assert (folder / "checkpoint-1").is_dir() and not (folder / "checkpoint-2").exists()
+
+
+def test_a_sample_that_comes_twice_in_a_step_is_sampled_anew():
+    from grpo.run import distinct_keys
+    from video.dataset import Sample
+
+    samples = [Sample(key, "?", "A") for key in ("a:1", "b:1", "a:1", "a:1")]
+    assert [s.key for s in distinct_keys(samples)] == ["a:1", "b:1", "a:1#2", "a:1#3"]
+
+
+def test_a_failing_reward_is_shown_and_counted(flags, tmp_path, capsys):
+    (tmp_path / "bad.py").write_text("def f(completion, sample):\n    raise KeyError('boom')\n")
+    folder = run(flags, "--sft_steps", "0", "--steps", "1", "--reward", "accuracy:1", f"{tmp_path}/bad.py:f:0.5")
+    assert "reward f failed, scored 0: KeyError: 'boom'" in capsys.readouterr().out
+    assert next(row for row in metrics_of(folder) if row["phase"] == "train")["rewards_failed"] == 4
+
+
+def test_filtering_runs_after_a_warm_up_and_needs_accuracy(flags, capsys):
+    run(flags, "--filter_groups")
+    assert train.main([*flags, "--filter_groups", "--reward", "format:1"]) == 2
+    assert "--filter_groups" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_epochs_leave_no_row_out():
+    assert [steps_of(1, count, 10) for count in (10, 24, 3)] == [1, 3, 1]
+    assert steps_of(0.5, 24, 4) == 3 and steps_of(2, 5, 4) == 3
+    seen = [sample for step in range(3) for sample in step_samples(list(range(24)), step, 10, seed=1)]
+    assert sorted(seen[:24]) == list(range(24))
+
+
+def test_a_diverged_model_is_one_line(flags, capsys):
+    more = ("--sft_steps", "0", "--steps", "6", "--learning_rate", "1e30", "--kl_coef", "0", "--eval_samples", "0",
+            "--reward", f"{ROOT}/tests/toy_reward.py:vowels")  # fmt: skip
+    assert train.main([*flags, *more]) == 2
+    assert "not finite" in capsys.readouterr().err.splitlines()[-1]
+
+
 BAD_INPUT = {
     "--data": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     "--model": (["--model", "no/such/model"], "no/such/model"),
@@ -170,6 +216,10 @@ BAD_INPUT = {
     "--min_pixels": (["--min_pixels", "9999999"], "--max_pixels"),
     "--sft_steps": (["--sft_steps", "5", "--sft_data", ""], "--sft_data"),
     "--reward": (["--reward", "charm:1"], "charm"),
+    "--eval_data": (["--eval_data", "nowhere.jsonl"], "nowhere.jsonl"),
+    "--seed": (["--seed", "99999999999999999999"], "at most"),
+    "--output": (["--output", __file__], "cannot be written"),
+    "--device": (["--device", "cuda"], "GPU"),
     "--lr_schedule": (["--lr_schedule", "wavy"], "cosine"),
 }
 

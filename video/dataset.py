@@ -33,20 +33,22 @@ def read_mixture(specs: str | Iterable[str], video_root: str | Path | None = Non
     return samples
 
 
-def read_samples(path: str | Path, video_root: str | Path | None = None, name: str | None = None) -> list[Sample]:
+def read_samples(
+    path: str | Path, video_root: str | Path | None = None, name: str | None = None, flag: str = "--data"
+) -> list[Sample]:
     """The samples of a .jsonl or .parquet file, or of a .json file that holds an array of rows.
 
     Relative video paths are joined with `video_root` (default: the folder of the file). An absolute path that does
     not exist is re-rooted there by the longest suffix of it that does: datasets carry paths of their author's disk.
-    `name` stands for the file in the keys. Raises DataError.
+    `name` stands for the file in the keys, `flag` for where it was given in errors. Raises DataError.
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"--data {path}: no such file; give a .jsonl file, or run --preset demo, which makes its own")
+        raise DataError(f"{flag} {path}: no such file; give a .jsonl file, or run --preset demo, which makes its own")
     root = Path(video_root) if video_root is not None else path.parent
     samples = [parse_row(row, key, root, path.stem) for key, row in _rows(path, name or path.name)]
     if not samples:
-        raise DataError(f"--data {path}: is empty; give a file with one JSON row a line")
+        raise DataError(f"{flag} {path}: is empty; give a file with one JSON row a line")
     return samples
 
 
