@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-import eval as evaluation
+import eval as eval_script
 import evaluation.evaluate
 from evaluation.evaluate import NO_VIDEO, encode, mcnemar, paired, plan, predict, summarise, wilson
 from evaluation.predictions import Predictions, checkpoint_identity
@@ -59,7 +59,7 @@ def parts(tiny_folder):
 
 def run(ckpt, output, *flags):
     """eval.main in this process; (exit code, results.json or None)."""
-    code = evaluation.main(["--ckpt", str(ckpt), "--output", str(output), "--workers", "0", *TINY, *flags])
+    code = eval_script.main(["--ckpt", str(ckpt), "--output", str(output), "--workers", "0", *TINY, *flags])
     path = Path(output) / "results.json"
     return code, json.loads(path.read_text()) if path.exists() else None
 
@@ -196,7 +196,7 @@ def test_evaluation_gives_what_training_logged(tmp_path, demo, tiny_folder, part
     save_config(config, tiny_folder / "run.json")
     try:
         logged = summarise(predict(policy, loader, read_samples(demo)[:20], tokenizer, ALONE, 8, batch=8))
-        code = evaluation.main(["--ckpt", str(tiny_folder), "--output", str(tmp_path), "--device", "cpu"])
+        code = eval_script.main(["--ckpt", str(tiny_folder), "--output", str(tmp_path), "--device", "cpu"])
     finally:
         (tiny_folder / "run.json").unlink()
     assert code == 0
@@ -233,7 +233,7 @@ def test_unreadable_videos_are_reported_apart(tmp_path, demo, tiny_folder):
 def test_wrong_flags_give_one_line_and_exit_code_2(tmp_path, capsys, demo, tiny_folder, flags, says):
     places = {"EMPTY": str(tmp_path), "TINY": str(tiny_folder), "DATA": str(demo)}
     try:
-        code = evaluation.main([*(places.get(flag, flag) for flag in flags), "--output", str(tmp_path / "out")])
+        code = eval_script.main([*(places.get(flag, flag) for flag in flags), "--output", str(tmp_path / "out")])
     except SystemExit as exit:
         code = exit.code
     error = capsys.readouterr().err.strip()

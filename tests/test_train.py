@@ -122,9 +122,9 @@ def test_other_settings_do_not_go_on_in_the_same_folder(flags, capsys):
 def test_eval_reads_the_checkpoint_back_to_the_same_accuracy(flags):
     folder = run(flags, "--sft_steps", "30", "--eval_samples", "24", "--sft_learning_rate", "2e-3")
     summary = json.loads((folder / "summary.json").read_text())
-    import eval as evaluation
+    import eval as eval_script
 
-    assert evaluation.main(["--ckpt", str(folder / "checkpoint-4"), "--output", str(folder / "eval")]) == 0
+    assert eval_script.main(["--ckpt", str(folder / "checkpoint-4"), "--output", str(folder / "eval")]) == 0
     lines = [json.loads(line) for path in (folder / "eval").glob("predictions*.jsonl") for line in open(path)]
     assert sum(line["score"] for line in lines) / len(lines) == pytest.approx(summary["overall"]["after"], abs=1e-12)
 

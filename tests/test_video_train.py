@@ -6,7 +6,7 @@ import pytest
 from test_video_formats import FORMATS
 from video_helpers import make_video
 
-import eval as evaluation
+import eval as eval_script
 import train
 from grpo.tiny import build_tiny_model
 
@@ -29,7 +29,7 @@ def test_every_format_trains_and_evaluates(tmp_path, capsys):
     metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert sum(row.get("skipped", 0) for row in metrics) == 0
     capsys.readouterr()
-    assert evaluation.main(["--ckpt", str(output / "checkpoint-5"), "--data", str(data), "--device", "cpu",
+    assert eval_script.main(["--ckpt", str(output / "checkpoint-5"), "--data", str(data), "--device", "cpu",
                             "--output", str(tmp_path / "answers")]) == 0
     (answers,) = (tmp_path / "answers").glob("predictions*.jsonl")
     records = [json.loads(line) for line in answers.read_text().splitlines()]
