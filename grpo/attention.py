@@ -3,18 +3,49 @@
 Extra keyword arguments of a transformers forward reach the attention function. `layout` is such an argument: an object
 that knows how the tokens of this forward are arranged and attends accordingly.
 
+flash-attn's kernel for sequences of unequal length is used where it imports and fits (a GPU, half precision: not yet
+run on one); everywhere else torch's scaled_dot_product_attention, over batches of equal shape.
+
 Shapes: H query heads, K key/value heads (H a multiple of K), D head size, P prompt tokens, C completion tokens,
-G completions, R rows that still decode.
+G completions, L tokens of a packed row, R rows that still decode.
 """
+
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
+
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
 
 TEXT_ATTENTION = "grpo_shared_prompt"
 # The vision towers hand `cu_seq_lens_q` to any implementation with "flash" in its name, instead of looping over frames.
 VISION_ATTENTION = "grpo_batched_flash"
+
+
+def flash_fits(query):
+    """Whether flash-attn's kernel can take this query."""
+    return flash_attn_varlen_func is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+
+
+class Bucket(NamedTuple):
+    """Groups of one packed row whose prompts are equally long: attended as one batch. Indices are into its L tokens.
+
+    prompt (B, P); completion (R, C), C the longest: shorter ones repeat their last token, which a causal mask hides
+    from the others; prompt_of_row (R,); real: which of the R·C are no such repeats.
+    """
+
+    prompt: torch.Tensor
+    completion: torch.Tensor
+    prompt_of_row: torch.Tensor
+    real: torch.Tensor
 
 
 class PackedLayout:
@@ -25,75 +56,114 @@ class PackedLayout:
     (K, P, D): what decoding continues from.
     """
 
-    def __init__(self, groups, keep_prompt_kv=False):
-        self.groups = tuple((p, tuple(cs)) for p, cs in groups)
+    def __init__(self, groups, device="cpu", keep_prompt_kv=False):
+        self.groups, self.device = [(p, tuple(cs)) for p, cs in groups], device
+        sizes = [p + sum(cs) for p, cs in self.groups]
+        self.starts = [0, *accumulate(sizes)][:-1]
         self.prompt_kv = {} if keep_prompt_kv else None
 
+    @cached_property
+    def buckets(self):
+        """([Bucket], (L,) place of each token in the buckets' outputs, prompts before completions in each)."""
+        made, order = [], []
+        for size in dict.fromkeys(p for p, _ in self.groups):
+            own = [(start, cs) for start, (p, cs) in zip(self.starts, self.groups) if p == size]
+            lengths = torch.tensor([c for _, cs in own for c in cs], dtype=torch.long)
+            begins = [b for start, cs in own for b in list(accumulate(cs, initial=start + size))[:-1]]
+            steps = torch.arange(max(lengths, default=0))
+            bucket = Bucket(
+                torch.tensor([start for start, _ in own])[:, None] + torch.arange(size),
+                torch.tensor(begins, dtype=torch.long)[:, None] + torch.minimum(steps, lengths[:, None] - 1),
+                torch.arange(len(own)).repeat_interleave(torch.tensor([len(cs) for _, cs in own])),
+                (steps < lengths[:, None]).flatten().nonzero()[:, 0],
+            )
+            order += [bucket.prompt.flatten(), bucket.completion.flatten()[bucket.real]]
+            made.append(Bucket(*(index.to(self.device) for index in bucket)))
+        return made, torch.cat(order).argsort().to(self.device)
+
+    @cached_property
+    def segments(self):
+        """What flash-attn wants to know: each prompt, and each completion after its prompt, is a sequence of its own.
+
+        ((all keys,) index, two cumulative lengths (sequences + 1,) int32, two longest lengths) of queries and keys.
+        """
+        keys, queries, seen = [], [], []
+        for start, (size, lengths) in zip(self.starts, self.groups):
+            prompt = torch.arange(start, start + size)
+            begins = accumulate(lengths, initial=start + size)
+            keys += [prompt, *(t for b, c in zip(begins, lengths) for t in (prompt, torch.arange(b, b + c)))]
+            queries += [size, *lengths]
+            seen += [size, *(size + c for c in lengths)]
+        ends = (torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=self.device) for n in (queries, seen))
+        return torch.cat(keys).to(self.device), *ends, max(queries), max(seen)
+
     def attend(self, layer, query, key, value, scaling):
-        """query (1, H, L, D), key and value (1, K, L, D) -> (1, H, L, D), L = sum of P + C_1 + ... + C_G."""
-        outputs, start = [], 0
-        for prompt_len, lengths in self.groups:
-            stop = start + prompt_len
-            q, k, v = (x[:, :, start:stop] for x in (query, key, value))
-            outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True))
-            if self.prompt_kv is not None:
-                self.prompt_kv.setdefault(layer, []).append((k[0], v[0]))
-            start, stop = stop, stop + sum(lengths)
-            if lengths:
-                own = [x[0, :, start:stop] for x in (query, key, value)]
-                outputs.append(_attend_completions(*own, k, v, lengths, scaling))
-            start = stop
-        return torch.cat(outputs, dim=2)
+        """query (1, H, L, D), key and value (1, K, L, D) -> (1, H, L, D)."""
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        if self.prompt_kv is not None:
+            spans = [slice(start, start + size) for start, (size, _) in zip(self.starts, self.groups)]
+            self.prompt_kv[layer] = [(key[s].transpose(0, 1), value[s].transpose(0, 1)) for s in spans]
+        attend = self._attend_flash if flash_fits(query) else self._attend_buckets
+        return attend(query, key, value, scaling).transpose(0, 1)[None]
+
+    def _attend_flash(self, query, key, value, scaling):
+        index, *lengths = self.segments
+        seen = key.index_select(0, index), value.index_select(0, index)
+        # flash-attn's causal mask is aligned to the lower right: a completion sees its whole prompt.
+        return flash_attn_varlen_func(query.contiguous(), *seen, *lengths, softmax_scale=scaling, causal=True)
+
+    def _attend_buckets(self, query, key, value, scaling):
+        """query (L, H, D), key and value (L, K, D) -> (L, H, D)."""
+        buckets, place = self.buckets
+        outputs = []
+        for bucket in buckets:
+            q, k, v = (_take(x, bucket.prompt) for x in (query, key, value))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
+            if len(bucket.completion):
+                own_q, own_k, own_v = (_take(x, bucket.completion) for x in (query, key, value))
+                own_k = torch.cat([k.index_select(0, bucket.prompt_of_row), own_k], dim=2)
+                own_v = torch.cat([v.index_select(0, bucket.prompt_of_row), own_v], dim=2)
+                mask = causal_lower_right(own_q.shape[2], own_k.shape[2])
+                out = F.scaled_dot_product_attention(own_q, own_k, own_v, mask, scale=scaling, enable_gqa=True)
+                outputs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, bucket.real))
+        return torch.cat(outputs).index_select(0, place)
 
 
-def _attend_completions(query, key, value, prompt_key, prompt_value, lengths, scaling):
-    """query (H, sum C, D), key and value (K, sum C, D), prompt ones (1, K, P, D) -> (1, H, sum C, D)."""
-    group, longest = len(lengths), max(lengths)
-    if min(lengths) == longest:
-        query, key, value = (x.unflatten(1, (group, longest)).transpose(0, 1) for x in (query, key, value))
-        real = None
-    else:
-        # Pad each completion on the right, where a causal mask hides it from every real token.
-        at = torch.tensor([0, *lengths[:-1]]).cumsum(0)[:, None] + torch.arange(longest)
-        real = (torch.arange(longest) < torch.tensor(lengths)[:, None]).to(query.device)
-        at = at.clamp(max=query.shape[1] - 1).to(query.device)
-        query, key, value = (x[:, at].transpose(0, 1) for x in (query, key, value))
-    key = torch.cat([prompt_key.expand(group, -1, -1, -1), key], dim=2)
-    value = torch.cat([prompt_value.expand(group, -1, -1, -1), value], dim=2)
-    mask = causal_lower_right(longest, key.shape[2])
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
-    out = out.transpose(0, 1)
-    return (out.flatten(1, 2) if real is None else out[:, real])[None]
+def _take(x, index):
+    """x (L, H, D), index (B, n) -> (B, H, n, D)."""
+    return x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
 
 
 class DecodeLayout:
     """One new token for each of R rows; prompts' keys and values are kept once, not once per completion.
 
     prompt_kv: from a prefill's `PackedLayout`; prompt_of_row (R,) says which prompt each row continues, rows of one
-    prompt next to each other. Own keys and values live in buffers of `capacity` tokens a row. `keep_rows` drops
-    finished rows, and prompts with no row left.
+    prompt next to each other. Own keys and values live in buffers of `capacity` tokens a row, of which `length` are
+    taken, also to be read from the device as `at` (1,). `keep_rows` drops finished rows, and prompts with no row left.
+    `static`: every step attends to whole buffers, their rest masked, so that all steps have the same shapes.
     """
 
-    def __init__(self, prompt_kv, prompt_of_row, capacity):
-        self.length = 0
+    def __init__(self, prompt_kv, prompt_of_row, capacity, static=False):
+        self.length, self.static = 0, static
         self.prompt_k, self.prompt_v, self.own_k, self.own_v = {}, {}, {}, {}
         sizes = torch.tensor([k.shape[1] for k, _ in prompt_kv[0]])
         for layer, pairs in prompt_kv.items():
-            self.prompt_k[layer], self.prompt_v[layer] = (
-                pairs[0][i][None]
-                if len(pairs) == 1
-                else torch.nn.utils.rnn.pad_sequence([p[i].transpose(0, 1) for p in pairs], batch_first=True)
-                .transpose(1, 2)
-                .contiguous()
-                for i in (0, 1)
-            )
+            self.prompt_k[layer], self.prompt_v[layer] = (_pad_prompts([pair[i] for pair in pairs]) for i in (0, 1))
             kv_heads, _, head_size = pairs[0][0].shape
             own = (prompt_of_row.shape[0], kv_heads, capacity, head_size)
             self.own_k[layer], self.own_v[layer] = (pairs[0][i].new_zeros(own) for i in (0, 1))
         device = prompt_kv[0][0][0].device
+        self.at = torch.zeros(1, dtype=torch.long, device=device)
+        self.places = torch.arange(capacity, device=device)
         hidden = torch.arange(int(sizes.max())) >= sizes[:, None]
         self.hidden = hidden.to(device) if bool(hidden.any()) else None
         self._index_rows(prompt_of_row.to(device))
+
+    def advance(self):
+        """Counts the token whose keys and values every layer has just been given."""
+        self.length += 1
+        self.at += 1
 
     def _index_rows(self, prompt_of_row):
         """Places row r at (prompt_of_row[r], slot[r]) of a (prompts, most rows of one prompt) grid."""
@@ -131,22 +201,32 @@ class DecodeLayout:
 
     def attend(self, layer, query, key, value, scaling):
         """query (R, H, 1, D), key and value (R, K, 1, D) -> (R, H, 1, D). Two products with keys, one softmax."""
-        own_k, own_v, at = self.own_k[layer], self.own_v[layer], self.length
-        own_k[:, :, at], own_v[:, :, at] = key[:, :, 0], value[:, :, 0]
+        for buffer, new in ((self.own_k[layer], key), (self.own_v[layer], value)):
+            buffer.index_copy_(2, self.at, new)
+        seen = len(self.places) if self.static else self.length + 1
+        own_k, own_v = self.own_k[layer][:, :, :seen], self.own_v[layer][:, :, :seen]
         rows, heads, _, size = query.shape
-        kv_heads = key.shape[1]
-        repeats = heads // kv_heads
-        query = query.view(rows, kv_heads, repeats, size) * scaling
+        repeats = heads // key.shape[1]
+        query = query.view(rows, -1, repeats, size) * scaling
         to_prompt = self._to_grid(query) @ self.prompt_k[layer].transpose(2, 3)
         if self.hidden is not None:
             to_prompt = to_prompt.masked_fill(self.hidden[:, None, None], float("-inf"))
-        to_prompt = self._to_rows(to_prompt, repeats)
-        to_own = query @ own_k[:, :, : at + 1].transpose(2, 3)
-        weights = torch.cat([to_prompt, to_own], dim=-1).softmax(-1, dtype=torch.float32).to(value.dtype)
-        to_prompt, to_own = weights.split([to_prompt.shape[-1], at + 1], dim=-1)
+        to_own = query @ own_k.transpose(2, 3)
+        if self.static:
+            to_own = to_own.masked_fill(self.places > self.at, float("-inf"))
+        weights = torch.cat([self._to_rows(to_prompt, repeats), to_own], dim=-1)
+        weights = weights.softmax(-1, dtype=torch.float32).to(value.dtype)
+        to_prompt, to_own = weights.split([to_prompt.shape[-1], seen], dim=-1)
         out = self._to_rows(self._to_grid(to_prompt) @ self.prompt_v[layer], repeats)
-        out = out + to_own @ own_v[:, :, : at + 1]
-        return out.reshape(rows, heads, 1, size)
+        return (out + to_own @ own_v).reshape(rows, heads, 1, size)
+
+
+def _pad_prompts(tensors):
+    """B tensors (K, P_b, D) -> (B, K, longest P, D), zeros on the right."""
+    if len(tensors) == 1:
+        return tensors[0][None]
+    padded = torch.nn.utils.rnn.pad_sequence([t.transpose(0, 1) for t in tensors], batch_first=True)
+    return padded.transpose(1, 2).contiguous()
 
 
 def shared_prompt_attention(module, query, key, value, attention_mask, *, layout, scaling, **_):
@@ -154,23 +234,38 @@ def shared_prompt_attention(module, query, key, value, attention_mask, *, layout
     return layout.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None
 
 
-def batched_vision_attention(module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, **_):
+def batched_vision_attention(module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, max_length_q, **_):
     """Full attention inside each frame or window; query (1, H, L, D) -> (1, L, H, D).
 
-    Segments of equal length are attended as one batch, so a tower runs one kernel per distinct length rather than one
-    per frame.
+    Without flash-attn, segments of equal length are attended as one batch: one kernel per distinct length rather than
+    one per frame.
     """
-    bounds = cu_seq_lens_q.tolist()
-    spans = {}
-    for start, stop in zip(bounds, bounds[1:]):
-        spans.setdefault(stop - start, []).append(start)
-    parts, index = [], []
-    for length, starts in spans.items():
-        at = (torch.tensor(starts)[:, None] + torch.arange(length)).to(query.device)
-        q, k, v = (x[0, :, at].transpose(0, 1) for x in (query, key, value))
-        parts.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
-        index.append(at.flatten())
-    return torch.cat(parts)[torch.cat(index).argsort()][None], None
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    if flash_fits(query):
+        ends, longest = (cu_seq_lens_q, cu_seq_lens_q), (int(max_length_q), int(max_length_q))
+        out = flash_attn_varlen_func(*(x.contiguous() for x in (query, key, value)), *ends, *longest, softmax_scale=scaling)
+        return out[None], None
+    batches, place = _equal_segments(cu_seq_lens_q)
+    outputs = []
+    for index in batches:
+        out = F.scaled_dot_product_attention(*(_take(x, index) for x in (query, key, value)), scale=scaling)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, place)[None], None
+
+
+_segments_seen = WeakIdKeyDictionary()  # all blocks of a forward are handed the same tensors: read once from a GPU
+
+
+def _equal_segments(ends):
+    """([(n, length) indices of the segments of one length], (L,) place of each token in their outputs)."""
+    if ends not in _segments_seen:
+        bounds, spans = ends.tolist(), {}
+        for start, stop in zip(bounds, bounds[1:]):
+            spans.setdefault(stop - start, []).append(start)
+        index = [torch.tensor(starts)[:, None] + torch.arange(length) for length, starts in spans.items()]
+        place = torch.cat([i.flatten() for i in index]).argsort()
+        _segments_seen[ends] = [i.to(ends.device) for i in index], place.to(ends.device)
+    return _segments_seen[ends]
 
 
 def register():

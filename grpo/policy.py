@@ -1,6 +1,7 @@
 """The model as the loop sees it: log-probabilities of packed groups, and the two forwards of sampling.
 
-All three are methods of one module, so that a wrapper such as FSDP has one root whose forwards it can hook.
+All three are methods of one module, so that FSDP has one root, whose forward it hooks. Sampling runs on a plain twin of
+it (`grpo.distributed.gathered`).
 """
 
 import torch
@@ -9,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grpo import model as models
 from grpo.attention import PackedLayout
+from grpo.packing import pack
 
 # Logits of this many numbers at a time: 64 Mi in fp32 are 256 MiB, about 440 tokens of Qwen2-VL's vocabulary.
 LOGITS_PER_CHUNK = 2**26
@@ -37,11 +39,6 @@ class Policy(nn.Module):
         A sharded tower must run in every process at every forward, so text alone gets the features of one blank patch
         group there, which `_hidden` adds with weight 0; else None.
         """
-        return self._vision(packed)
-
-    # Apart from `vision_features`, which a sharded policy hooks: a hooked method inside another would free the root's
-    # weights too early, and the next forward would gather them again, which is collective.
-    def _vision(self, packed):
         if packed.grids is not None:
             return models.vision_features(self.model, packed.pixels, packed.grids)
         if not self.sharded:
@@ -52,7 +49,7 @@ class Policy(nn.Module):
 
     def _hidden(self, packed, layout, features=None):
         embeds = models.decoder(self.model).embed_tokens(packed.input_ids)
-        features = self._vision(packed) if features is None else features
+        features = self.vision_features(packed) if features is None else features
         if packed.grids is not None:
             ids = packed.input_ids
             here = (ids == self.spec.image_token_id) | (ids == self.spec.video_token_id)
@@ -72,17 +69,17 @@ class Policy(nn.Module):
         return out.last_hidden_state
 
     def _logits(self, hidden):
-        return self.model.lm_head(hidden).float().index_fill(-1, self.never_sampled, float("-inf"))
+        return self.model.lm_head(hidden).float().index_fill_(-1, self.never_sampled, float("-inf"))
 
     def _score(self, hidden, targets, temperature):
-        logprobs = (self._logits(hidden) / temperature).log_softmax(-1)
+        logprobs = self._logits(hidden).div_(temperature).log_softmax(-1)
         with torch.no_grad():
             entropy = torch.special.entr(logprobs.exp()).sum(-1)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
     def forward(self, packed, temperature=1.0, features=None):
         """See the class. `features`: the value of `vision_features`, where the caller has it already."""
-        hidden = self._hidden(packed, PackedLayout(packed.groups), features)[0][packed.predict]
+        hidden = self._hidden(packed, PackedLayout(packed.groups, self.device), features)[0][packed.predict]
         size = max(1, LOGITS_PER_CHUNK // self.model.lm_head.weight.shape[0])
         # Each chunk is checkpointed: the (N, V) logits never exist whole, in forward or in backward.
         scores = [
@@ -92,7 +89,7 @@ class Policy(nn.Module):
         return tuple(torch.cat(column) for column in zip(*scores))
 
     def prefill(self, packed, features=None):
-        layout = PackedLayout(packed.groups, keep_prompt_kv=True)
+        layout = PackedLayout(packed.groups, self.device, keep_prompt_kv=True)
         last = torch.tensor([size for size, _ in packed.groups], device=self.device).cumsum(0) - 1
         hidden = self._hidden(packed, layout, features)[0][last]
         return self._logits(hidden), layout.prompt_kv
@@ -101,5 +98,17 @@ class Policy(nn.Module):
         """tokens (R,), positions (R,): one step further for each row."""
         embeds = models.decoder(self.model).embed_tokens(tokens[:, None])
         hidden = self._decoder(embeds, positions[None, :, None].expand(3, -1, -1), layout)
-        layout.length += 1
+        layout.advance()
         return self._logits(hidden[:, 0])
+
+
+@torch.no_grad()
+def features_of(policy, prompts):
+    """[(merged tokens, hidden)] vision features of each prompt, from one vision pass; (0, hidden) for text alone."""
+    packed = pack(prompts, [[] for _ in prompts], policy.spec).to(policy.device)
+    if packed.grids is None:
+        weight = policy.model.get_input_embeddings().weight
+        return [weight.new_zeros(0, weight.shape[1])] * len(prompts)
+    vision = torch.tensor([policy.spec.image_token_id, policy.spec.video_token_id])
+    counts = [int(torch.isin(p.input_ids, vision).sum()) for p in prompts]
+    return list(policy.vision_features(packed).split(counts))
