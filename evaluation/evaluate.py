@@ -14,7 +14,7 @@ import torch
 
 from grpo.data import chunks
 from grpo.distributed import gathered
-from grpo.packing import pack
+from grpo.policy import features_of
 from grpo.sampler import SamplingSettings, prompt_seed, sample
 from rewards import answer_text, choice_letter, score_prediction
 from video.dataset import Sample
@@ -43,12 +43,12 @@ def predict(policy, loader, samples, tokenizer, processes, max_new_tokens, batch
     own = left[processes.rank :: processes.world]
     settings = SamplingSettings(temperature=temperature, max_new_tokens=max_new_tokens)
     made = {}
-    with gathered(policy):
+    with gathered(policy) as plain:
         for encoded in encode(loader, own, None if control == NO_VIDEO else control):
             prompts = [p for p in encoded if not isinstance(p, Skipped)]
             seeds = [prompt_seed(seed, control or "", p.sample.key) for p in prompts]
-            features = shared_features(policy, prompts)
-            rollouts = sample(policy, prompts, 1, settings, seeds, tokenizer, features) if prompts else []
+            features = shared_features(plain, prompts)
+            rollouts = sample(plain, prompts, 1, settings, seeds, tokenizer, features) if prompts else []
             texts = iter([r.texts[0] for r in rollouts])
             records = [_skip(p) if isinstance(p, Skipped) else _record(p.sample, next(texts)) for p in encoded]
             made |= {record["key"]: record for record in records}
@@ -101,17 +101,13 @@ def _ask(encoder, first, sample):
     return replace(first, sample=sample, input_ids=ids)
 
 
-@torch.no_grad()
 def shared_features(policy, prompts):
     """Vision features of all prompts in the order of their placeholders, from one vision pass for each distinct video;
     None where no two prompts share one."""
     distinct = {_pixels(p): p for p in prompts}
     if len(distinct) == len(prompts):
         return None
-    packed = pack(list(distinct.values()), [[] for _ in distinct], policy.spec).to(policy.device)
-    vision = torch.tensor([policy.spec.image_token_id, policy.spec.video_token_id])
-    counts = [int(torch.isin(p.input_ids, vision).sum()) for p in distinct.values()]
-    features = dict(zip(distinct, policy.vision_features(packed).split(counts)))
+    features = dict(zip(distinct, features_of(policy, list(distinct.values()))))
     return torch.cat([features[_pixels(p)] for p in prompts])
 
 

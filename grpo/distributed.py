@@ -1,5 +1,6 @@
 """Processes, and the model sharded over them with FSDP2. With one process on a CPU nothing here does anything."""
 
+import copy
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from grpo import model as models
@@ -85,17 +86,18 @@ def shard(policy, processes, dtype=None):
     """Shards a Policy in place: each vision block and decoder layer, then the rest; returns it.
 
     Parameters stay as loaded (fp32 masters), `dtype` (bf16 on a GPU) is what is gathered and computed in; gradients
-    are reduced in fp32.
+    are reduced in fp32. The policy must be on the meta device still.
     """
     if processes.mesh is None:
         return policy
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype else MixedPrecisionPolicy()
+    object.__setattr__(policy, "plain", copy.deepcopy(policy))  # no submodule: it has no weights of its own
+    # Inputs are not cast: the vision tower's rotary tables must stay in fp32.
+    reduce = torch.float32 if dtype else None
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce, cast_forward_inputs=False)
     options = {"mesh": processes.mesh, "mp_policy": precision}
     for block in [*models.vision_tower(policy.model).blocks, *models.decoder(policy.model).layers]:
         fully_shard(block, **options)
     fully_shard(policy, **options)
-    for name in ("prefill", "decode", "vision_features"):
-        register_fsdp_forward_method(policy, name)
     policy.sharded = True
     return policy
 
@@ -108,14 +110,22 @@ def clip_gradients(policy, limit):
 
 @contextmanager
 def gathered(policy):
-    """Holds all weights gathered, once, so that nothing inside is collective: processes decode at their own pace."""
+    """Yields a Policy of plain modules for sampling: all weights of `policy`, gathered once for as long as it is used.
+
+    Nothing inside is collective, so processes decode at their own pace, and no hook of FSDP runs.
+    """
+    if not policy.sharded:
+        yield policy
+        return
     sharded = [m for m in policy.modules() if isinstance(m, FSDPModule)]
     for module in sharded:
         module.unshard()
-        module.set_reshard_after_forward(False, recurse=False)
+    for name, module in policy.named_modules():
+        twin = policy.plain.get_submodule(name)
+        twin._parameters.update(module._parameters)
+        twin._buffers.update(module._buffers)
     try:
-        yield
+        yield policy.plain
     finally:
         for module in sharded:
-            module.set_reshard_after_forward(module is not policy, recurse=False)
             module.reshard()
