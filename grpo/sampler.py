@@ -15,15 +15,19 @@ from grpo.packing import pack
 from grpo.types import Rollout
 
 
+LOOK_EVERY = 8  # tokens between two looks at a GPU for rows that have ended
+
+
 @dataclass(frozen=True)
 class SamplingSettings:
     """temperature 0 is greedy. top_k 0 and top_p 1 are off; where on, sampling leaves the distribution whose
-    log-probabilities are returned and trained (the whole vocabulary at this temperature)."""
+    log-probabilities are returned and trained (the whole vocabulary at this temperature). graph: see `GraphedStep`."""
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     max_new_tokens: int = 256
+    graph: bool = False
 
 
 def prompt_seed(run_seed, step, key):
@@ -66,59 +70,116 @@ def choose(logits, uniform, settings):
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
+class Decoding:
+    """Rows that decode together: what `step` reads and writes, all of it on the device and at fixed addresses.
+
+    logits (B, V) are those of the prompts' last tokens, positions (B,) where completions start, draws (R, C). Row r
+    writes its tokens and their logprobs to line rows[r] of (R, C) results; tokens not yet sampled are -1. A row that
+    has ended decodes on, unread, until `drop_ended` takes it out.
+    """
+
+    def __init__(self, policy, settings, layout, logits, positions, draws):
+        self.policy, self.settings, self.layout, self.draws = policy, settings, layout, draws
+        self.eos = torch.tensor(policy.spec.eos_ids, device=policy.device)
+        self.tokens = torch.full_like(draws, -1, dtype=torch.long)
+        self.logprobs = torch.zeros_like(draws, dtype=torch.float32)
+        self.rows = torch.arange(len(draws), device=policy.device)
+        self.ended = torch.zeros_like(self.rows, dtype=torch.bool)
+        self.last, self.positions = torch.zeros_like(self.rows), positions[layout.prompt_of_row]
+        self._choose(logits[layout.prompt_of_row])
+
+    def _choose(self, logits):
+        at = self.layout.at
+        tokens, logprobs = choose(logits, self.draws[self.rows, at], self.settings)
+        self.tokens[self.rows, at], self.logprobs[self.rows, at] = tokens, logprobs
+        self.last.copy_(tokens)
+        self.ended |= torch.isin(tokens, self.eos)
+
+    def step(self):
+        """One token further for every row; nothing in it waits for the device."""
+        logits = self.policy.decode(self.last, self.positions, self.layout)
+        self.positions += 1
+        self._choose(logits)
+
+    def drop_ended(self):
+        """Takes rows that have ended out of the batch: shapes and addresses change."""
+        keep = (~self.ended).nonzero()[:, 0]
+        self.layout.keep_rows(keep)
+        for name in ("rows", "ended", "last", "positions"):
+            setattr(self, name, getattr(self, name)[keep])
+
+    def lengths(self):
+        """([completion length], [whether it ended by itself]), by line."""
+        is_eos = torch.isin(self.tokens, self.eos)
+        ended = is_eos.any(-1)
+        return torch.where(ended, is_eos.int().argmax(-1) + 1, is_eos.shape[1]).tolist(), ended.tolist()
+
+
+class GraphedStep:
+    """`step` as a CUDA graph: the first call runs it, the second records it, and from then on it is replayed.
+
+    Not yet run on a GPU.
+    """
+
+    def __init__(self, step):
+        self.step, self.graph, self.warm = step, None, False
+
+    def __call__(self):
+        if not self.warm:  # libraries set themselves up in a first run, which cannot be recorded
+            self.step()
+            self.warm = True
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads load data
+                self.step()
+        self.graph.replay()
+
+
+def on_gpu(policy):
+    return policy.device.type == "cuda"
+
+
 @torch.no_grad()
 def sample(policy, prompts, group, settings, seeds, tokenizer, features=None):
     """Returns one `Rollout` of `group` completions for each prompt.
 
     prompts: B `video.prompt.Prompt`; seeds: B ints (see `prompt_seed`). A row ends with the first of the model's EOS
-    ids or after max_new_tokens; rows that have ended are dropped and cost nothing more. Raises FloatingPointError where
-    the model's logits are not finite.
+    ids or after max_new_tokens. On a CPU a row that has ended leaves the batch at once; a GPU is looked at only every
+    LOOK_EVERY tokens, and rows leave once half of them have ended: between looks nothing waits for it. Raises
+    FloatingPointError where the model's logits are not finite.
     """
-    device, count = policy.device, len(prompts) * group
-    packed = pack(prompts, [[] for _ in prompts], policy.spec).to(device)
+    limit, patient = settings.max_new_tokens, on_gpu(policy)
+    packed = pack(prompts, [[] for _ in prompts], policy.spec).to(policy.device)
     logits, prompt_kv = policy.prefill(packed, features)
-    draws = uniforms(seeds, group, settings.max_new_tokens).to(device)
-    prompt_of_row = torch.arange(len(prompts), device=device).repeat_interleave(group)
-    eos = torch.tensor(policy.spec.eos_ids, device=device)
-    layout = DecodeLayout(prompt_kv, prompt_of_row, settings.max_new_tokens)
+    prompt_of_row = torch.arange(len(prompts)).repeat_interleave(group)
+    layout = DecodeLayout(prompt_kv, prompt_of_row, limit, static=settings.graph)
     del prompt_kv
+    draws = uniforms(seeds, group, limit).to(policy.device)
+    decoding = Decoding(policy, settings, layout, logits, packed.next_position, draws)
 
-    positions = packed.next_position[prompt_of_row]
-    out_tokens = torch.zeros(count, settings.max_new_tokens, dtype=torch.long, device=device)
-    out_logprobs = torch.zeros(count, settings.max_new_tokens, device=device)
-    lengths = torch.zeros(count, dtype=torch.long, device=device)
-    finished = torch.zeros(count, dtype=torch.bool, device=device)
-    rows, logits = torch.arange(count, device=device), logits[prompt_of_row]
-    for at in range(settings.max_new_tokens):
-        tokens, logprobs = choose(logits, draws[rows, at], settings)
-        out_tokens[rows, at], out_logprobs[rows, at] = tokens, logprobs
-        lengths[rows] = at + 1
-        ended = torch.isin(tokens, eos)
-        finished[rows] = ended
-        if at + 1 == settings.max_new_tokens:
-            break
-        if bool(ended.any()):
-            keep = (~ended).nonzero()[:, 0]
-            if len(keep) == 0:
+    advance = None
+    for sampled in range(1, limit):
+        if not patient or sampled % LOOK_EVERY == 0:
+            ended, rows = int(decoding.ended.sum()), len(decoding.ended)
+            if ended == rows:
                 break
-            rows, tokens = rows[keep], tokens[keep]
-            layout.keep_rows(keep)
-        logits = policy.decode(tokens, positions[rows] + at, layout)
+            if ended >= (rows / 2 if patient else 1):
+                decoding.drop_ended()
+                advance = None
+        advance = advance or (GraphedStep(decoding.step) if settings.graph else decoding.step)
+        advance()
 
-    if not bool(out_logprobs.isfinite().all()):
+    if not bool(decoding.logprobs.isfinite().all()):
         raise FloatingPointError(
             "the model's logits are not finite: lower --learning_rate or raise --kl_coef, and go on from an earlier checkpoint"
         )
-    lengths, finished = lengths.tolist(), finished.tolist()
-    out_tokens, out_logprobs = out_tokens.cpu(), out_logprobs.cpu()
+    lengths, finished = decoding.lengths()
+    tokens, logprobs = decoding.tokens.cpu(), decoding.logprobs.cpu()
     rollouts = []
-    for start in range(0, count, group):
+    for start in range(0, len(lengths), group):
         own = range(start, start + group)
-        tokens = [out_tokens[r, : lengths[r]] for r in own]
-        texts = tokenizer.batch_decode(
-            [t[:-1] if finished[r] else t for r, t in zip(own, tokens)], skip_special_tokens=False
-        )
-        rollouts.append(
-            Rollout(tokens, [out_logprobs[r, : lengths[r]] for r in own], texts, [finished[r] for r in own])
-        )
+        rows = [tokens[r, : lengths[r]] for r in own]
+        texts = tokenizer.batch_decode([t[:-1] if finished[r] else t for r, t in zip(own, rows)], skip_special_tokens=False)
+        rollouts.append(Rollout(rows, [logprobs[r, : lengths[r]] for r in own], texts, [finished[r] for r in own]))
     return rollouts

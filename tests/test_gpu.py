@@ -3,6 +3,8 @@
 Not yet run on a GPU.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import FAMILIES, PIXEL_FIELDS, load_pair, make_prompt, naive_logprobs, random_completions
@@ -67,6 +69,19 @@ def test_sampler_and_scorer_agree(checkpoints, dtype):
         scored, _ = policy(packed)
     seen = torch.cat([row for group in rollouts for row in group.logprobs])
     assert (scored.cpu() - seen).abs().max() < TOLERANCE[dtype]
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="a CPU has no graphs")
+def test_decoding_by_graphs_gives_the_same_completions(checkpoints):
+    policy, _, tokenizer = on_device(checkpoints["qwen2_vl"], torch.float32)
+    policy.spec = replace(policy.spec, eos_ids=tuple(range(0, 390, 29)))  # rows end early, so shapes change
+    prompts = [make_prompt(tokenizer, [("video", (4, 4, 6))], seed) for seed in (1, 2)]
+    eager, graphed = (
+        sample(policy, prompts, 8, SamplingSettings(max_new_tokens=40, graph=graph), [1, 2], tokenizer)
+        for graph in (False, True)
+    )
+    for ours, theirs in zip(graphed, eager):
+        assert [t.tolist() for t in ours.tokens] == [t.tolist() for t in theirs.tokens]
 
 
 def test_an_update_as_the_recipe_runs_it(checkpoints):

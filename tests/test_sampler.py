@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import PROMPT_KINDS, make_prompt, random_completions
 
+from grpo import sampler
 from grpo.packing import pack
 from grpo.sampler import SamplingSettings, choose, prompt_seed, sample, truncate, uniforms
 
@@ -105,3 +106,27 @@ def test_text_leaves_out_only_the_eos(tiny_vl):
     rollout = sample(policy, [make_prompt(tokenizer, PROMPT_KINDS["text"])], 4, SamplingSettings(max_new_tokens=5), [0], tokenizer)[0]
     for text, tokens, finished in zip(rollout.texts, rollout.tokens, rollout.finished):
         assert text == tokenizer.decode(tokens[: len(tokens) - finished])
+
+
+@pytest.mark.parametrize("look", [1, 3])
+def test_a_gpu_decodes_the_same_with_static_shapes_and_few_looks(tiny_vl, monkeypatch, look):
+    """The loop as a GPU runs it: rows that have ended decode on until it looks, whole buffers are attended to, and
+    rows leave by halves. The step is not recorded here: a CPU has no graphs."""
+    policy, _, tokenizer = tiny_vl
+    policy.spec = replace(policy.spec, eos_ids=tuple(range(0, 390, 9)))
+    prompts = [make_prompt(tokenizer, kinds, seed=i) for i, kinds in enumerate(PROMPT_KINDS.values())]
+    run = lambda settings: sample(policy, prompts, 6, settings, list(range(len(prompts))), tokenizer)
+    expected = run(SamplingSettings(max_new_tokens=17))
+    monkeypatch.setattr(sampler, "LOOK_EVERY", look)
+    monkeypatch.setattr(sampler, "GraphedStep", lambda step: step)
+    monkeypatch.setattr(sampler, "on_gpu", lambda policy: True)
+    steps = []
+    decode = policy.decode
+    monkeypatch.setattr(policy, "decode", lambda tokens, *given: steps.append(len(tokens)) or decode(tokens, *given))
+    for graph in (False, True):
+        for ours, theirs in zip(run(SamplingSettings(max_new_tokens=17, graph=graph)), expected):
+            assert [t.tolist() for t in ours.tokens] == [t.tolist() for t in theirs.tokens]
+            assert ours.finished == theirs.finished and ours.texts == theirs.texts
+            gaps = [(a - b).abs().max() for a, b in zip(ours.logprobs, theirs.logprobs)]
+            assert max(gaps) < 2e-5
+    assert min(steps) <= steps[0] / 2, "rows that have ended leave by halves"
