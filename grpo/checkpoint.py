@@ -4,18 +4,22 @@
                      training/  state.json, and fp32 masters and both moments, each process's shard in a safetensors
                                 file of its own (torch.distributed.checkpoint): any number of processes can load them
 
-Written under a temporary name and renamed, so a checkpoint that exists is whole. Nothing in it is a pickle. Randomness
-needs no saving: it is derived from seed, step and prompt; the data position is the step.
+Everything is copied to the host's memory first, and written by a thread while training goes on. Written under a
+temporary name and renamed, so a checkpoint that exists is whole. Nothing in it is a pickle. Randomness needs no saving:
+it is derived from seed, step and prompt; the data position is the step.
 """
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from grpo.config import save_config
 from grpo.lora import merge, save_adapters
@@ -36,39 +40,83 @@ def checkpoints(folder):
     return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
 
 
-def save_weights(folder, policy, processor, config, processes):
-    """Writes a Hugging Face folder of the policy's weights, adapters merged in; every process must call it."""
-    folder = Path(folder)
-    with _whole_or_nothing(folder, processes) as partial:
-        _export(partial, policy, processor, config, processes)
+class Saver:
+    """Writes one checkpoint at a time, in a thread. `failed` once one could not be: the next call raises the reason."""
 
+    def __init__(self, processes):
+        self.processes, self.thread, self.error = processes, None, None
+        # Its own group: what the thread exchanges must not meet what training does.
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
-def save_checkpoint(folder, step, policy, optimizer, processor, config, state, processes):
-    """Saves after `step` steps, keeps the last config.keep_checkpoints and the best, and returns its folder.
+    @property
+    def failed(self):
+        return self.error is not None
 
-    state: plain values that resuming needs beside weights and moments; its "best" is that of `is_best`. Raises
-    CheckpointError, with the reason.
-    """
-    target = Path(folder) / f"{PREFIX}{step}"
-    with _whole_or_nothing(target, processes) as partial:
-        if config.lora_rank:
-            save_adapters(policy.model, partial, config, processes.is_main)
-            if processes.is_main:
-                processor.save_pretrained(partial)
-                save_config(config, partial / "run.json")
-        else:
-            _export(partial, policy, processor, config, processes)
-        writer = HuggingFaceStorageWriter(str(partial / "training"), save_distributed=True)
-        dcp.save(_training_tensors(policy, optimizer), storage_writer=writer, no_dist=processes.mesh is None)
-        if processes.is_main:
+    def save(self, folder, step, policy, optimizer, processor, config, state):
+        """Begins to save what there is after `step` steps, once the checkpoint before is written; returns its folder.
+
+        The last config.keep_checkpoints and the best are kept. state: plain values that resuming needs beside weights
+        and moments; its "best" is that of `is_best`. Raises CheckpointError, where the one before failed.
+        """
+        self.wait()
+        target, state = Path(folder) / f"{PREFIX}{step}", dict(state)
+        if self.processes.is_main:
             steps = {name: int(optimizer.state[p]["step"]) for name, p in _trained(policy)}
-            (partial / "training" / "state.json").write_text(json.dumps({**state, "step": step, "adam_steps": steps}))
-    if processes.is_main:
-        for old in checkpoints(folder)[: -config.keep_checkpoints]:
-            if old.name != f"{PREFIX}{state.get('best', {}).get('step')}":
-                shutil.rmtree(old)
-    processes.barrier()
-    return target
+            state |= {"step": step, "adam_steps": steps}
+        export = _adapters if config.lora_rank else _whole_model
+        write_model = export(policy, processor, config, self.processes)
+        partial = _prepare(target, self._gather, self.processes.is_main)
+        writer = HuggingFaceStorageWriter(str(partial / "training"), save_distributed=True)
+        shards = dcp.async_save(
+            _training_tensors(policy, optimizer), storage_writer=writer, process_group=self.group,
+            no_dist=self.group is None,
+        )  # fmt: skip
+
+        def write(partial):
+            shards.result()
+            if self.processes.is_main:
+                write_model(partial)
+                (partial / "training" / "state.json").write_text(json.dumps(state))
+
+        def finish():
+            try:
+                _publish(target, write, self._gather, self.processes.is_main)
+                if self.processes.is_main:
+                    _remove_old(folder, config.keep_checkpoints, state.get("best", {}).get("step"))
+            except CheckpointError as error:
+                self.error = error
+
+        self.thread = threading.Thread(target=finish, daemon=True)
+        self.thread.start()
+        return target
+
+    def wait(self):
+        """Waits until the checkpoint that is being written exists. Raises CheckpointError where it could not be."""
+        if self.thread is not None:
+            self.thread.join()
+        self.thread, error, self.error = None, self.error, None
+        if error is not None:
+            raise error
+
+    def _gather(self, item):
+        items = [item] * (self.processes.world if self.group else 1)
+        if self.group is not None:
+            dist.all_gather_object(items, item, group=self.group)
+        return items
+
+
+def save_weights(folder, policy, processor, config, processes):
+    """Writes a Hugging Face folder of the policy's weights, adapters merged in; every process must call it, and none
+    returns before it is written."""
+    write_model = _whole_model(policy, processor, config, processes)
+    _prepare(Path(folder), processes.gather, processes.is_main)
+    _publish(Path(folder), lambda partial: processes.is_main and write_model(partial), processes.gather, processes.is_main)
+
+
+def _remove_old(folder, keep, best):
+    for old in checkpoints(folder)[:-keep]:
+        if old.name != f"{PREFIX}{best}":
+            shutil.rmtree(old)
 
 
 def is_best(state, step, summary):
@@ -79,48 +127,78 @@ def is_best(state, step, summary):
     return True
 
 
-class _whole_or_nothing:
-    """A folder to write in that takes its name only when all processes have written their part."""
+def _prepare(folder, gather, is_main):
+    """Makes the empty folder that becomes `folder`, once; returns it."""
+    partial = folder.with_name(folder.name + ".partial")
 
-    def __init__(self, folder, processes):
-        self.folder, self.processes = folder, processes
-        self.partial = folder.with_name(folder.name + ".partial")
+    def make():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
 
-    def __enter__(self):
-        if self.processes.is_main:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
-        self.processes.barrier()
-        return self.partial
-
-    def __exit__(self, kind, error, _):
-        if error is not None:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            if isinstance(error, dcp.api.CheckpointException):
-                error = next(iter(error.failures.values()))[0]
-            if isinstance(error, OSError) or "SafetensorError" in type(error).__name__:
-                reason = " ".join(str(error).split())[:300]
-                message = f"{self.folder} could not be saved, earlier checkpoints are whole: {reason}"
-                raise CheckpointError(message) from error
-            return
-        self.processes.barrier()
-        if self.processes.is_main:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.partial.rename(self.folder)
-        self.processes.barrier()
+    _together(folder, make if is_main else bool, gather)
+    return partial
 
 
-def _export(folder, policy, processor, config, processes):
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(policy.model, options=options)
-    if processes.is_main:
-        weights = merge(weights, config.lora_alpha / max(config.lora_rank, 1))
+def _publish(folder, write, gather, is_main):
+    """Runs write(partial folder) in every process; it takes its name only when all have written their part."""
+    partial = folder.with_name(folder.name + ".partial")
+
+    def rename():
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+    try:
+        _together(folder, lambda: write(partial), gather)
+        _together(folder, rename if is_main else bool, gather)
+    except CheckpointError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _together(folder, action, gather):
+    """Runs action() here; where it fails in any process, raises CheckpointError in all."""
+    reason = None
+    try:
+        action()
+    except (OSError, SafetensorError, dcp.api.CheckpointException) as error:
+        while isinstance(error, dcp.api.CheckpointException):
+            error = next(iter(error.failures.values()))[0]
+        reason = " ".join(str(error).split())[:300]
+    reasons = [r for r in gather(reason) if r]
+    if reasons:
+        raise CheckpointError(f"{folder} could not be saved, earlier checkpoints are whole: {reasons[0]}")
+
+
+def _whole_model(policy, processor, config, processes):
+    """Gathers the weights, adapters merged in, on the main process, in the precision they are computed in; returns
+    what writes them into a folder. Every process must call it, the main one alone what it returns."""
+    dtype = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
+    weights = {}
+    for name, value in policy.model.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if processes.is_main:  # adapters are added in full precision
+            weights[name] = whole.detach().to("cpu", value.dtype if ".lora_" in name else dtype, copy=True)
+    weights = merge(weights, config.lora_alpha / max(config.lora_rank, 1), dtype)
     if policy.model.config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)  # gathered, it is a second copy of the embedding
-    if processes.is_main:
-        dtype = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
-        save_model(policy.model, processor, folder, {name: tensor.to(dtype) for name, tensor in weights.items()})
+        weights.pop("lm_head.weight", None)  # a second copy of the embedding
+
+    def write(folder):
+        save_model(policy.model, processor, folder, weights)
         save_config(config, folder / "run.json")
+
+    return write
+
+
+def _adapters(policy, processor, config, processes):
+    """As `_whole_model`, of the adapters alone."""
+    write_adapters = save_adapters(policy.model, config, processes.is_main)
+
+    def write(folder):
+        write_adapters(folder)
+        processor.save_pretrained(folder)
+        save_config(config, folder / "run.json")
+
+    return write
 
 
 def _training_tensors(policy, optimizer):

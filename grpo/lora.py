@@ -69,24 +69,30 @@ def without_adapters(policy):
     return reference
 
 
-def save_adapters(model, folder, config, is_main):
-    """Writes adapter_config.json and adapter_model.safetensors, as `peft.PeftModel.from_pretrained` reads them. Every
-    process must call it."""
-    full = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in adapters(model)}
-    if is_main:
+def save_adapters(model, config, is_main):
+    """Gathers the adapters on the main process; returns what writes adapter_config.json and adapter_model.safetensors
+    into a folder, as `peft.PeftModel.from_pretrained` reads them. Every process must call it."""
+    named = {}
+    for name, parameter in adapters(model):
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if is_main:
+            named[f"base_model.model.{name.replace('.default', '')}"] = whole.detach().to("cpu", copy=True).contiguous()
+
+    def write(folder):
         _peft_config(config).save_pretrained(folder)
-        named = {f"base_model.model.{name.replace('.default', '')}": p.detach().cpu() for name, p in full.items()}
-        save_file({name: p.contiguous() for name, p in named.items()}, Path(folder) / "adapter_model.safetensors")
+        save_file(named, Path(folder) / "adapter_model.safetensors")
+
+    return write
 
 
-def merge(weights, scale):
-    """{name: tensor} of a model with adapters -> that of the plain model, W + scale · B A in fp32."""
+def merge(weights, scale, dtype):
+    """{name: tensor} of a model with adapters -> that of the plain model, W + scale · B A, added up in fp32."""
     merged = {}
     for name, value in weights.items():
         if name.endswith(".base_layer.weight"):
             layer = name.removesuffix(".base_layer.weight")
             a, b = (weights[f"{layer}.lora_{part}.default.weight"].float() for part in "AB")
-            value = value.float() + scale * (b @ a)
+            value = (value.float() + scale * (b @ a)).to(dtype)
         if ".lora_" not in name:
             merged[name.replace(".base_layer", "")] = value
     return merged

@@ -6,41 +6,103 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from evaluation.evaluate import mean, predict, summarise
+from evaluation.evaluate import kind_of, mean, predict, summarise
 from grpo import distributed, lora
-from grpo.checkpoint import checkpoints
+from grpo.checkpoint import Saver, checkpoints, load_state
 from grpo.config import Config, ConfigError, load_config
-from grpo.data import hold_out, step_samples
-from grpo.metrics import RunLog
-from grpo.model import checkpoint_activations, empty_model, load_weights, materialise, model_spec, vision_tower
+from grpo.data import hold_out, step_samples, steps_of
+from grpo.demo import build_demo
+from grpo.metrics import RunLog, describe_run
+from grpo.model import (
+    checkpoint_activations,
+    empty_model,
+    load_weights,
+    materialise,
+    model_spec,
+    read_processor,
+    vision_tower,
+)
 from grpo.policy import Policy
 from grpo.stops import Stopped, explain_memory
 from rewards import answer_stats, check_sample
 from video.dataset import DataError, leave_out, read_mixture, read_samples, read_skip_list, split_spec
 from video.loader import PromptLoader
-from video.prompt import Skipped
+from video.prompt import PromptEncoder, Skipped
 
 DEMO_COMMAND = "python train.py --preset demo"
 
 
+class Data(NamedTuple):
+    """Samples to train on, held out, and of the supervised pass; and the newest checkpoint, None where there is none."""
+
+    train: list
+    held_out: list
+    warmup: list
+    checkpoint: Path | None
+
+
+def prepare(config, processes):
+    """What there is before any weight loads: the `Data`, with config.steps set and, in a new run, its folder cleared.
+
+    Raises ConfigError and DataError.
+    """
+    check_inputs(config)
+    if config.demo and processes.is_main:
+        build_demo(config)
+    processes.barrier()
+    train, held_out, warmup = read_data(config, print if processes.is_main else lambda line: None)
+    if config.steps is None:
+        config.steps = steps_of(config.epochs, len(train), config.prompts_per_step)
+    if config.resume == "no" and processes.is_main:
+        clear_run(config.output)
+    processes.barrier()
+    return Data(train, held_out, warmup, find_checkpoint(config))
+
+
+@contextmanager
+def opened(config, processes, data, signalled):
+    """Yields the `Run`: processor, decoding workers and logs; closes them."""
+    state = load_state(data.checkpoint) if data.checkpoint else {"step": 0}
+    processor = read_processor(config.model)
+    try:
+        encoder = PromptEncoder(
+            config.model, config.video_settings(), config.prompt_template, config.max_prompt_tokens, config.cache()
+        )
+    except ValueError as error:  # special tokens in --prompt_template
+        raise ConfigError(str(error)) from error
+    warmed = (Path(config.output) / "warmup").exists()
+    log = RunLog(config.output, processes.is_main, partial(made_before, state["step"], config.steps, warmed))
+    with closing(log), PromptLoader(encoder, config.workers, config.decode_timeout) as loader:
+        log.describe(config, describe_run())
+        if config.top_k or config.top_p < 1:
+            log.say("--top_k or --top_p is on: completions are sampled from fewer tokens than log-probabilities are over")
+        yield Run(config, processes, processor, data, state, loader, log, Saver(processes), signalled)
+
+
 @dataclass
 class Run:
-    """One run's surroundings. `stop_asked` says whether this process has got a signal; `prompts` are those at work."""
+    """One run's surroundings. `state` is what resuming needs beside weights and moments; `signalled` says whether this
+    process has got a signal; `prompts` are those at work."""
 
     config: Config
     processes: distributed.Processes
     processor: object
+    data: Data
+    state: dict
     loader: PromptLoader
     log: RunLog
-    trained_kinds: frozenset
-    stop_asked: Callable = lambda: False
+    saver: Saver
+    signalled: Callable
     prompts: list = field(default_factory=list)
 
     @property
@@ -62,7 +124,8 @@ class Run:
             for p in batch:
                 if isinstance(p, Skipped):
                     self.log.say(f"skipped {p.key}: {p.path}: {p.reason}", everywhere=True)
-            sums = self.processes.sum({"skipped": len(batch) - len(prompts), "stop": self.stop_asked()})
+            stop = self.signalled() or self.saver.failed
+            sums = self.processes.sum({"skipped": len(batch) - len(prompts), "stop": stop})
             if sums["stop"]:
                 raise Stopped(step)
             self.prompts = prompts
@@ -70,16 +133,20 @@ class Run:
             asked = time.perf_counter()
 
     @explain_memory
-    def evaluate(self, policy, samples, control=None):
-        """`summarise`d accuracy on samples, greedy; {} where there are none."""
+    def evaluate(self, policy, control=None):
+        """`summarise`d accuracy on the held-out samples, greedy; {} where there are none."""
         config, self.prompts = self.config, []
-        if not samples:
+        if not self.data.held_out:
             return {}
         records = predict(
-            policy, self.loader, samples, self.tokenizer, self.processes, config.max_new_tokens, config.eval_batch,
-            control=control,
+            policy, self.loader, self.data.held_out, self.tokenizer, self.processes, config.max_new_tokens,
+            config.eval_batch, control=control,
         )  # fmt: skip
-        return summarise(records, self.trained_kinds)
+        return summarise(records, frozenset(map(kind_of, self.data.train)))
+
+    def save(self, step, policy, optimizer):
+        """Begins to write a checkpoint of what there is after `step` steps."""
+        self.saver.save(self.config.output, step, policy, optimizer, self.processor, self.config, self.state)
 
 
 def distinct_keys(samples):
@@ -130,6 +197,8 @@ def describe_rollouts(prompts, rollouts, processes):
 
 def check_inputs(config):
     """Raises ConfigError before anything loads where weights or data are missing: what, and how to get them."""
+    if config.decode_graph and not torch.cuda.is_available():
+        raise ConfigError("--decode_graph: needs a GPU that torch can use; leave it out")
     missing = []
     try:
         Path(config.output).mkdir(parents=True, exist_ok=True)
@@ -153,7 +222,7 @@ def check_inputs(config):
 # What may differ between a run and its continuation without making it another run.
 FREE_TO_CHANGE = {"output", "resume", "workers", "decode_timeout", "device", "threads", "shard_size",
                   "prompts_per_rollout", "save_every", "show_every", "keep_checkpoints", "max_bad_updates",
-                  "lora_merge", "plan", "gpu_memory", "eval_batch", "controls", "video_root", "reward_timeout",
+                  "lora_merge", "plan", "decode_graph", "gpu_memory", "eval_batch", "controls", "video_root", "reward_timeout",
                   "frame_cache", "frame_cache_gb"}  # fmt: skip
 
 

@@ -38,11 +38,12 @@ def determined(probabilities, marks, completions):
     return chosen.min().item() if len(chosen) else 1.0
 
 
-def warm_up(policy, run, samples):
-    """Trains on the `completions` of `samples`; see the top of this file for when it ends."""
+def warm_up(policy, run):
+    """Trains on the `completions` of run.data.warmup; see the top of this file for when it ends. Nothing of it is saved
+    before: a run that is stopped in it begins it again."""
     config, tokenizer, processes = run.config, run.tokenizer, run.processes
     optimizer, recent = make_optimizer(policy, config), deque(maxlen=10)
-    batches = run.batches(samples, 0, config.sft_steps, config.sft_prompts_per_step, config.seed + 1)
+    batches = run.batches(run.data.warmup, 0, config.sft_steps, config.sft_prompts_per_step, config.seed + 1)
     run.log.start("warm-up", config.sft_steps)
     for step, (prompts, _) in enumerate(batches):
         rate = learning_rate(step, config.sft_steps, config.sft_learning_rate, "constant", RAMP)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from grpo.checkpoint import Saver
 from grpo.config import PRESETS, Config, ConfigError, load_config, parse_config, save_config
 from grpo.data import step_samples, steps_of
 from video.synthetic import DemoSpec, make_demo_set
@@ -71,18 +72,18 @@ def test_the_same_seed_gives_the_same_metrics(flags):
 def test_a_run_that_stopped_goes_on_as_if_it_had_not(flags, monkeypatch):
     whole = metrics_of(run(flags))
     weights = load_file(Path(flags[6]) / "checkpoint-4" / "model.safetensors")
-    save = train.save_checkpoint
+    save = Saver.save
 
-    def die_at_two(folder, step, *rest):
-        target = save(folder, step, *rest)
+    def die_at_two(self, folder, step, *rest):
+        save(self, folder, step, *rest)
         if step == 2:
+            self.wait()
             raise KeyboardInterrupt
-        return target
 
-    monkeypatch.setattr(train, "save_checkpoint", die_at_two)
+    monkeypatch.setattr(Saver, "save", die_at_two)
     with pytest.raises(KeyboardInterrupt):
         train.main([*flags, "--resume", "no"])
-    monkeypatch.setattr(train, "save_checkpoint", save)
+    monkeypatch.setattr(Saver, "save", save)
     assert metrics_of(run(flags)) == whole
     resumed = load_file(Path(flags[6]) / "checkpoint-4" / "model.safetensors")
     assert weights.keys() == resumed.keys() and all(torch.equal(weights[k], resumed[k]) for k in weights)
