@@ -52,6 +52,13 @@ class Config:
     # rewards and advantages
     reward: tuple = flag(("accuracy:1",), "Rewards as name:weight, or file.py:function:weight.")
     reward_timeout: float = flag(30.0, "Seconds that one of your own reward functions may take for a group.", above=0.0)
+    temporal_bonus: float = flag(
+        0.0, "Reward of a right answer where shuffled frames do no better (T-GRPO, which has 0.3); it samples half as "
+        "many completions more of each video; 0 is off.", least=0.0,
+    )  # fmt: skip
+    temporal_threshold: float = flag(
+        0.8, "The bonus is given where the accuracy is at least this share of that on shuffled frames.", least=0.0
+    )
     scale_advantages: str = flag("group", "Divide by the group's standard deviation, or not.", choices=("group", "none"))
     filter_groups: bool = flag(False, "Leave out groups whose completions are all equally accurate (DAPO).")
 
@@ -109,12 +116,13 @@ class Config:
     prompts_per_forward: int = flag(1, "Prompts packed into one forward and backward.", least=1)
     prompts_per_rollout: int = flag(1, "Prompts whose completions are decoded together.", least=1)
     gradient_checkpointing: bool = flag(True, "Recompute activations in backward.")
+    decode_graph: bool = flag(False, "Decode by CUDA graphs: faster on a GPU, but not yet run on one.")
     plan: int = flag(0, "Print the memory that a run on so many GPUs takes, and end; 0: train.", least=0)
     gpu_memory: float = flag(80.0, "GiB of one GPU, for --plan.", above=0.0)
     lora_rank: int = flag(0, "Train adapters of this rank on the decoder, the weights frozen; 0: all weights.", least=0)
     lora_alpha: float = flag(32.0, "Adapters are scaled by alpha / rank.", above=0.0)
     lora_merge: bool = flag(False, "Also save the weights with the adapters merged in, at the end.")
-    freeze_vision: bool = flag(False, "Do not train the vision tower; reference and policy then share its features.")
+    freeze_vision: bool = flag(False, "Do not train the vision tower; its features are then computed once a step.")
 
     # evaluation and output
     eval_every: int = flag(0, "Evaluate every so many steps; 0: only before and after.", least=0)
@@ -211,8 +219,9 @@ def check(config):
     for holds, message in rules:
         if not holds:
             raise ConfigError(message)
-    if config.filter_groups and not any(spec.split(":")[0] == "accuracy" for spec in config.reward):
-        raise ConfigError("--filter_groups looks at the accuracy; add accuracy:1 to --reward")
+    for name in ("filter_groups", "temporal_bonus"):
+        if getattr(config, name) and not any(spec.split(":")[0] == "accuracy" for spec in config.reward):
+            raise ConfigError(f"--{name} looks at the accuracy; add accuracy:1 to --reward")
     for attempt in (config.video_settings, lambda: parse_rewards(config.reward)):
         try:
             attempt()

@@ -24,6 +24,7 @@ class Rollout:
     advantages: list = field(default_factory=list)
     failed: int = 0  # calls of the user's own rewards that scored 0 because they failed
     errors: dict = field(default_factory=dict)  # reward -> the first failure's message
+    features: torch.Tensor | None = None  # of the prompt's media, while the vision tower is frozen
 
     @property
     def lengths(self):

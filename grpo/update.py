@@ -55,7 +55,8 @@ class Chunk:
 def make_chunks(prompts, rollouts, config, policy, processes):
     """The `Chunk`s of this process's prompts and scored rollouts, a forward each.
 
-    Groups that config filters out are left out. Every process gets the same number of chunks, for each forward of a
+    Groups that config filters out are left out. While the tower is frozen, the vision features that sampling used are
+    those of reference and policy too. Every process gets the same number of chunks, for each forward of a
     sharded model is collective: where samples were skipped or left out, placeholders of no weight take their place.
     """
     kept = [pair for pair in zip(prompts, rollouts) if not config.filter_groups or has_signal(pair[1].parts["accuracy"])]
@@ -69,27 +70,22 @@ def make_chunks(prompts, rollouts, config, policy, processes):
                 lengths,
                 advantages.repeat_interleave(torch.tensor(lengths)).to(policy.device),
                 torch.cat([row for _, group in batch for row in group.logprobs]).to(policy.device),
+                features=torch.cat([group.features for _, group in batch]) if config.freeze_vision else None,
             )
         )
     if processes.world > 1:
         share = math.ceil(config.prompts_per_step / processes.world)
-        made += [placeholder(policy)] * (math.ceil(share / config.prompts_per_forward) - len(made))
+        made += [placeholder(policy, config)] * (math.ceil(share / config.prompts_per_forward) - len(made))
     return made
 
 
-def placeholder(policy):
+def placeholder(policy, config):
     """A chunk of one prompt token and one completion token, of no completion that counts."""
     one = torch.zeros(1, dtype=torch.long)
     text = Packed(torch.zeros(1, 2, dtype=torch.long), torch.zeros(3, 1, 2, dtype=torch.long), one, one, one,
                   [(1, (1,))], None, None)  # fmt: skip
-    return Chunk(text.to(policy.device), lengths=[])
-
-
-@torch.no_grad()
-def add_features(policy, made):
-    """Vision features of each chunk, computed once for reference and policy while the tower is frozen."""
-    for chunk in made:
-        chunk.features = policy.vision_features(chunk.packed)
+    features = torch.zeros(0, device=policy.device) if config.freeze_vision else None
+    return Chunk(text.to(policy.device), lengths=[], features=features)
 
 
 @torch.no_grad()
@@ -156,8 +152,8 @@ def apply_gradients(policy, optimizer, grad_clip):
 def supervised_step(policy, optimizer, prompts, targets, config, processes):
     """One step of maximum likelihood on targets, B lists of (C,) tokens. Returns (loss, [(C,) probabilities of each
     target's tokens]). Every prompt weighs the same, however many targets it has."""
-    # A supervised step has no accuracy to filter by, and its own number of prompts, which placeholders go by.
-    config = replace(config, filter_groups=False, prompts_per_step=config.sft_prompts_per_step)
+    # A supervised step has no accuracy to filter by, no features, and its own number of prompts, which placeholders go by.
+    config = replace(config, filter_groups=False, freeze_vision=False, prompts_per_step=config.sft_prompts_per_step)
     groups = [Rollout(group, [torch.zeros(len(t)) for t in group], [], []) for group in targets]
     for group in groups:
         group.advantages = torch.full((len(group.tokens),), 1.0 / sum(group.lengths))

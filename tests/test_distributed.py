@@ -22,7 +22,8 @@ def test_several_processes_equal_one(world, tmp_path, tie, counts):
         assert_same_run(together, alone, tmp_path / str(count), tmp_path / "1")
 
 
-def test_a_sample_skipped_in_one_process_does_not_hang(world, tmp_path):
+@pytest.mark.parametrize("frozen", ["--no-freeze_vision", "--freeze_vision"])
+def test_a_sample_skipped_in_one_process_does_not_hang(world, tmp_path, frozen):
     data, _ = world
     rows = [json.loads(line) for line in open(data["train"])]
     for row in rows:
@@ -32,7 +33,7 @@ def test_a_sample_skipped_in_one_process_does_not_hang(world, tmp_path):
     for row in rows[1::5]:
         del row["video"]  # text alone: the sharded tower must run all the same
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = ("--data", str(tmp_path / "data.jsonl"))
+    more = ("--data", str(tmp_path / "data.jsonl"), frozen)
     alone = run_here(tmp_path / "1", world, *more)
     together, _ = launch(2, tmp_path / "2", world, *more)
     assert sum(row["skipped"] for row in alone) > 0

@@ -7,12 +7,15 @@ import pytest
 import torch
 from conftest import PROMPT_KINDS, load_pair, make_prompt, random_completions
 
+from grpo import model as models
 from grpo import update
 from grpo.config import parse_config
 from grpo.distributed import Processes
 from grpo.policy import Policy
+from grpo.rollout import rollout
 from grpo.sampler import SamplingSettings, sample
 from grpo.types import Rollout
+from rewards import parse_rewards
 
 ALONE = Processes(0, 1, torch.device("cpu"), None)
 
@@ -198,3 +201,30 @@ def test_schedules_by_hand():
     assert rates("linear", 2) == [0.5, 1, 1, 0.5]
     assert rates("constant", 0) == [1] * 4
     assert rates("cosine", 0) == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2])
+
+
+def test_a_frozen_tower_runs_once_a_step_for_sampler_reference_and_policy(checkpoints, monkeypatch):
+    """On two videos and a text; the log-probabilities are those of towers that run each time."""
+    policy, _, tokenizer = load_pair(checkpoints["qwen2_vl"])
+    kinds = [PROMPT_KINDS["video"], PROMPT_KINDS["text"], PROMPT_KINDS["video"]]
+    prompts = [make_prompt(tokenizer, kind, seed=i) for i, kind in enumerate(kinds)]
+    passes, tower = [], models.vision_features
+    monkeypatch.setattr(models, "vision_features", lambda model, *given: passes.append(1) or tower(model, *given))
+
+    def step(*flags):
+        config = config_of("--prompts_per_rollout", "3", "--prompts_per_forward", "1", *flags)
+        rollouts = rollout(policy, prompts, tokenizer, parse_rewards(("accuracy:1",)), config, 0)
+        chunks = update.make_chunks(prompts, rollouts, config, policy, ALONE)
+        update.add_reference(policy, chunks, 1.0)
+        passes.clear()
+        _, metrics = gradients(policy, prompts, rollouts, config)
+        return torch.cat([chunk.ref_logprobs for chunk in chunks]), len(passes)
+
+    apart, many = step()
+    policy.model.model.visual.requires_grad_(False)
+    shared, none = step("--freeze_vision")
+    assert (many, none) == (2, 0), "vision passes of the update"
+    torch.testing.assert_close(shared, apart, atol=1e-6, rtol=0)
+    passes.clear()
+    rollout(policy, prompts, tokenizer, parse_rewards(("accuracy:1",)), config_of("--prompts_per_rollout", "3", "--freeze_vision"), 0)
+    assert passes == [1], "sampling uses the one pass too"
