@@ -202,7 +202,10 @@ class DecodeLayout:
     def attend(self, layer, query, key, value, scaling):
         """query (R, H, 1, D), key and value (R, K, 1, D) -> (R, H, 1, D). Two products with keys, one softmax."""
         for buffer, new in ((self.own_k[layer], key), (self.own_v[layer], value)):
-            buffer.index_copy_(2, self.at, new)
+            if self.static:
+                buffer.index_copy_(2, self.at, new)
+            else:
+                buffer[:, :, self.length] = new[:, :, 0]
         seen = len(self.places) if self.static else self.length + 1
         own_k, own_v = self.own_k[layer][:, :, :seen], self.own_v[layer][:, :, :seen]
         rows, heads, _, size = query.shape

@@ -102,6 +102,12 @@ def shard(policy, processes, dtype=None):
     return policy
 
 
+def reduce_between_nodes(policy, now):
+    """Whether the next backward also sums gradients over the copies of the weights: once a step, after its last chunk."""
+    if policy.sharded:
+        policy.set_requires_all_reduce(now)
+
+
 def clip_gradients(policy, limit):
     """Scales the gradient, over all processes, to a norm of at most `limit`; returns the norm it had."""
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), limit)

@@ -241,6 +241,13 @@ def checkpoint_activations(model, vision=True):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
+def compile_layers(model):
+    """Has torch.compile fuse the decoder's norms and MLPs; what attention sees stays as it is."""
+    for layer in decoder(model).layers:
+        for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+            part.compile(dynamic=True)
+
+
 def save_model(model, processor, folder, weights=None):
     """Writes one Hugging Face folder (safetensors, config, processor) that `from_pretrained` loads anywhere.
 

@@ -25,6 +25,7 @@ from grpo.demo import build_demo
 from grpo.metrics import RunLog, describe_run
 from grpo.model import (
     checkpoint_activations,
+    compile_layers,
     empty_model,
     load_weights,
     materialise,
@@ -222,7 +223,7 @@ def check_inputs(config):
 # What may differ between a run and its continuation without making it another run.
 FREE_TO_CHANGE = {"output", "resume", "workers", "decode_timeout", "device", "threads", "shard_size",
                   "prompts_per_rollout", "save_every", "show_every", "keep_checkpoints", "max_bad_updates",
-                  "lora_merge", "plan", "decode_graph", "gpu_memory", "eval_batch", "controls", "video_root", "reward_timeout",
+                  "lora_merge", "plan", "decode_graph", "compile", "gpu_memory", "eval_batch", "controls", "video_root", "reward_timeout",
                   "frame_cache", "frame_cache_gb"}  # fmt: skip
 
 
@@ -334,6 +335,9 @@ def build_policy(path, config, processor, processes, master=torch.float32, adapt
     materialise(model, processes.device)
     load_weights(model, path)
     lora.start_adapters(model, config.seed)
+    if config.compile:
+        for each in (policy, *([policy.plain] if policy.sharded else ())):
+            compile_layers(each.model)
     return policy.to(processes.device)
 
 

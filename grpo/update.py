@@ -7,7 +7,7 @@ import torch
 
 from grpo.advantage import has_signal
 from grpo.data import chunks
-from grpo.distributed import clip_gradients
+from grpo.distributed import clip_gradients, reduce_between_nodes
 from grpo.loss import policy_loss, token_weights
 from grpo.packing import pack
 from grpo.types import Packed, Rollout
@@ -75,7 +75,7 @@ def make_chunks(prompts, rollouts, config, policy, processes):
         )
     if processes.world > 1:
         share = math.ceil(config.prompts_per_step / processes.world)
-        made += [placeholder(policy, config)] * (math.ceil(share / config.prompts_per_forward) - len(made))
+        made += [placeholder(policy, config) for _ in range(math.ceil(share / config.prompts_per_forward) - len(made))]
     return made
 
 
@@ -111,6 +111,7 @@ def update(policy, optimizer, made, config, processes):
         sums = dict.fromkeys(("loss", "entropy", "clip_low_share", "clip_high_share", "sampler_gap"), 0.0)
         sums |= {"kl": 0.0} if config.kl_coef else {}
         for chunk in made:
+            reduce_between_nodes(policy, chunk is made[-1])
             logprobs, entropy = policy(chunk.packed, config.temperature, chunk.features)
             if not chunk.lengths:
                 (0 * logprobs.sum()).backward()

@@ -4,16 +4,24 @@ import json
 import random
 import shutil
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from processes import assert_same_run, command, kill, launch, metrics_of, run_here, start, wait_for, weights_of
 
+from safetensors.torch import load_file
+from transformers import AutoProcessor
+
 import train
-from grpo.checkpoint import checkpoints
-from grpo.config import load_config
+from grpo import checkpoint, distributed, update
+from grpo.checkpoint import CheckpointError, Saver, load_training
+from grpo.checkpoint import checkpoints as checkpoints_of
+from grpo.config import load_config, parse_config
 from grpo.model import load_model
+from grpo.run import build_policy
 
 LONG = ("--steps", "4", "--save_every", "2", "--keep_checkpoints", "9")
 
@@ -21,9 +29,9 @@ LONG = ("--steps", "4", "--save_every", "2", "--keep_checkpoints", "9")
 def back_to(folder, step, copy):
     """A copy of a run folder as it was when checkpoint `step` was its newest."""
     shutil.copytree(folder, copy)
-    for checkpoint in checkpoints(copy):
-        if int(checkpoint.name.split("-")[1]) > step:
-            shutil.rmtree(checkpoint)
+    for later in checkpoints_of(copy):
+        if int(later.name.split("-")[1]) > step:
+            shutil.rmtree(later)
     return copy
 
 
@@ -57,7 +65,7 @@ def test_killed_at_any_moment_and_resumed(world, tmp_path, processes):
         kill(process)
         process.communicate()
     assert metrics_of_run(processes, folder, world, *more) == whole
-    assert [c.name for c in checkpoints(folder)][-1] == "checkpoint-12"
+    assert [c.name for c in checkpoints_of(folder)][-1] == "checkpoint-12"
     ours, theirs = weights_of(folder, 12), weights_of(tmp_path / "whole", 12)
     assert all((ours[name] == theirs[name]).all() for name in theirs)
 
@@ -95,7 +103,7 @@ def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(world, tmp_path
     error = [line for line in output.splitlines() if line.startswith("train.py: error: ") and "not be saved" in line]
     assert error and "o space left" in error[0] and "checkpoint-2" in error[0], output[-2000:]
     assert processes > 1 or "Traceback" not in output
-    assert [c.name for c in checkpoints(folder)] == ["checkpoint-1"]
+    assert [c.name for c in checkpoints_of(folder)] == ["checkpoint-1"]
     assert load_model(folder / "checkpoint-1") and load_config(folder / "checkpoint-1" / "run.json")
     moved = Path(shutil.copytree(folder, tmp_path / "moved"))
     resumed = run_here(moved, world, *more)
@@ -114,8 +122,60 @@ def test_the_best_checkpoint_is_kept_beside_the_last(world, tmp_path):
                                                    "intervals": {"overall": [0, 1]}, "counts": {}}
         )  # fmt: skip
         assert train.main(flags) == 0
-    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-5"]
+    assert [c.name for c in checkpoints_of(tmp_path)] == ["checkpoint-1", "checkpoint-5"]
     state = json.loads((tmp_path / "checkpoint-5" / "training" / "state.json").read_text())
     assert state["best"] == {"step": 1, "accuracy": 0.5}
 
 
+
+
+@pytest.fixture
+def saved(checkpoints, tmp_path):
+    """(a function that saves a step, policy, optimizer, Saver), on one process."""
+    folder, alone = checkpoints["qwen2_vl"], distributed.Processes(0, 1, torch.device("cpu"), None)
+    config = parse_config(["--preset", "demo", "--model", str(folder), "--output", str(tmp_path)])
+    processor = AutoProcessor.from_pretrained(folder)
+    policy = build_policy(folder, config, processor, alone)
+    optimizer, saver = update.make_optimizer(policy, config), Saver(alone)
+    return lambda step: saver.save(tmp_path, step, policy, optimizer, processor, config, {"a": 1}), policy, optimizer, saver
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(saved, monkeypatch):
+    """What is written is what there was when saving began, and nothing shows under its name before it is whole."""
+    save, policy, optimizer, saver = saved
+    go, publish = threading.Event(), checkpoint._publish
+    monkeypatch.setattr(checkpoint, "_publish", lambda *given: go.wait(60) and publish(*given))
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    folder = save(1)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(1.0)
+            optimizer.state[parameter]["exp_avg"].add_(1.0)
+    assert not folder.exists()
+    go.set()
+    saver.wait()
+    stored = load_file(folder / "model.safetensors")
+    assert len(stored) == len(before)
+    load_training(folder, policy, optimizer, saver.processes)
+    for name, parameter in policy.named_parameters():
+        assert torch.equal(parameter, before[name]) and not optimizer.state[parameter]["exp_avg"].any()
+    again = load_model(folder)
+    assert all(torch.equal(p, before[f"model.{name}"]) for name, p in again.named_parameters())
+
+
+def test_a_checkpoint_that_failed_is_raised_by_the_next_call(saved, monkeypatch):
+    save, *_, saver = saved
+
+    def fail(folder, *_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_model", fail)
+        folder = save(1)
+        saver.thread.join()
+        assert saver.failed and not folder.exists() and not list(folder.parent.glob("*.partial"))
+        with pytest.raises(CheckpointError, match="checkpoint-1 could not be saved.*No space left"):
+            save(2)
+    save(3)
+    saver.wait()
+    assert [c.name for c in checkpoints_of(folder.parent)] == ["checkpoint-3"]

@@ -51,7 +51,7 @@ def test_shards_must_divide_the_processes(monkeypatch):
 def test_two_nodes_equal_one_process(world, tmp_path):
     """Two torchrun agents: weights sharded within a node, replicated over both; then on, resumed, without shards."""
     alone = run_here(tmp_path / "1", world)
-    for more in ((), ("--shard_size", "4"), ("--shard_size", "1")):
+    for more in (("--prompts_per_forward", "1"), ("--shard_size", "4"), ("--shard_size", "1")):
         folder, port = tmp_path / f"2x2{''.join(more)}", free_port()
         agents = [start(2, folder, world, *more, nodes=(2, node, port)) for node in range(2)]
         for agent in agents:

@@ -70,7 +70,7 @@ def test_merge_by_hand():
         "q.base_layer.weight": torch.eye(2), "q.base_layer.bias": torch.ones(2), "k.weight": torch.zeros(1),
         "q.lora_A.default.weight": torch.tensor([[1.0, 2.0]]), "q.lora_B.default.weight": torch.tensor([[3.0], [0.0]]),
     }  # fmt: skip
-    merged = merge(weights, 2.0)
+    merged = merge(weights, 2.0, torch.float32)
     assert sorted(merged) == ["k.weight", "q.bias", "q.weight"]
     assert merged["q.weight"].tolist() == [[7.0, 12.0], [0.0, 1.0]]
 

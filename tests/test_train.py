@@ -305,3 +305,12 @@ def test_every_flag_has_a_sentence(capsys):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_valid(preset):
     assert parse_config(["--preset", preset]).preset == preset
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same_run(flags):
+    plain = [row for row in metrics_of(run(flags)) if row["phase"] == "train"]
+    compiled = [row for row in metrics_of(run(flags, "--resume", "no", "--compile")) if row["phase"] == "train"]
+    for a, b in zip(compiled, plain, strict=True):
+        assert a["reward"] == b["reward"] and a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
