@@ -21,7 +21,7 @@ TIMES = ("seconds", "seconds_waiting", "seconds_sampling")
 COMPARED = ("loss", "grad_norm", "kl", "entropy", "reward", "length", "sampler_gap")
 
 
-def command(processes, folder, world, *more, tie=False, nodes=()):
+def command(processes, folder, world, *more, tie=False, nodes=(), script="train.py"):
     """The command of a tiny run; nodes: (their number, this one's, port) of several torchrun agents."""
     data, models = world
     agents = ["--standalone"]
@@ -30,7 +30,7 @@ def command(processes, folder, world, *more, tie=False, nodes=()):
                   "--master_port", str(nodes[2])]  # fmt: skip
     torchrun = ["-m", "torch.distributed.run", *agents, "--nproc_per_node", str(processes)]
     return [
-        sys.executable, *(torchrun if processes > 1 or nodes else []), str(ROOT / "train.py"), "--preset", "demo",
+        sys.executable, *(torchrun if processes > 1 or nodes else []), str(ROOT / script), "--preset", "demo",
         "--no-demo", "--model", str(models[tie]), "--output", str(folder),
         "--data", str(data["train"]), "--eval_data", str(data["val"]), "--sft_steps", "0", "--steps", "3",
         "--prompts_per_step", "6", "--prompts_per_forward", "2", "--prompts_per_rollout", "2", "--group_size", "3",

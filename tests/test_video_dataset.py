@@ -165,6 +165,9 @@ def test_a_skip_list_leaves_out_the_rows_of_its_files(tmp_path, monkeypatch):
     assert leave_out(samples, listed) == ([samples[0], samples[2]], [samples[1]])
     monkeypatch.chdir(tmp_path)  # relative paths of either side mean the same files
     assert leave_out(read_samples("a/train.jsonl"), listed)[1][0].videos == ("a/a1.mp4",)
+    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe{")
+    with pytest.raises(DataError, match="--skip_list .*b.jsonl: is not UTF-8"):
+        read_skip_list(tmp_path / "b.jsonl")
     with pytest.raises(DataError, match="--skip_list .*: no such file; python -m video.scan"):
         read_skip_list(tmp_path / "none")
     with pytest.raises(DataError, match="--skip_list bad.jsonl:2: is not JSON"):

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from video_helpers import make_video
 
+from grpo.data import hold_out
 from rewards import check_sample
 from video.convert import convert, main, to_row
 from video.dataset import read_samples
@@ -267,6 +269,46 @@ def test_parquet_rows(tmp_path, monkeypatch):
     number, choice = read_samples(path)
     assert (number.key, number.answer, choice.answer) == ("d.parquet:1", "4", "B")
     assert choice.problem == "Closest?\nA. tv\nB. chair" and number.options == ()
+
+
+def picture(path, colour):
+    Image.new("RGB", (56, 56), colour).save(path)
+    return path.read_bytes()
+
+
+def test_images_that_are_bytes_in_a_parquet_file(tmp_path):
+    """As `datasets` stores them: a {bytes, path} each, path of no use; EasyR1 also takes bare bytes."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    red, blue = (picture(tmp_path / f"{colour}.png", colour) for colour in ("red", "blue"))
+    struct = lambda content, path=None: {"bytes": content, "path": path}
+    rows = [
+        {"images": [struct(red, "gone.jpg"), struct(blue)], "problem": "<image><image>Sum?", "answer": "3"},
+        {"images": [struct(red)], "problem": "<image>Which?", "answer": "A"},
+        {"images": [struct(None, "blue.png")], "problem": "<image>Which?", "answer": "A"},
+        {"images": None, "problem": "Text?", "answer": "A"},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows * 40), tmp_path / "d.parquet")  # more than are read at a time
+    samples = read_samples(tmp_path / "d.parquet")
+    assert [s.key for s in samples] == [f"d.parquet:{n}" for n in range(1, 161)]
+    two, one, kept, text = samples[:4]
+    assert [Path(path).read_bytes() for path in (*two.images, *one.images, *kept.images)] == [red, blue, red, blue]
+    assert kept.images == (str(tmp_path / "blue.png"),) and text.images == () and two.meta == {}
+    assert two.images[0] == one.images[0], "one image, one file: hold_out sees that two rows share it"
+    train, held = hold_out(samples[:3], 1, seed=0)
+    assert not {path for s in train for path in s.images} & {path for s in held for path in s.images}
+    files = list((tmp_path / "d.parquet.media").iterdir())
+    modes = {file.stat().st_mode for file in (*files, tmp_path / "red.png")}
+    assert len(files) == 2 and len(modes) == 1, "as readable for others as any file"
+
+    times = [file.stat().st_mtime_ns for file in files]
+    assert read_samples(tmp_path / "d.parquet") == samples and [f.stat().st_mtime_ns for f in files] == times
+    bare = [{"image": red, "problem": "Which?", "answer": "A"}]
+    parquet.write_table(pyarrow.Table.from_pylist(bare), tmp_path / "bare.parquet")
+    assert Path(read_samples(tmp_path / "bare.parquet")[0].images[0]).read_bytes() == red
+    (tmp_path / "shut.parquet.media").write_text("a file where the folder would be")
+    parquet.write_table(pyarrow.Table.from_pylist(bare), tmp_path / "shut.parquet")
+    with pytest.raises(DataError, match=r"shut.parquet.media: images that are bytes .* copy the parquet file"):
+        read_samples(tmp_path / "shut.parquet")
 
 
 def test_reading_does_not_import_pyarrow(tmp_path):

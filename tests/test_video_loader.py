@@ -6,8 +6,9 @@ from video_helpers import SMALL, Misbehaving, assert_gone, make_broken, make_vid
 
 from grpo.tiny import build_tiny_model
 from video.formats import DataError, Sample
+from video.frames import SampleError, VideoError
 from video.loader import PromptLoader
-from video.prompt import Prompt, PromptEncoder, Skipped
+from video.prompt import Prompt, PromptEncoder, PromptTooLong, Skipped
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +118,31 @@ def test_a_run_in_which_nothing_can_be_read_stops_and_says_why():
     assert len(run("raise", "bad", *["raise"] * 8)) == 10
     with PromptLoader(Misbehaving(), workers=1, give_up_after=None) as loader:
         assert len(list(loader.batches([samples(*["raise"] * 60)]))[0]) == 60
+
+
+class Refusing:
+    """An encoder that raises one error for every sample."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, sample, control):
+        raise self.error
+
+
+@pytest.mark.parametrize("encoder, advice", [
+    (Refusing(VideoError("1.mp4", "no such file")), "1.mp4: no such file; check --video_root; python -m video.scan"),
+    (Refusing(PromptTooLong("1.mp4", "9000 tokens")), "1.mp4: 9000 tokens; raise --max_prompt_tokens, or lower --max"),
+    (Refusing(SampleError("", "the question holds <x>")), "because the question holds <x>; mend the rows"),
+    (Refusing(RuntimeError("odd")), "1.mp4: RuntimeError: odd; python -m video.scan"),
+    ("sleep", "took more than 0.5 s .--decode_timeout.; raise --decode_timeout"),
+    ("die", "its worker died .exit code 17.; lower --workers"),
+])  # fmt: skip
+def test_the_advice_fits_the_reason(encoder, advice):
+    text, encoder, workers = ("", encoder, 0) if isinstance(encoder, Refusing) else (encoder, Misbehaving(), 1)
+    with (
+        PromptLoader(encoder, workers, timeout=0.5, give_up_after=1) as loader,
+        pytest.raises(DataError, match=advice) as error,
+    ):
+        list(loader.batches([samples(text)]))
+    assert ("--video_root" in str(error.value)) == ("--video_root" in advice)

@@ -12,7 +12,7 @@ import video.prompt
 from grpo.tiny import build_tiny_model
 from video.dataset import Sample
 from video.frames import SampleError, VideoSettings, read_image, read_video
-from video.prompt import PromptEncoder, PromptTooLong, control_frames, shuffled_order
+from video.prompt import PromptEncoder, PromptTooLong, control_frames, shuffle_frames, shuffled_order
 
 FACTOR = 28
 
@@ -179,6 +179,17 @@ def test_controls_reach_the_patches_and_leave_the_text(encoder, media):
         assert not torch.equal(changed.pixel_values_videos, plain.pixel_values_videos), control
         assert torch.equal(changed.pixel_values, plain.pixel_values) == (control != "blank")
         assert torch.equal(changed.pixel_values_videos, encoder(sample, control).pixel_values_videos), control
+
+
+@pytest.mark.parametrize("case", ["video", "two videos", "all"])
+def test_shuffling_patches_equals_shuffling_frames_before_they_are_cut(encoder, media, case):
+    n_videos, n_images = CASES[case]
+    sample = Sample("d.jsonl:1", "What?", "A", videos=media[0][:n_videos], images=media[1][:n_images])
+    prompt = encoder(sample)
+    shuffled, expected = shuffle_frames(prompt, sample.key), encoder(sample, "shuffle")
+    assert torch.equal(shuffled.pixel_values_videos, expected.pixel_values_videos)
+    assert not torch.equal(shuffled.pixel_values_videos, prompt.pixel_values_videos)
+    assert shuffled.pixel_values is prompt.pixel_values and shuffled.input_ids is prompt.input_ids
 
 
 def test_encoder_and_prompt_survive_pickling(encoder, media):

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from video.dataset import read_samples
-from video.formats import MARKS, MULTIPLE_CHOICE, DataError, Sample
+from video.formats import CLIP_FIELDS, MARKS, MULTIPLE_CHOICE, DataError, Sample
 
 
 def to_row(sample: Sample) -> dict:
@@ -32,7 +32,7 @@ def to_row(sample: Sample) -> dict:
     row["original_answer"] = original
     if sample.problem_type != MULTIPLE_CHOICE:
         row["problem_type"] = sample.problem_type
-    for name, column in zip(("video_start", "video_end", "sample_fps"), zip(*sample.clips)):
+    for name, column in zip(CLIP_FIELDS, zip(*sample.clips)):
         if any(number is not None for number in column):
             row[name] = list(column)
     for name, texts in (("options", sample.options), ("completions", sample.completions)):

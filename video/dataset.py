@@ -1,15 +1,16 @@
 """Files of questions as lists of `Sample`s: several of them weighed against each other, without the known bad ones."""
+import hashlib
 import json
 import math
 import os
 import random
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from video.formats import MARKS, MULTIPLE_CHOICE, Clip, DataError, Sample, parse_row
+from video.formats import DataError, Sample, parse_row
 
-__all__ = ["MARKS", "MULTIPLE_CHOICE", "Clip", "DataError", "Sample", "leave_out", "read_mixture", "read_samples",
-           "read_skip_list", "split_spec"]
+PARQUET_ROWS = 64  # read at a time: rows may hold images
 
 
 def read_mixture(specs: str | Iterable[str], video_root: str | Path | None = None) -> list[Sample]:
@@ -40,13 +41,14 @@ def read_samples(
 
     Relative video paths are joined with `video_root` (default: the folder of the file). An absolute path that does
     not exist is re-rooted there by the longest suffix of it that does: datasets carry paths of their author's disk.
-    `name` stands for the file in the keys, `flag` for where it was given in errors. Raises DataError.
+    `name` stands for the file in the keys, `flag` for where it was given in errors. Images and videos that a parquet
+    file holds as bytes are kept as files beside it, in FILE.parquet.media. Raises DataError.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{flag} {path}: no such file; give a .jsonl file, or run --preset demo, which makes its own")
     root = Path(video_root) if video_root is not None else path.parent
-    samples = [parse_row(row, key, root, path.stem) for key, row in _rows(path, name or path.name)]
+    samples = [parse_row(row, key, root, path.stem) for key, row in _rows(path, name or path.name, flag)]
     if not samples:
         raise DataError(f"{flag} {path}: is empty; give a file with one JSON row a line")
     return samples
@@ -76,22 +78,17 @@ def read_skip_list(path: str | Path) -> dict[str, str]:
     if not path.is_file():
         raise DataError(f"--skip_list {path}: no such file; python -m video.scan --data ... --output FILE writes one")
     listed = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if line.strip():
-            row = _json(line, f"--skip_list {path.name}:{number}")
-            if not isinstance(row, dict) or not isinstance(row.get("path"), str):
-                raise DataError(f'--skip_list {path.name}:{number}: must be {{"path": ..., "reason": ...}}')
-            listed[os.path.abspath(row["path"])] = str(row.get("reason", ""))
+    for number, row in _lines(path, f"--skip_list {path.name}", "--skip_list"):
+        if not isinstance(row, dict) or not isinstance(row.get("path"), str):
+            raise DataError(f'--skip_list {path.name}:{number}: must be {{"path": ..., "reason": ...}}')
+        listed[os.path.abspath(row["path"])] = str(row.get("reason", ""))
     return listed
 
 
 def leave_out(samples: list[Sample], listed: dict[str, str]) -> tuple[list[Sample], list[Sample]]:
     """(samples that use no file of `listed`, those that use one), each in order."""
-    kept, left_out = [], []
-    for sample in samples:
-        bad = any(os.path.abspath(path) in listed for path in (*sample.videos, *sample.images))
-        (left_out if bad else kept).append(sample)
-    return kept, left_out
+    bad = {s.key for s in samples if any(os.path.abspath(path) in listed for path in (*s.videos, *s.images))}
+    return [s for s in samples if s.key not in bad], [s for s in samples if s.key in bad]
 
 
 def split_spec(spec: str) -> tuple[str, float]:
@@ -108,46 +105,80 @@ def split_spec(spec: str) -> tuple[str, float]:
     return path, weight
 
 
-def _rows(path: Path, name: str) -> Iterator[tuple[str, dict]]:
-    """(key, row) of each row. Blank lines are passed over but counted, so that keys stay line numbers."""
-    if path.suffix == ".parquet":
-        numbered = enumerate(_parquet(path), start=1)
-    else:
-        numbered = _text_rows(path, name)
-    for number, row in numbered:
+def _rows(path: Path, name: str, flag: str) -> Iterator[tuple[str, dict]]:
+    """(key, row) of each row."""
+    reader = {".parquet": _parquet, ".json": _array}.get(path.suffix, _lines)
+    for number, row in reader(path, name, flag):
         key = f"{name}:{number}"
         if not isinstance(row, dict):
             raise DataError(f"{key}: is a {type(row).__name__}, not an object; write a row as {{\"problem\": ...}}")
         yield key, row
 
 
-def _text_rows(path: Path, name: str) -> Iterator[tuple[int, object]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"--data {path}: is not UTF-8 text ({error.reason}); give a .jsonl file") from error
-    if path.suffix == ".json":
-        rows = _json(text, name)
-        if not isinstance(rows, list):
-            raise DataError(f"{name}: holds no array; write rows as [{{...}}, ...], or one a line in a .jsonl")
-        yield from enumerate(rows, start=1)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut at U+2028 inside a string
+def _lines(path: Path, name: str, flag: str) -> Iterator[tuple[int, object]]:
+    """(number, row) of each line. Blank lines are passed over but counted."""
+    lines = _text(path, flag).split("\n")  # splitlines() would also cut at U+2028 inside a string
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             yield number, _json(line, f"{name}:{number}")
 
 
-def _parquet(path: Path) -> Iterator[dict]:
+def _array(path: Path, name: str, flag: str) -> Iterator[tuple[int, object]]:
+    rows = _json(_text(path, flag), name)
+    if not isinstance(rows, list):
+        raise DataError(f"{name}: holds no array; write rows as [{{...}}, ...], or one a line in a .jsonl")
+    return enumerate(rows, start=1)
+
+
+def _parquet(path: Path, name: str, flag: str) -> Iterator[tuple[int, dict]]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(f"--data {path}: parquet files are read by pyarrow: pip install pyarrow") from error
+        raise DataError(f"{flag} {path}: parquet files are read by pyarrow: pip install pyarrow") from error
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(PARQUET_ROWS)
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
+            yield number, _with_files(row, Path(f"{path}.media"))
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"--data {path}: is not a parquet file ({str(error).splitlines()[0]})") from error
+        raise DataError(f"{flag} {path}: is not a parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _text(path: Path, flag: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{flag} {path}: is not UTF-8 text ({error.reason}); give a .jsonl file") from error
+
+
+def _with_files(value, folder: Path):
+    """`value` with the bytes in it, and the {"bytes", "path"} in which `datasets` stores images, replaced by paths."""
+    if isinstance(value, list):
+        return [_with_files(item, folder) for item in value]
+    if isinstance(value, dict):
+        if value.keys() == {"bytes", "path"}:
+            return value["path"] if value["bytes"] is None else _keep(value["bytes"], folder)
+        return {name: _with_files(item, folder) for name, item in value.items()}
+    return _keep(value, folder) if isinstance(value, bytes) else value
+
+
+def _keep(content: bytes, folder: Path) -> str:
+    """The absolute path of a file in `folder` that holds `content`.
+
+    Its name is the content's hash: equal images of several rows are one file, and what an earlier run or another process
+    has written is used again.
+    """
+    file = folder.absolute() / hashlib.sha256(content).hexdigest()[:32]
+    if not file.exists():
+        try:
+            folder.mkdir(exist_ok=True)
+            partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")  # of this process alone
+            partial.write_bytes(content)
+            os.replace(partial, file)
+        except OSError as error:
+            raise DataError(f"{folder}: images that are bytes in a parquet file are kept there, but it cannot be "
+                            f"written to ({error.strerror}); copy the parquet file to a folder that can") from error
+    return str(file)
 
 
 def _json(text: str, place: str):

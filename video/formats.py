@@ -4,6 +4,7 @@ One small function a format, listed in FORMATS with the fields that tell it; a n
 wrong with a row raises DataError; a video that is missing or broken does not, for only its own sample is lost, when it
 is encoded. Every format may also have `problem_type`, `options`, `completions` and `video_start` / `video_end`.
 """
+import itertools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ LETTER = re.compile(r"\(?[A-Za-z](?![A-Za-z])")  # "B", "B.", "(B)", "B) red"; n
 CHOICE = re.compile(r"\(?([A-Z])(?:[.):](?!\w)|$)")  # as LETTER where free text may come too: not "A man"
 MARKS = re.compile(r"<(?:video|image)>\n?")  # where other trainers put the pixels; here they always come first
 MULTIPLE_CHOICE = "multiple choice"
+CLIP_FIELDS = ("video_start", "video_end", "sample_fps")  # in the order of Clip's
 SUFFIXES = ("", ".mp4", ".mkv", ".webm", ".avi", ".mov")
 FOLDERS = ("", "videos", "video", "data")  # where benchmarks keep their videos, under their own root
 # MVBench's rows name a file alone; the folder under its `video` depends on the subtask, which names the .json
@@ -183,8 +185,7 @@ def _messages(row: Row) -> Sample:
     if not all(isinstance(path, str) for paths in media.values() for path in paths):
         raise row.error("a video or image in a message must be a path; give frames as a folder")
     videos, images = (tuple(reroot(path, row.root) for path in paths) or None for paths in media.values())
-    clips = [Clip(_seconds(row, part.get("video_start")), _seconds(row, part.get("video_end")),
-                  _seconds(row, part.get("sample_fps"))) for part in parts if part.get("video")]
+    clips = [Clip(*(_seconds(row, part.get(name)) for name in CLIP_FIELDS)) for part in parts if part.get("video")]
     reply = "".join(part if isinstance(part, str) else part.get("text", "") for part in _listed(turns["assistant"]))
     answer = next((str(value) for name in ("answer", "solution") if (value := row.get(name)) is not None), reply)
     if not answer.strip():
@@ -198,8 +199,7 @@ def _mvbench(row: Row) -> Sample:
     """MVBench: candidates and the text of the right one; `start` and `end` in seconds; its root holds the folders."""
     video, row.used = row.text("video"), row.used | {"start", "end"}
     folder = next((name for name, subtasks in MVBENCH_FOLDERS.items() if row.source in subtasks.split()), "")
-    places = [row.root / top / folder / video for top in FOLDERS] + [Path(_find(row, video))]
-    path = str(next((place for place in places if place.exists()), places[0]))
+    path = _find(row, video, (folder,))
     fps = 3.0 if folder.startswith("tvqa") else None
     clip = Clip(_seconds(row, row.get("start")), _seconds(row, row.get("end")), fps)
     return _choice(row, row.texts("candidates"), row.text("answer"), path, clips=(clip,) if any(clip) else ())
@@ -254,9 +254,7 @@ def _longvideobench(row: Row) -> Sample:
 def _video_mmmu(row: Row) -> Sample:
     """Video-MMMU: the video has the row's id and lies in a folder of its discipline; of the questions that have an image,
     the published video shows it at the end. A question without options has a number or a text for an answer."""
-    name = row.text("id")
-    places = [row.root / top / discipline / f"{name}.mp4" for top in FOLDERS for discipline in VIDEO_MMMU_FOLDERS]
-    video = next((str(place) for place in places if place.is_file()), None) or _find(row, name)
+    video = _find(row, row.text("id"), VIDEO_MMMU_FOLDERS)
     row.used |= {"image", "images"}
     options, answer = row.texts("options"), str(row.get("answer"))
     return _choice(row, options, answer, video) if options else _build(row, row.text("question"), answer, (video,), ())
@@ -342,7 +340,7 @@ def guess_type(answer: str) -> str:
 def _clips(row: Row, count: int) -> tuple[Clip, ...]:
     """The clips of a row's videos: numbers for all of them, or lists of one number a video."""
     columns = []
-    for name in ("video_start", "video_end", "sample_fps"):
+    for name in CLIP_FIELDS:
         value = row.get(name)
         values = value if isinstance(value, list) else [value] * count
         if len(values) != count:
@@ -358,13 +356,14 @@ def _seconds(row: Row, value) -> float | None:
     return value
 
 
-def _find(row: Row, name: str) -> str:
-    """The file of a video that a benchmark calls `name`, with or without a suffix, in the folders where it may lie."""
+def _find(row: Row, name: str, inner: tuple[str, ...] = ()) -> str:
+    """The video (or folder of frames) that a benchmark calls `name`, with or without a suffix, in the folders where it
+    may lie: those of FOLDERS, in each of them first in the folders `inner`."""
     path = reroot(name, row.root)
-    for folder in FOLDERS if not Path(path).exists() else ():
-        for suffix in SUFFIXES:
-            if (candidate := row.root / folder / (name + suffix)).is_file():
-                return str(candidate)
+    for top, folder, suffix in itertools.product(FOLDERS, (*inner, ""), SUFFIXES):
+        candidate = row.root / top / folder / (name + suffix)
+        if candidate.is_file() or (candidate.is_dir() and not suffix):
+            return str(candidate)
     return path if Path(path).exists() or Path(path).suffix in SUFFIXES[1:] else path + ".mp4"
 
 

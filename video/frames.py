@@ -15,6 +15,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -58,6 +59,17 @@ class SampleError(ValueError):
 
 class VideoError(SampleError):
     """A video or image file that cannot be read."""
+
+
+@contextmanager
+def blamed(path: str, what: str = "", errors: tuple[type[Exception], ...] = (ValueError,)):
+    """Turns `errors` of its block, which name no file, into a VideoError of `path`: `what` and their first line."""
+    try:
+        yield
+    except VideoError:  # a ValueError, that has its path
+        raise
+    except errors as error:
+        raise VideoError(path, what + _one_line(error)) from error
 
 
 @dataclass(frozen=True)
@@ -195,17 +207,13 @@ def probe(path: str, clip: Clip = WHOLE) -> tuple[int, float, int, int]:
 
 @lru_cache(maxsize=64)
 def _probe(path: str, *_) -> tuple[int, float, int, int]:
-    try:
-        with av.open(path) as container:
-            stream = _video_stream(container, path)
-            fps, height, width = stream.average_rate, stream.height, stream.width
-            if height * width > MAX_FRAME_PIXELS:
-                raise VideoError(path, f"its frames of {width} x {height} pixels are above the limit of {MAX_FRAME_PIXELS}")
-            frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-    except VideoError:
-        raise
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(path, f"cannot be opened as a video: {_one_line(error)}") from error
+    errors = (av.FFmpegError, OSError, ValueError)
+    with blamed(path, "cannot be opened as a video: ", errors), av.open(path) as container:
+        stream = _video_stream(container, path)
+        fps, height, width = stream.average_rate, stream.height, stream.width
+        if height * width > MAX_FRAME_PIXELS:
+            raise VideoError(path, f"its frames of {width} x {height} pixels are above the limit of {MAX_FRAME_PIXELS}")
+        frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
     if not (frames and fps and height and width):
         raise VideoError(path, "its header gives no frames, rate or size")
     return frames, float(fps), height, width
@@ -226,57 +234,41 @@ def read_video(path: str, settings: VideoSettings, factor: int, clip: Clip = WHO
     `factor` is the model's patch size x merge size: H and W are multiples of it. Raises VideoError.
     """
     probe(path, clip)  # for the limit of the frames' size
-    try:
-        if os.path.isdir(path):
-            return _read_folder(path, settings, factor, clip)
-        return (_read_pyav if decord is None else _read_decord)(path, settings, factor, clip)
-    except VideoError:
-        raise
-    except ValueError as error:  # from choose and frame_size, which know of no path
-        raise VideoError(path, str(error)) from error
+    reader = _read_folder if os.path.isdir(path) else _read_pyav if decord is None else _read_decord
+    with blamed(path):
+        return reader(path, settings, factor, clip)
 
 
 def image_size(path: str, settings: VideoSettings, factor: int) -> tuple[int, int]:
     """The (height, width) that `read_image` would return, from the image's header alone. Raises VideoError."""
-    with _open_image(path) as image:
-        return _image_size(path, image, settings, factor)
+    with _open_image(path) as image, blamed(path):
+        return smart_resize(image.height, image.width, factor, settings.image_min_pixels, settings.image_max_pixels)
 
 
 def read_image(path: str, settings: VideoSettings, factor: int) -> torch.Tensor:
     """An image, uint8 (3, H, W), on white where transparent, resized by PIL as in qwen-vl-utils. Raises VideoError."""
+    size = image_size(path, settings, factor)
     with _open_image(path) as image:
-        return _pixels(path, image, _image_size(path, image, settings, factor))
+        return _pixels(path, image, size)
 
 
 def _pixels(path: str, image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
-    try:
+    with blamed(path, "cannot be decoded: ", (OSError, SyntaxError, ValueError)):  # what PIL raises on damaged data
         if image.mode == "RGBA":
             opaque = Image.new("RGB", image.size, (255, 255, 255))
             opaque.paste(image, mask=image.split()[3])
         else:
             opaque = image.convert("RGB")
         pixels = np.array(opaque.resize(size[::-1]))
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on damaged data
-        raise VideoError(path, f"cannot be decoded: {_one_line(error)}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _open_image(path: str) -> Image.Image:
     check_file(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(path)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise VideoError(path, f"cannot be opened as an image: {_one_line(error)}") from error
-
-
-def _image_size(path: str, image: Image.Image, settings: VideoSettings, factor: int) -> tuple[int, int]:
-    width, height = image.size
-    try:
-        return smart_resize(height, width, factor, settings.image_min_pixels, settings.image_max_pixels)
-    except ValueError as error:
-        raise VideoError(path, str(error)) from error
+    errors = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+    with blamed(path, "cannot be opened as an image: ", errors), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(path)
 
 
 def _read_decord(path: str, settings: VideoSettings, factor: int, clip: Clip) -> tuple[torch.Tensor, float]:
@@ -304,18 +296,15 @@ def _read_pyav(path: str, settings: VideoSettings, factor: int, clip: Clip) -> t
     indices, rate = choose(total, fps, settings, clip)
     size = partial(frame_size, count=len(indices), settings=settings, factor=factor)
     wanted, found = set(indices), {}
-    try:
-        with av.open(path) as container:
-            stream = _video_stream(container, path)
-            stream.codec_context.thread_count = 1
-            for number, frame in enumerate(container.decode(stream)):
-                if number in wanted:
-                    upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90 % 4)  # decord turns too
-                    found[number] = _resize(np.ascontiguousarray(upright)[None], size)
-                if number == indices[-1]:
-                    break
-    except (av.FFmpegError, OSError) as error:
-        raise VideoError(path, f"cannot be decoded: {_one_line(error)}") from error
+    with blamed(path, "cannot be decoded: ", (av.FFmpegError, OSError)), av.open(path) as container:
+        stream = _video_stream(container, path)
+        stream.codec_context.thread_count = 1
+        for number, frame in enumerate(container.decode(stream)):
+            if number in wanted:
+                upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90 % 4)  # decord turns too
+                found[number] = _resize(np.ascontiguousarray(upright)[None], size)
+            if number == indices[-1]:
+                break
     if len(found) < len(wanted):
         raise VideoError(path, f"cannot be decoded: {len(wanted) - len(found)} of {len(wanted)} frames are missing")
     return torch.cat([found[i] for i in indices]), rate

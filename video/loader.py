@@ -6,6 +6,7 @@ process of its own; a worker that overruns or dies is replaced, and the sample c
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from functools import partial
 
 from video.formats import DataError, Sample
@@ -16,13 +17,21 @@ from video.prompt import Prompt, Skipped
 Encoder = Callable[[Sample, str | None], Prompt]
 
 GIVE_UP_AFTER = 50  # samples, all skipped for one kind of reason before any could be used: the set-up is at fault
+SCAN = "python -m video.scan --data ... lists all such files"
+ADVICE = {  # kind of reason -> what to do where nothing else happens
+    "VideoError": f"check --video_root; {SCAN}",
+    "PromptTooLong": "raise --max_prompt_tokens, or lower --max_frames (or --nframes) or --max_pixels",
+    "SampleError": "mend the rows",
+    "timeout": "raise --decode_timeout, or lower --workers where the machine is busy",
+    "worker died": "lower --workers where memory is short; --workers 0 shows the error where a decoder crashes",
+}
 
 
-class PromptLoader:
+class PromptLoader(AbstractContextManager):
     """Encodes batches of samples in order, at most `ahead` batches before they are asked for.
 
-    Where the first `give_up_after` samples are all skipped, and for the same kind of reason, it raises DataError: that
-    is a wrong --video_root or a broken decoder, and a run that went on would train on nothing. None: it never does.
+    Where the first `give_up_after` samples are all skipped, and for the same kind of reason, it raises DataError with
+    advice for that kind: a wrong --video_root, say, and a run that went on would train on nothing. None: it never does.
 
     `workers` 0 encodes in this process, when a batch is asked for: no limit of time and no protection then. `timeout`
     is in seconds a sample. Workers start at once, so that they are ready when the model has loaded. A script that uses
@@ -71,9 +80,6 @@ class PromptLoader:
         if self._pool is not None:
             self._pool.close()
 
-    def __enter__(self) -> "PromptLoader":
-        return self
-
     def __exit__(self, *_) -> None:
         self.close()
 
@@ -84,8 +90,9 @@ class PromptLoader:
         nothing_else = len(self._kinds) == 1 and None not in self._kinds
         if batch and nothing_else and self.give_up_after and self._seen >= self.give_up_after:
             last = batch[-1]
+            because = ": ".join(filter(None, (last.path, last.reason)))
             raise DataError(f"all of the first {self._seen} samples were skipped, the last ({last.key}) because "
-                            f"{last.path}: {last.reason}; check --video_root, and see python -m video.scan --data ...")
+                            f"{because}; {ADVICE.get(last.kind, SCAN)}")
         return batch
 
     def _collect(self, sample: Sample, future: Future) -> Prompt | Skipped:

@@ -4,7 +4,7 @@ The model's own processor does no more here than normalise and cut (do_resize=Fa
 were chosen and resized once, in frames.py.
 """
 import zlib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 
 import numpy as np
@@ -14,9 +14,10 @@ from transformers import AutoProcessor
 from video.cache import FrameCache
 from video.formats import MARKS, WHOLE, Clip, Sample
 from video.frames import (
+    FRAME_FACTOR,
     SampleError,
-    VideoError,
     VideoSettings,
+    blamed,
     choose,
     frame_size,
     image_size,
@@ -103,6 +104,20 @@ def control_frames(frames: torch.Tensor, control: str | None, key: str) -> torch
     raise ValueError(f"control {control!r} is none of {CONTROLS}")
 
 
+def shuffle_frames(prompt: Prompt, key: str) -> Prompt:
+    """`prompt` with the frames of each of its videos permuted: what the control "shuffle" gives for a sample of `key`.
+
+    Nothing is decoded: a patch (3 colours, 2 frames, 14 x 14 pixels) is taken apart, and put together of other frames.
+    """
+    videos = prompt.pixel_values_videos.split(prompt.video_grid_thw.prod(dim=1).tolist())
+    shuffled = []
+    for number, (patches, steps) in enumerate(zip(videos, prompt.video_grid_thw[:, 0].tolist())):
+        cut = patches.unflatten(1, (3, FRAME_FACTOR, -1)).unflatten(0, (steps, -1))  # step, place, colour, frame, pixel
+        frames = cut.movedim(3, 1).flatten(0, 1)[shuffled_order(steps * FRAME_FACTOR, f"{key}/{number}")]
+        shuffled.append(frames.unflatten(0, (steps, FRAME_FACTOR)).movedim(1, 3).reshape(patches.shape))
+    return replace(prompt, pixel_values_videos=torch.cat(shuffled))
+
+
 def with_clips(sample: Sample) -> list[tuple[str, Clip]]:
     """(path, the part asked about) of each of its videos."""
     return list(zip(sample.videos, sample.clips or [WHOLE] * len(sample.videos), strict=True))
@@ -123,9 +138,6 @@ class PromptEncoder:
             raise ValueError('--prompt_template must hold "{problem}", where the question goes')
         self.processor_path, self.settings = str(processor_path), settings
         self.template, self.max_prompt_tokens, self.cache = template, max_prompt_tokens, cache
-        self._load()
-
-    def _load(self) -> None:
         processor = AutoProcessor.from_pretrained(self.processor_path)
         self.tokenizer, self.processor = processor.tokenizer, processor
         self.image_processor, self.video_processor = processor.image_processor, processor.video_processor
@@ -141,13 +153,8 @@ class PromptEncoder:
                 raise ValueError(f"--prompt_template must not hold {token}: the chat template adds special tokens")
         self._chat = lru_cache(maxsize=64)(self._render_chat)
 
-    def __getstate__(self) -> dict:
-        names = ("processor_path", "settings", "template", "max_prompt_tokens", "cache")
-        return {name: getattr(self, name) for name in names}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._load()
+    def __reduce__(self) -> tuple:
+        return type(self), (self.processor_path, self.settings, self.template, self.max_prompt_tokens, self.cache)
 
     def __call__(self, sample: Sample, control: str | None = None) -> Prompt:
         """The prompt of `sample`; `control` changes its frames (see `control_frames`; "blank" greys images as well).
@@ -155,7 +162,7 @@ class PromptEncoder:
         Raises VideoError for a file that cannot be read, PromptTooLong (found before any frame is decoded) and
         SampleError for a question that holds the model's special tokens.
         """
-        ids = self._token_ids(sample)
+        ids = self.tokenizer(self.text(sample), add_special_tokens=False)["input_ids"]
         self._check_length(sample, len(ids), self.planned_tokens(sample))
         images = [read_image(path, self.settings, self.factor) for path in sample.images]
         if control == "blank":
@@ -166,20 +173,25 @@ class PromptEncoder:
             frames, rate = read(path, self.settings, self.factor, clip)
             videos.append(control_frames(frames, control, f"{sample.key}/{number}"))
             rates.append(rate)
-        image_inputs, video_inputs = self._cut(images, videos)
-        image_grid, video_grid = image_inputs.get("image_grid_thw"), video_inputs.get("video_grid_thw")
+        inputs = {}
+        if images:
+            inputs |= self.image_processor(images=images, do_resize=False, return_tensors="pt")
+        if videos:
+            cut = self.video_processor
+            inputs |= cut(videos=videos, do_resize=False, do_sample_frames=False, return_tensors="pt")
+        image_grid, video_grid = inputs.get("image_grid_thw"), inputs.get("video_grid_thw")
         counts = {
-            self.image_token_id: self._tokens(image_grid, self.image_processor.merge_size),
-            self.video_token_id: self._tokens(video_grid, self.video_processor.merge_size),
+            self.image_token_id: _merged(image_grid, self.image_processor.merge_size),
+            self.video_token_id: _merged(video_grid, self.video_processor.merge_size),
         }
         vision = sum(map(sum, counts.values()))
         self._check_length(sample, len(ids), vision)  # a header may lie about the number of frames
         return Prompt(
             sample=sample,
             input_ids=torch.tensor(_expand(ids, counts)),
-            pixel_values=image_inputs.get("pixel_values"),
+            pixel_values=inputs.get("pixel_values"),
             image_grid_thw=image_grid,
-            pixel_values_videos=video_inputs.get("pixel_values_videos"),
+            pixel_values_videos=inputs.get("pixel_values_videos"),
             video_grid_thw=video_grid,
             seconds_per_grid=[self.video_processor.temporal_patch_size / rate for rate in rates],
         )
@@ -203,9 +215,6 @@ class PromptEncoder:
         before, after = text.split(mark)
         return before, after
 
-    def _token_ids(self, sample: Sample) -> list[int]:
-        return self.tokenizer(self.text(sample), add_special_tokens=False)["input_ids"]
-
     def planned_tokens(self, sample: Sample) -> int:
         """Vision tokens of `sample` by arithmetic on file headers: no frame is decoded."""
         total = 0
@@ -214,11 +223,9 @@ class PromptEncoder:
             total += (height // self.factor) * (width // self.factor)
         for path, clip in with_clips(sample):
             frames, fps, height, width = probe(path, clip)
-            try:
+            with blamed(path):
                 count = len(choose(frames, fps, self.settings, clip)[0])
                 height, width = frame_size(height, width, count, self.settings, self.factor)
-            except ValueError as error:
-                raise VideoError(path, str(error)) from error
             steps = -(-count // self.video_processor.temporal_patch_size)
             total += steps * (height // self.factor) * (width // self.factor)
         return total
@@ -231,20 +238,10 @@ class PromptEncoder:
             path = media[0] if media else ""
             raise PromptTooLong(path, f"prompt of {length} tokens is over --max_prompt_tokens {self.max_prompt_tokens}")
 
-    def _cut(self, images: list[torch.Tensor], videos: list[torch.Tensor]) -> tuple[dict, dict]:
-        """Patches and grids of all images, and of all videos; empty where there are none."""
-        image_inputs = video_inputs = {}
-        if images:
-            image_inputs = self.image_processor(images=images, do_resize=False, return_tensors="pt")
-        if videos:
-            video_inputs = self.video_processor(
-                videos=videos, do_resize=False, do_sample_frames=False, return_tensors="pt"
-            )
-        return image_inputs, video_inputs
 
-    @staticmethod
-    def _tokens(grid: torch.Tensor | None, merge_size: int) -> list[int]:
-        return [] if grid is None else (grid.prod(dim=1) // merge_size**2).tolist()
+def _merged(grid: torch.Tensor | None, merge_size: int) -> list[int]:
+    """How many tokens each image or video of a grid takes."""
+    return [] if grid is None else (grid.prod(dim=1) // merge_size**2).tolist()
 
 
 def _expand(ids: list[int], counts: dict[int, list[int]]) -> list[int]:

@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from video.dataset import read_mixture
@@ -20,21 +21,16 @@ from video.loader import PromptLoader
 from video.prompt import Skipped, with_clips
 
 BATCH = 64  # files handed to the workers at a time
+FACTOR = 28  # of Qwen2-VL; which files can be read does not depend on it
 
 
-@dataclass(frozen=True)
-class Reader:
-    """An encoder that reads the files of a sample and returns nothing of them."""
-
-    settings: VideoSettings
-    factor: int = 28  # of Qwen2-VL; which files can be read does not depend on it
-
-    def __call__(self, sample: Sample, control: str | None = None) -> str:
-        for path, clip in with_clips(sample):
-            read_video(path, self.settings, self.factor, clip)
-        for path in sample.images:
-            read_image(path, self.settings, self.factor)
-        return sample.key
+def read_files(settings: VideoSettings, sample: Sample, control: str | None = None) -> str:
+    """An encoder, but for `settings`, that reads the files of a sample and returns nothing of them."""
+    for path, clip in with_clips(sample):
+        read_video(path, settings, FACTOR, clip)
+    for path in sample.images:
+        read_image(path, settings, FACTOR)
+    return sample.key
 
 
 def files_of(samples: list[Sample]) -> list[Sample]:
@@ -56,7 +52,7 @@ def scan(samples: list[Sample], settings: VideoSettings, workers: int, timeout: 
     files, bad, began, shown = files_of(samples), {}, time.monotonic(), 0.0
     batches = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
     done = 0
-    with PromptLoader(Reader(settings), workers, timeout, give_up_after=None) as loader:
+    with PromptLoader(partial(read_files, settings), workers, timeout, give_up_after=None) as loader:
         for batch, outcomes in zip(batches, loader.batches(batches)):
             for file, outcome in zip(batch, outcomes):
                 if isinstance(outcome, Skipped):
