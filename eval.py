@@ -25,13 +25,13 @@ from transformers import AutoProcessor
 
 from evaluation.benchmarks import BENCHMARKS, benchmark_score, read_benchmark
 from evaluation.evaluate import CONTROLS, paired, predict, summarise
+from evaluation.plot import plot_runs
 from evaluation.predictions import Predictions, checkpoint_identity, settings_of
 from evaluation.report import evaluation_table, write_report
 from grpo import distributed
 from grpo.config import Config, ConfigError, OneLineParser, add_flag, check, load_config
 from grpo.metrics import quiet_transformers
 from grpo.model import ModelError, read_processor
-from grpo.plot import plot_runs
 from grpo.run import build_policy, check_answers, split_data
 from video.dataset import DataError, read_samples
 from video.loader import PromptLoader

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from evaluation.evaluate import CONTROLS
+from evaluation.plot import plot_run
 from evaluation.report import show_rollouts, summary_of, summary_table
 from grpo import distributed, update
 from grpo.checkpoint import CheckpointError, is_best, load_training, save_weights
@@ -24,7 +25,6 @@ from grpo.config import ConfigError, parse_config
 from grpo.metrics import quiet_transformers
 from grpo.model import ModelError
 from grpo.plan import plan_text
-from grpo.plot import plot_run
 from grpo.rollout import rollout
 from grpo.run import build_policy, build_reference, describe_rollouts, opened, prepare
 from grpo.stops import RunError, Stopped, count_bad, explain_memory, listening, lost_process

@@ -31,12 +31,12 @@ from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
+from demo.tiny import build_tiny_model  # noqa: E402
 from grpo import distributed, sampler, update  # noqa: E402
 from grpo.config import parse_config  # noqa: E402
 from grpo.model import FAMILIES, ModelSpec, checkpoint_activations, materialise, read_config, use_own_attention  # noqa: E402
 from grpo.plan import GIB, memory_plan, parameter_counts, published_config, shapes_of, vision_tokens  # noqa: E402
 from grpo.policy import Policy  # noqa: E402
-from grpo.tiny import build_tiny_model  # noqa: E402
 from video.dataset import Sample  # noqa: E402
 from video.prompt import Prompt  # noqa: E402
 

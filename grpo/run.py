@@ -16,12 +16,12 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from demo.build import build_demo
 from evaluation.evaluate import kind_of, mean, predict, summarise
 from grpo import distributed, lora
 from grpo.checkpoint import Saver, checkpoints, load_state
 from grpo.config import Config, ConfigError, load_config
 from grpo.data import hold_out, step_samples, steps_of
-from grpo.demo import build_demo
 from grpo.metrics import RunLog, describe_run
 from grpo.model import (
     checkpoint_activations,

@@ -14,7 +14,6 @@ from grpo.attention import DecodeLayout
 from grpo.packing import pack
 from grpo.types import Rollout
 
-
 LOOK_EVERY = 8  # tokens between two looks at a GPU for rows that have ended
 
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+from demo.synthetic import DemoSpec, make_demo_set
+from demo.tiny import build_tiny_model
 from grpo.model import load_model, model_spec
 from grpo.policy import Policy
 from grpo.positions import prompt_positions
-from grpo.tiny import build_tiny_model
 from video.dataset import Sample
 from video.prompt import Prompt
-from video.synthetic import DemoSpec, make_demo_set
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 PIXEL_FIELDS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")

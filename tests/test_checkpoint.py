@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from processes import assert_same_run, command, kill, launch, metrics_of, run_here, start, wait_for, weights_of
-
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 

@@ -16,18 +16,18 @@ from transformers import AutoProcessor
 
 import eval as eval_script
 import evaluation.evaluate
+from demo.synthetic import DemoSpec, make_demo_set
+from demo.tiny import build_tiny_model
 from evaluation.evaluate import NO_VIDEO, encode, mcnemar, paired, plan, predict, summarise, wilson
 from evaluation.predictions import Predictions, checkpoint_identity
 from grpo.config import Config, ConfigError, save_config
 from grpo.distributed import Processes
 from grpo.model import load_model, model_spec
 from grpo.policy import Policy
-from grpo.tiny import build_tiny_model
 from video.dataset import Sample, read_samples
 from video.frames import VideoSettings
 from video.loader import PromptLoader
 from video.prompt import PromptEncoder, Skipped
-from video.synthetic import DemoSpec, make_demo_set
 
 ROOT = Path(__file__).parent.parent
 ALONE = Processes(0, 1, torch.device("cpu"), None)

@@ -6,8 +6,8 @@ import pytest
 from test_eval import run, script
 from video_helpers import make_video
 
+from demo.tiny import build_tiny_model
 from evaluation.benchmarks import BENCHMARKS, benchmark_score
-from grpo.tiny import build_tiny_model
 
 A, B, C, D = (f"<think>so</think><answer>{letter}</answer>" for letter in "ABCD")
 OPTIONS = ["A. red", "B. green", "C. blue", "D. yellow"]

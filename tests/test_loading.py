@@ -11,10 +11,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from demo.tiny import build_tiny_model
 from grpo.model import FAMILIES as CLASSES
 from grpo.model import ModelError, empty_model, fill, load_model, materialise
 from grpo.packing import pack
-from grpo.tiny import build_tiny_model
 
 
 def rewritten(folder, target, rename, files):

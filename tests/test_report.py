@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from video_helpers import SMALL, make_video
 
+from demo.tiny import build_tiny_model
+from evaluation import plot
 from evaluation.evaluate import paired, summarise
 from evaluation.report import (
     completions_table,
@@ -23,8 +25,6 @@ from evaluation.report import (
     verdict,
     write_report,
 )
-from grpo import plot
-from grpo.tiny import build_tiny_model
 from grpo.types import Rollout
 from video.dataset import Sample
 from video.frames import read_image, read_video

@@ -10,11 +10,11 @@ from processes import assert_same_run, launch, run_here
 
 import grpo.rollout
 import train
+from demo.synthetic import DemoSpec, make_demo_set
 from grpo.config import parse_config
 from grpo.rollout import rollout
 from rewards import parse_rewards
 from video.prompt import shuffle_frames
-from video.synthetic import DemoSpec, make_demo_set
 
 RIGHT, WRONG = "<answer>A</answer>", "<answer>B</answer>"
 

@@ -178,8 +178,8 @@ def test_save_and_load_keep_the_logprobs(tmp_path, tie):
     """Trap 19: tied and untied embeddings."""
     from transformers import AutoProcessor
 
+    from demo.tiny import build_tiny_model
     from grpo.model import save_model
-    from grpo.tiny import build_tiny_model
 
     policy, _, tokenizer = load_pair(build_tiny_model(tmp_path / "a", tie=tie))
     packed = pack([make_prompt(tokenizer, PROMPT_KINDS["video"])], [random_completions(tokenizer, (5, 6))], policy.spec)

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from demo.synthetic import DemoSpec, make_demo_set
 from grpo.checkpoint import Saver
 from grpo.config import PRESETS, Config, ConfigError, load_config, parse_config, save_config
 from grpo.data import step_samples, steps_of
-from video.synthetic import DemoSpec, make_demo_set
 
 ROOT = Path(__file__).parent.parent
 TIMES = ("seconds", "seconds_waiting", "seconds_sampling")

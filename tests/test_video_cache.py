@@ -10,7 +10,7 @@ from PIL import Image
 from video_helpers import SMALL, make_video
 
 import video.cache
-from grpo.tiny import build_tiny_model
+from demo.tiny import build_tiny_model
 from video.cache import FrameCache
 from video.formats import Clip, Sample
 from video.frames import VideoError, VideoSettings, read_video

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from video_helpers import assert_gone, blocks, encode, make_video, rotated
 
-from grpo.tiny import build_tiny_model
+from demo.tiny import build_tiny_model
 from video.formats import Sample
 from video.frames import VideoSettings, read_video
 from video.loader import PromptLoader

@@ -4,7 +4,7 @@ import pytest
 import torch
 from video_helpers import SMALL, Misbehaving, assert_gone, make_broken, make_video
 
-from grpo.tiny import build_tiny_model
+from demo.tiny import build_tiny_model
 from video.formats import DataError, Sample
 from video.frames import SampleError, VideoError
 from video.loader import PromptLoader

@@ -9,7 +9,7 @@ from transformers import AutoProcessor
 from video_helpers import SMALL, make_video
 
 import video.prompt
-from grpo.tiny import build_tiny_model
+from demo.tiny import build_tiny_model
 from video.dataset import Sample
 from video.frames import SampleError, VideoSettings, read_image, read_video
 from video.prompt import PromptEncoder, PromptTooLong, control_frames, shuffle_frames, shuffled_order

@@ -6,9 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from demo.synthetic import COLOURS, DIRECTIONS, OPPOSITE, PLACES, RADIUS, DemoSpec, draw, make_demo_set, random_scene
 from video.dataset import read_samples
 from video.frames import VideoSettings, read_video
-from video.synthetic import COLOURS, DIRECTIONS, OPPOSITE, PLACES, RADIUS, DemoSpec, draw, make_demo_set, random_scene
 
 SPEC = DemoSpec(seed=3, kinds=("direction", "order"), train=64, val=16, warmup=32)
 

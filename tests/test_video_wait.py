@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from video_helpers import encode
 
-from grpo.tiny import build_tiny_model
+from demo.tiny import build_tiny_model
 from video.formats import Sample
 from video.frames import VideoSettings
 from video.loader import PromptLoader

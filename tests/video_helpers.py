@@ -10,10 +10,10 @@ import av
 import numpy as np
 import torch
 
+from demo.synthetic import write_video
 from video.dataset import Sample
 from video.frames import VideoSettings
 from video.prompt import Prompt
-from video.synthetic import write_video
 
 SMALL = VideoSettings(nframes=8, min_pixels=28 * 28, max_pixels=4 * 28 * 28)
 

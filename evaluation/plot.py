@@ -1,6 +1,6 @@
 """Curves of one or several training runs in one PNG.
 
-python -m grpo.plot runs/a runs/b [--output compare.png]
+python -m evaluation.plot runs/a runs/b [--output compare.png]
 """
 
 import argparse
@@ -83,13 +83,13 @@ def plot_run(folder):
 
 
 def main(arguments=None):
-    parser = OneLineParser(prog="grpo.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="evaluation.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="Run folders: those with a metrics.jsonl.")
     parser.add_argument("--output", default="compare.png", help="Where to write the picture [compare.png].")
     given = parser.parse_args(arguments)
     for folder in given.runs:
         if not (Path(folder) / "metrics.jsonl").is_file():
-            print(f"grpo.plot: error: {folder}: has no metrics.jsonl; give the folder of a run", file=sys.stderr)
+            print(f"evaluation.plot: error: {folder}: has no metrics.jsonl; give the folder of a run", file=sys.stderr)
             return 2
     print(plot_runs(given.runs, given.output))
     return 0

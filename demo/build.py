@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from grpo.tiny import CHAT_WORDS, build_tiny_model
-from video.synthetic import DemoSpec, make_demo_set
+from demo.synthetic import DemoSpec, make_demo_set
+from demo.tiny import CHAT_WORDS, build_tiny_model
 
 MARK = "demo.json"  # in a model folder that this file made and may make again
 
