@@ -11,7 +11,7 @@ G completions, L tokens of a packed row, R rows that still decode.
 """
 
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
@@ -240,35 +240,33 @@ def shared_prompt_attention(module, query, key, value, attention_mask, *, layout
 def batched_vision_attention(module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, max_length_q, **_):
     """Full attention inside each frame or window; query (1, H, L, D) -> (1, L, H, D).
 
-    Without flash-attn, segments of equal length are attended as one batch: one kernel per distinct length rather than
-    one per frame.
+    Without flash-attn, neighbours of equal length are attended as one batch: one kernel for a video rather than one for
+    each of its frames.
     """
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if flash_fits(query):
         ends, longest = (cu_seq_lens_q, cu_seq_lens_q), (int(max_length_q), int(max_length_q))
         out = flash_attn_varlen_func(*(x.contiguous() for x in (query, key, value)), *ends, *longest, softmax_scale=scaling)
         return out[None], None
-    batches, place = _equal_segments(cu_seq_lens_q)
-    outputs = []
-    for index in batches:
-        out = F.scaled_dot_product_attention(*(_take(x, index) for x in (query, key, value)), scale=scaling)
+    lengths = _segment_lengths(cu_seq_lens_q)
+    outputs, start = [], 0
+    for length, run in groupby(lengths):
+        count = len(list(run))
+        batch = (x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(*batch, scale=scaling)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, place)[None], None
+        start += count * length
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
 
 
-_segments_seen = WeakIdKeyDictionary()  # all blocks of a forward are handed the same tensors: read once from a GPU
+_lengths_seen = WeakIdKeyDictionary()  # all blocks of a forward are handed the same tensor: read once from a GPU
 
 
-def _equal_segments(ends):
-    """([(n, length) indices of the segments of one length], (L,) place of each token in their outputs)."""
-    if ends not in _segments_seen:
-        bounds, spans = ends.tolist(), {}
-        for start, stop in zip(bounds, bounds[1:]):
-            spans.setdefault(stop - start, []).append(start)
-        index = [torch.tensor(starts)[:, None] + torch.arange(length) for length, starts in spans.items()]
-        place = torch.cat([i.flatten() for i in index]).argsort()
-        _segments_seen[ends] = [i.to(ends.device) for i in index], place.to(ends.device)
-    return _segments_seen[ends]
+def _segment_lengths(ends):
+    """Cumulative lengths (n + 1,) -> [length of each segment]."""
+    if ends not in _lengths_seen:
+        _lengths_seen[ends] = ends.diff().tolist()
+    return _lengths_seen[ends]
 
 
 def register():

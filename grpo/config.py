@@ -156,7 +156,7 @@ PRESETS = {
         reward=("accuracy:1", "format:0.5"), kl_coef=0.15, learning_rate=5e-4, lr_schedule="cosine", adam_beta2=0.95,
         prompt_template="{problem}", min_pixels=28 * 28, max_pixels=28 * 28, nframes=8,
         threads=1, workers=1, prompts_per_forward=64, prompts_per_rollout=64, gradient_checkpointing=False,
-        eval_samples=1000, eval_every=100, eval_batch=128, controls=True, save_every=200,
+        frame_cache=str(DEMO / "frames"), eval_samples=1000, eval_every=100, eval_batch=128, controls=True, save_every=200,
     ),  # fmt: skip
 }
 
