@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -32,6 +32,8 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from demo.tiny import build_tiny_model  # noqa: E402
+from cost_model import H100, decode, step_costs  # noqa: E402
+
 from grpo import distributed, sampler, update  # noqa: E402
 from grpo.config import parse_config  # noqa: E402
 from grpo.model import FAMILIES, ModelSpec, checkpoint_activations, materialise, read_config, use_own_attention  # noqa: E402
@@ -116,6 +118,32 @@ class Meter:
         return result
 
 
+def decode_rates(config, policy, prompt, settings, words):
+    """{"eager", "graph"}: {"ms" of one token of every row, "gb_per_second" that it reads}; a graph that fails says why.
+
+    A token's time is that of a sampling of all tokens less one of half as many, so that vision and prefill drop out.
+    """
+    whole, rates = settings.max_new_tokens, {}
+    cost = decode(config, 1, len(prompt.input_ids), settings.group_size, whole)
+
+    def seconds(length, graph):
+        sampling = sampler.SamplingSettings(max_new_tokens=length, graph=graph)
+        began = time.perf_counter()
+        with distributed.gathered(policy) as plain:  # its end waits for the device: tokens are copied to the host
+            sampler.sample(plain, [prompt], settings.group_size, sampling, [1], words)
+        return time.perf_counter() - began
+
+    for name in ("eager", "graph") if policy.device.type == "cuda" else ("eager",):
+        try:
+            seconds(whole, name == "graph")
+            token = (seconds(whole, name == "graph") - seconds(whole // 2, name == "graph")) / (whole - whole // 2)
+        except RuntimeError as error:
+            rates[name] = {"error": str(error)}
+            continue
+        rates[name] = {"ms": 1e3 * token, "gb_per_second": cost.bytes / (whole - 1) / token / 1e9}
+    return rates
+
+
 def measure(case, tiny):
     """One case's {phase: {"seconds", "gib", "planned_gib"}} and rates, of the second of two steps."""
     name, world = CASES[case]
@@ -161,14 +189,19 @@ def measure(case, tiny):
         meter("reference", lambda: update.add_reference(reference, chunks, 1.0))
         metrics = meter("update", lambda: update.update(policy, optimizer, chunks, settings, processes))
 
+    counts, shapes = parameter_counts(config), shapes_of(settings)
+    tokens = settings.group_size * settings.max_new_tokens
+    rates = decode_rates(config, policy, prompt, settings, words)
+    costs = {name: cost for phases in step_costs(config, counts, shapes, H100) for name, cost in phases.items()}
+    flops = costs["policy forward"].flops + costs["backward"].flops
     assert vision_tokens(config, frames, settings.max_pixels)[0] == len(prompt.pixel_values_videos)
-    plan = memory_plan(config, parameter_counts(config), shapes_of(settings))
+    plan = memory_plan(config, counts, shapes)
     for phase, parts in plan["phases"].items():
         meter.measured[phase]["planned_gib"] = sum(parts.values()) / GIB
-    tokens = settings.group_size * settings.max_new_tokens
     result = {"model": "tiny" if tiny else name, "ranks": world, "real": world == 1, "phases": meter.measured,
               "prompt_tokens": len(prompt.input_ids), "completion_tokens": tokens,
-              "decoded_tokens_per_second": tokens / meter.measured["rollout"]["seconds"],
+              "decoded_tokens_per_second": tokens / meter.measured["rollout"]["seconds"], "decode": rates,
+              "update_tflop_per_second": flops / meter.measured["update"]["seconds"] / 1e12,
               "step_seconds": sum(phase["seconds"] for phase in meter.measured.values())}  # fmt: skip
     if world == 1:
         result["sampler_gap"] = metrics["sampler_gap"]
@@ -188,7 +221,11 @@ def table(report):
         for phase, row in case["phases"].items():
             peak = "–" if row["gib"] is None else f"{row['gib']:.1f}"
             lines.append(f"| {name}, {ranks} | {phase} | {peak} | {row['planned_gib']:.1f} | {row['seconds']:.2f} |")
-        lines.append(f"| {name} | decoding | | | {case['decoded_tokens_per_second']:.0f} tokens/s |")
+        lines.append(f"| {name} | whole rollout | | | {case['decoded_tokens_per_second']:.0f} tokens/s |")
+        lines.append(f"| {name} | update | | | {case['update_tflop_per_second']:.3g} TFLOP/s |")
+        for how, rate in case["decode"].items():
+            figure = rate.get("error") or f"{rate['ms']:.1f} ms a token, {rate['gb_per_second']:.3g} GB/s"
+            lines.append(f"| {name} | decoding, {how} | | | {figure} |")
     return "\n".join(lines) + "\n"
 
 

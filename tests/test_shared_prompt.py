@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import PIXEL_FIELDS, PROMPT_KINDS, load_pair, make_prompt, naive_logprobs, random_completions
 
-from grpo.model import checkpoint_activations
+from grpo import attention
+from grpo.model import checkpoint_activations, decoder, vision_tower
 from grpo.packing import pack
 from grpo.positions import prompt_positions
 from grpo.sampler import SamplingSettings, sample
@@ -30,6 +31,51 @@ def test_several_prompts_in_one_row_equal_naive(tiny):
     logprobs, _ = policy(pack(prompts, groups, policy.spec))
     expected = torch.cat([naive_logprobs(naive, policy.spec, p, g) for p, g in zip(prompts, groups)])
     assert (logprobs - expected).abs().max() <= 1e-5
+
+
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal=False):
+    """What flash-attn documents (2.1 on): q (total, H, D), k and v (total, K, D), int32 cumulative lengths; a causal mask
+    is aligned to the lower right. One sequence at a time, by explicit masks."""
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and all(x.is_contiguous() for x in (q, k, v))
+    assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
+    repeats, outputs = q.shape[1] // k.shape[1], []
+    for (a, b), (c, d) in zip(cu_seqlens_q.unfold(0, 2, 1).tolist(), cu_seqlens_k.unfold(0, 2, 1).tolist()):
+        keys, values = (x[c:d].repeat_interleave(repeats, dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * softmax_scale
+        if causal:
+            hidden = torch.arange(d - c) > torch.arange(b - a)[:, None] + (d - c) - (b - a)
+            scores = scores.masked_fill(hidden, float("-inf"))
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+    assert len(q) == b and len(k) == d
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("kinds", [["video", "text"], ["two videos", "image"]])
+def test_flash_attn_is_told_the_same(tiny, kinds, monkeypatch):
+    """flash-attn itself needs a GPU; a stand-in of its documented meaning takes its place, for text and vision."""
+    policy, _, tokenizer = tiny
+    prompts = [make_prompt(tokenizer, PROMPT_KINDS[kind], seed=i) for i, kind in enumerate(kinds)]
+    packed = pack(prompts, [random_completions(tokenizer, n) for n in ((1, 7, 3), (4, 4))], policy.spec)
+    calls = []
+
+    def kernel(*given, **named):
+        calls.append(named.get("causal", False))
+        return flash_attn_varlen_func(*given, **named)
+
+    def outcome():
+        policy.zero_grad()
+        logprobs, _ = policy(packed)
+        logprobs.sum().backward()
+        return logprobs, {name: p.grad for name, p in policy.named_parameters()}
+
+    expected, gradients = outcome()
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", kernel)
+    monkeypatch.setattr(attention, "flash_fits", lambda query: True)
+    logprobs, ours = outcome()
+    assert calls.count(True) == len(decoder(policy.model).layers) and calls.count(False) == len(vision_tower(policy.model).blocks)
+    assert (logprobs - expected).abs().max() <= 1e-5
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["video", "image", "two videos", "text"])
