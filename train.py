@@ -18,16 +18,16 @@ import torch
 
 from evaluation.evaluate import CONTROLS
 from evaluation.plot import plot_run
-from evaluation.report import show_rollouts, summary_of, summary_table
+from evaluation.report import summary_of, summary_table
 from grpo import distributed, update
-from grpo.checkpoint import CheckpointError, is_best, load_training, save_weights
+from grpo.checkpoint import CheckpointError, load_training, save_weights
 from grpo.config import ConfigError, parse_config
 from grpo.metrics import quiet_transformers
 from grpo.model import ModelError
 from grpo.plan import plan_text
 from grpo.rollout import rollout
-from grpo.run import build_policy, build_reference, describe_rollouts, opened, prepare
-from grpo.stops import RunError, Stopped, count_bad, explain_memory, listening, lost_process
+from grpo.run import build_policy, build_reference, opened, prepare
+from grpo.stops import RunError, Stopped, explain_memory, listening, lost_process
 from grpo.warmup import warm_up
 from rewards import parse_rewards
 from video.dataset import DataError
@@ -36,43 +36,25 @@ from video.dataset import DataError
 @explain_memory
 def grpo(run, policy, reference, optimizer):
     """GRPO from the first step that is not done yet to the last."""
-    config, processes, log, first = run.config, run.processes, run.log, run.state["step"]
+    config, first = run.config, run.state["step"]
     rewards = parse_rewards(config.reward)
     batches = run.batches(run.data.train, first, config.steps, config.prompts_per_step, config.seed)
-    bad = 0
-    log.start("grpo", config.steps, first)
+    run.log.start("grpo", config.steps, first)
     for step, (prompts, metrics) in enumerate(batches, start=first):
-        clock = time.perf_counter()
+        began = time.perf_counter()
         rollouts = rollout(policy, prompts, run.tokenizer, rewards, config, step)
-        metrics["seconds_sampling"] = time.perf_counter() - clock
+        metrics["seconds_sampling"] = time.perf_counter() - began
 
-        for group in rollouts:
-            for name, message in group.errors.items():
-                log.say(f"step {step}: reward {name} failed, scored 0: {message}", everywhere=True)
-        chunks = update.make_chunks(prompts, rollouts, config, policy, processes)
+        chunks = update.make_chunks(prompts, rollouts, config, policy, run.processes)
         if reference is not None:
             update.add_reference(reference, chunks, config.temperature)
-        metrics["learning_rate"] = update.learning_rate(
-            step, config.steps, config.learning_rate, config.lr_schedule, config.lr_warmup_steps
-        )
-        update.set_learning_rate(optimizer, metrics["learning_rate"])
-        metrics |= update.update(policy, optimizer, chunks, config, processes)
-        metrics |= describe_rollouts(prompts, rollouts, processes)
-        metrics["seconds"] = time.perf_counter() - clock + metrics["seconds_waiting"]
-        if processes.is_main and config.show_every and step % config.show_every == 0:
-            show_rollouts(log.board, step, prompts, rollouts, run.processor)
-        log.step("train", step, metrics, shown=("reward", "accuracy", "kl", "length"))
+        metrics["learning_rate"] = update.schedule(optimizer, step, config)
+        metrics |= update.update(policy, optimizer, chunks, config, run.processes)
+        metrics["seconds"] = time.perf_counter() - began + metrics["seconds_waiting"]
 
-        bad = count_bad(bad, metrics, config, step)
-
-        done, best = step + 1, False
-        if config.eval_every and done % config.eval_every == 0 and done < config.steps:
-            accuracy = run.evaluate(policy)
-            log.evaluation(done, accuracy)
-            best = is_best(run.state, done, accuracy)
-        if best or done % config.save_every == 0 or done == config.steps:
-            run.save(done, policy, optimizer)
-    log.stop()
+        run.report(step, prompts, rollouts, metrics)
+        run.evaluate_and_save(step + 1, policy, optimizer)
+    run.log.stop()
 
 
 def train(config, signalled):

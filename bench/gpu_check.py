@@ -36,7 +36,14 @@ from cost_model import H100, decode, step_costs  # noqa: E402
 
 from grpo import distributed, sampler, update  # noqa: E402
 from grpo.config import parse_config  # noqa: E402
-from grpo.model import FAMILIES, ModelSpec, checkpoint_activations, materialise, read_config, use_own_attention  # noqa: E402
+from grpo.model import (  # noqa: E402
+    FAMILIES,
+    ModelSpec,
+    checkpoint_activations,
+    materialise,
+    read_config,
+    use_own_attention,
+)
 from grpo.plan import GIB, memory_plan, parameter_counts, published_config, shapes_of, vision_tokens  # noqa: E402
 from grpo.policy import Policy  # noqa: E402
 from video.dataset import Sample  # noqa: E402

@@ -63,14 +63,17 @@ def build_tokenizer(corpus=CORPUS, vocabulary=448):
     return tokenizer
 
 
-def build_tiny_model(folder, family="qwen2_vl", seed=0, corpus=CORPUS, text=None, vision=None, tie=False, patch_std=None):
+def build_tiny_model(
+    folder, family="qwen2_vl", seed=0, corpus=CORPUS, text=None, vision=None, tie=False, patch_std=None
+):
     """Writes a checkpoint of random weights to `folder` and returns the folder.
 
     text, vision: overrides of the configs' fields. patch_std: standard deviation of the patch projection, where it is
     to differ from the rest: its inputs are raw pixels, of larger norm than hidden states.
     """
     tokenizer = build_tokenizer(corpus)
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")}
+    names = ("image_pad", "video_pad", "vision_start", "vision_end")
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names}
     text_config = {
         "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.15,

@@ -83,7 +83,8 @@ def plot_run(folder):
 
 
 def main(arguments=None):
-    parser = OneLineParser(prog="evaluation.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(prog="evaluation.plot", description=__doc__, formatter_class=layout)
     parser.add_argument("runs", nargs="+", help="Run folders: those with a metrics.jsonl.")
     parser.add_argument("--output", default="compare.png", help="Where to write the picture [compare.png].")
     given = parser.parse_args(arguments)

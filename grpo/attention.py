@@ -1,4 +1,4 @@
-"""Attention for a group that shares its prompt, registered with transformers by name, so that its models stay unmodified.
+"""Attention for a group that shares its prompt, registered with transformers by name: its models stay unmodified.
 
 Extra keyword arguments of a transformers forward reach the attention function. `layout` is such an argument: an object
 that knows how the tokens of this forward are arranged and attends accordingly.
@@ -237,7 +237,9 @@ def shared_prompt_attention(module, query, key, value, attention_mask, *, layout
     return layout.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None
 
 
-def batched_vision_attention(module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, max_length_q, **_):
+def batched_vision_attention(
+    module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, max_length_q, **_
+):  # fmt: skip
     """Full attention inside each frame or window; query (1, H, L, D) -> (1, L, H, D).
 
     Without flash-attn, neighbours of equal length are attended as one batch: one kernel for a video rather than one for
@@ -245,17 +247,17 @@ def batched_vision_attention(module, query, key, value, attention_mask, *, scali
     """
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if flash_fits(query):
-        ends, longest = (cu_seq_lens_q, cu_seq_lens_q), (int(max_length_q), int(max_length_q))
-        out = flash_attn_varlen_func(*(x.contiguous() for x in (query, key, value)), *ends, *longest, softmax_scale=scaling)
-        return out[None], None
+        lengths = (cu_seq_lens_q, cu_seq_lens_q, int(max_length_q), int(max_length_q))
+        own = (x.contiguous() for x in (query, key, value))
+        return flash_attn_varlen_func(*own, *lengths, softmax_scale=scaling)[None], None
     lengths = _segment_lengths(cu_seq_lens_q)
     outputs, start = [], 0
     for length, run in groupby(lengths):
         count = len(list(run))
-        batch = (x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(*batch, scale=scaling)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-        start += count * length
+        stop = start + count * length
+        own = (x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value))
+        outputs.append(F.scaled_dot_product_attention(*own, scale=scaling).transpose(1, 2).flatten(0, 1))
+        start = stop
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
 
 

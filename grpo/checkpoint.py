@@ -110,7 +110,8 @@ def save_weights(folder, policy, processor, config, processes):
     returns before it is written."""
     write_model = _whole_model(policy, processor, config, processes)
     _prepare(Path(folder), processes.gather, processes.is_main)
-    _publish(Path(folder), lambda partial: processes.is_main and write_model(partial), processes.gather, processes.is_main)
+    write = write_model if processes.is_main else bool
+    _publish(Path(folder), write, processes.gather, processes.is_main)
 
 
 def _remove_old(folder, keep, best):

@@ -47,7 +47,7 @@ class Config:
     max_prompt_tokens: int = flag(8192, "Longer prompts are skipped and counted, never cut.", least=1)
     temperature: float = flag(1.0, "Sampling temperature, also of the log-probabilities.", above=0.0)
     top_k: int = flag(0, "Sample among the k likeliest tokens; 0 is off.", least=0)
-    top_p: float = flag(1.0, "Sample among the likeliest tokens of this total probability; 1 is off.", above=0.0, most=1.0)
+    top_p: float = flag(1.0, "Sample among the likeliest tokens of this probability; 1 is off.", above=0.0, most=1.0)
 
     # rewards and advantages
     reward: tuple = flag(("accuracy:1",), "Rewards as name:weight, or file.py:function:weight.")
@@ -59,7 +59,7 @@ class Config:
     temporal_threshold: float = flag(
         0.8, "The bonus is given where the accuracy is at least this share of that on shuffled frames.", least=0.0
     )
-    scale_advantages: str = flag("group", "Divide by the group's standard deviation, or not.", choices=("group", "none"))
+    scale_advantages: str = flag("group", "Divide by the group's deviation, or not.", choices=("group", "none"))
     filter_groups: bool = flag(False, "Leave out groups whose completions are all equally accurate (DAPO).")
 
     # loss
@@ -88,7 +88,7 @@ class Config:
     sft_data: str | None = flag(None, "Questions with `completions` for a supervised pass before GRPO.")
     sft_steps: int = flag(0, "Most steps of that pass.", least=0)
     sft_prompts_per_step: int = flag(32, "Prompts of one supervised step, over all processes.", least=1)
-    sft_until: float = flag(1.0, "End it once what can be predicted is, with this mean probability.", above=0.0, most=1.0)
+    sft_until: float = flag(1.0, "End it once what can be predicted has this mean probability.", above=0.0, most=1.0)
     sft_learning_rate: float = flag(1e-5, "Peak learning rate of that pass.", above=0.0)
 
     # video
@@ -131,7 +131,7 @@ class Config:
     controls: bool = flag(False, "Close with accuracy on shuffled, reversed and blank videos.")
     show_every: int = flag(50, "Show two prompts' frames and completions in TensorBoard so often; 0: never.", least=0)
     save_every: int = flag(100, "Save a checkpoint every so many steps; the last is always saved.", least=1)
-    keep_checkpoints: int = flag(2, "How many of the latest checkpoints to keep, beside the best on held-out questions.", least=1)
+    keep_checkpoints: int = flag(2, "How many of the latest checkpoints to keep, beside the best.", least=1)
 
     def cache(self):
         """The cache of decoded frames, None where --frame_cache is not given."""
@@ -156,7 +156,8 @@ PRESETS = {
         reward=("accuracy:1", "format:0.5"), kl_coef=0.15, learning_rate=5e-4, lr_schedule="cosine", adam_beta2=0.95,
         prompt_template="{problem}", min_pixels=28 * 28, max_pixels=28 * 28, nframes=8,
         threads=1, workers=1, prompts_per_forward=64, prompts_per_rollout=64, gradient_checkpointing=False,
-        frame_cache=str(DEMO / "frames"), eval_samples=1000, eval_every=100, eval_batch=128, controls=True, save_every=200,
+        frame_cache=str(DEMO / "frames"), save_every=200,
+        eval_samples=1000, eval_every=100, eval_batch=128, controls=True,
     ),  # fmt: skip
 }
 
@@ -215,7 +216,7 @@ def check(config):
                 raise ConfigError(f"--{item.name} {value}: must be {words} {limits[name]}")
     rules = (
         ("{problem}" in config.prompt_template, "--prompt_template must hold {problem}, where the question goes"),
-        (not config.sft_steps or config.sft_data, "--sft_steps needs --sft_data, a jsonl whose rows have `completions`"),
+        (not config.sft_steps or config.sft_data, "--sft_steps needs --sft_data, whose rows have `completions`"),
     )
     for holds, message in rules:
         if not holds:

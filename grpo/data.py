@@ -1,4 +1,4 @@
-"""Which questions a step takes: a pure function of seed and step, so that the step number is the whole data position."""
+"""Which questions a step takes: a function of seed and step, so that the step number is the whole data position."""
 
 import math
 
@@ -12,7 +12,7 @@ def epoch_order(count, seed, epoch):
 
 
 def steps_of(epochs, count, prompts_per_step):
-    """The steps that `epochs` passes over `count` samples take; the last may begin the next pass, so that none is left out."""
+    """The steps of `epochs` passes over `count` samples; the last may begin the next pass, so that none is left out."""
     return math.ceil(epochs * count / prompts_per_step)
 
 

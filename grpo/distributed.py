@@ -58,7 +58,7 @@ def start(device="auto", shard_size=0):
     size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: no GPU that torch can use; give --device cpu, or install a CUDA build and driver")
+        raise ConfigError("--device cuda: torch sees no GPU; install a CUDA build and driver, or give --device cpu")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world % size:
         raise ConfigError(f"--shard_size {size}: must divide the number of processes, {world}")
@@ -103,7 +103,7 @@ def shard(policy, processes, dtype=None):
 
 
 def reduce_between_nodes(policy, now):
-    """Whether the next backward also sums gradients over the copies of the weights: once a step, after its last chunk."""
+    """Whether the next backward also sums gradients over copies of the weights: once a step, with its last chunk."""
     if policy.sharded:
         policy.set_requires_all_reduce(now)
 

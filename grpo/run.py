@@ -18,8 +18,9 @@ from huggingface_hub.errors import HFValidationError
 
 from demo.build import build_demo
 from evaluation.evaluate import kind_of, mean, predict, summarise
+from evaluation.report import show_rollouts
 from grpo import distributed, lora
-from grpo.checkpoint import Saver, checkpoints, load_state
+from grpo.checkpoint import Saver, checkpoints, is_best, load_state
 from grpo.config import Config, ConfigError, load_config
 from grpo.data import hold_out, step_samples, steps_of
 from grpo.metrics import RunLog, describe_run
@@ -34,7 +35,7 @@ from grpo.model import (
     vision_tower,
 )
 from grpo.policy import Policy
-from grpo.stops import Stopped, explain_memory
+from grpo.stops import Stopped, count_bad, explain_memory
 from rewards import answer_stats, check_sample
 from video.dataset import DataError, leave_out, read_mixture, read_samples, read_skip_list, split_spec
 from video.loader import PromptLoader
@@ -44,7 +45,7 @@ DEMO_COMMAND = "python train.py --preset demo"
 
 
 class Data(NamedTuple):
-    """Samples to train on, held out, and of the supervised pass; and the newest checkpoint, None where there is none."""
+    """Samples to train on, held out, and of the supervised pass; the newest checkpoint, None where there is none."""
 
     train: list
     held_out: list
@@ -86,14 +87,14 @@ def opened(config, processes, data, signalled):
     with closing(log), PromptLoader(encoder, config.workers, config.decode_timeout) as loader:
         log.describe(config, describe_run())
         if config.top_k or config.top_p < 1:
-            log.say("--top_k or --top_p is on: completions are sampled from fewer tokens than log-probabilities are over")
+            log.say("--top_k or --top_p is on: sampling sees fewer tokens than the log-probabilities are over")
         yield Run(config, processes, processor, data, state, loader, log, Saver(processes), signalled)
 
 
 @dataclass
 class Run:
     """One run's surroundings. `state` is what resuming needs beside weights and moments; `signalled` says whether this
-    process has got a signal; `prompts` are those at work."""
+    process has got a signal; `prompts` are those at work; `bad` counts the last steps whose update was left out."""
 
     config: Config
     processes: distributed.Processes
@@ -105,6 +106,7 @@ class Run:
     saver: Saver
     signalled: Callable
     prompts: list = field(default_factory=list)
+    bad: int = 0
 
     @property
     def tokenizer(self):
@@ -144,6 +146,26 @@ class Run:
             config.eval_batch, control=control,
         )  # fmt: skip
         return summarise(records, frozenset(map(kind_of, self.data.train)))
+
+    def report(self, step, prompts, rollouts, metrics):
+        """Logs a step. Raises RunError after config.max_bad_updates steps in a row whose update was left out."""
+        for name, message in [item for group in rollouts for item in group.errors.items()]:
+            self.log.say(f"step {step}: reward {name} failed, scored 0: {message}", everywhere=True)
+        metrics = metrics | describe_rollouts(prompts, rollouts, self.processes)
+        if self.processes.is_main and self.config.show_every and step % self.config.show_every == 0:
+            show_rollouts(self.log.board, step, prompts, rollouts, self.processor)
+        self.log.step("train", step, metrics, shown=("reward", "accuracy", "kl", "length"))
+        self.bad = count_bad(self.bad, metrics, self.config, step)
+
+    def evaluate_and_save(self, done, policy, optimizer):
+        """What is due after `done` steps. The last evaluation comes after the loop."""
+        config, best = self.config, False
+        if config.eval_every and done % config.eval_every == 0 and done < config.steps:
+            accuracy = self.evaluate(policy)
+            self.log.evaluation(done, accuracy)
+            best = is_best(self.state, done, accuracy)
+        if best or done % config.save_every == 0 or done == config.steps:
+            self.save(done, policy, optimizer)
 
     def save(self, step, policy, optimizer):
         """Begins to write a checkpoint of what there is after `step` steps."""
@@ -206,7 +228,7 @@ def check_inputs(config):
         with tempfile.TemporaryFile(dir=config.output):
             pass
     except OSError as error:
-        raise ConfigError(f"--output {config.output}: cannot be written to ({error.strerror}); choose another") from error
+        raise ConfigError(f"--output {config.output}: cannot be written to ({error.strerror})") from error
     if not config.demo:
         absent = [path for path, _ in map(split_spec, config.data) if not Path(path).is_file()]
         if absent:
@@ -221,10 +243,10 @@ def check_inputs(config):
 
 
 # What may differ between a run and its continuation without making it another run.
-FREE_TO_CHANGE = {"output", "resume", "workers", "decode_timeout", "device", "threads", "shard_size",
-                  "prompts_per_rollout", "save_every", "show_every", "keep_checkpoints", "max_bad_updates",
-                  "lora_merge", "plan", "decode_graph", "compile", "gpu_memory", "eval_batch", "controls", "video_root", "reward_timeout",
-                  "frame_cache", "frame_cache_gb"}  # fmt: skip
+FREE_TO_CHANGE = {"compile", "controls", "decode_graph", "decode_timeout", "device", "eval_batch",
+                  "frame_cache", "frame_cache_gb", "gpu_memory", "keep_checkpoints", "lora_merge",
+                  "max_bad_updates", "output", "plan", "prompts_per_rollout", "resume", "reward_timeout",
+                  "save_every", "shard_size", "show_every", "threads", "video_root", "workers"}  # fmt: skip
 
 
 def on_this_machine(model):
@@ -262,7 +284,7 @@ def find_checkpoint(config):
     found, path = checkpoints(config.output), Path(config.output) / "run.json"
     if not path.exists():
         if found:
-            raise ConfigError(f"--output {config.output}: holds {found[-1].name}, not of a run of this project; choose another")
+            raise ConfigError(f"--output {config.output}: holds {found[-1].name} but no run.json; choose another")
         return None
     saved = load_config(path)
     other = [

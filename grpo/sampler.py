@@ -171,7 +171,8 @@ def sample(policy, prompts, group, settings, seeds, tokenizer, features=None):
 
     if not bool(decoding.logprobs.isfinite().all()):
         raise FloatingPointError(
-            "the model's logits are not finite: lower --learning_rate or raise --kl_coef, and go on from an earlier checkpoint"
+            "the model's logits are not finite: lower --learning_rate or raise --kl_coef, and go on from an earlier "
+            "checkpoint"
         )
     lengths, finished = decoding.lengths()
     tokens, logprobs = decoding.tokens.cpu(), decoding.logprobs.cpu()
@@ -179,6 +180,7 @@ def sample(policy, prompts, group, settings, seeds, tokenizer, features=None):
     for start in range(0, len(lengths), group):
         own = range(start, start + group)
         rows = [tokens[r, : lengths[r]] for r in own]
-        texts = tokenizer.batch_decode([t[:-1] if finished[r] else t for r, t in zip(own, rows)], skip_special_tokens=False)
+        spoken = [t[:-1] if finished[r] else t for r, t in zip(own, rows)]
+        texts = tokenizer.batch_decode(spoken, skip_special_tokens=False)
         rollouts.append(Rollout(rows, [logprobs[r, : lengths[r]] for r in own], texts, [finished[r] for r in own]))
     return rollouts

@@ -21,6 +21,18 @@ def learning_rate(step, steps, peak, schedule, warmup_steps):
     return peak * {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[schedule]
 
 
+def set_learning_rate(optimizer, rate):
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def schedule(optimizer, step, config):
+    """Sets and returns the learning rate of a GRPO step."""
+    rate = learning_rate(step, config.steps, config.learning_rate, config.lr_schedule, config.lr_warmup_steps)
+    set_learning_rate(optimizer, rate)
+    return rate
+
+
 def make_optimizer(policy, config):
     """AdamW over the trained parameters, whose own precision (fp32) is that of the masters."""
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -59,7 +71,8 @@ def make_chunks(prompts, rollouts, config, policy, processes):
     those of reference and policy too. Every process gets the same number of chunks, for each forward of a
     sharded model is collective: where samples were skipped or left out, placeholders of no weight take their place.
     """
-    kept = [pair for pair in zip(prompts, rollouts) if not config.filter_groups or has_signal(pair[1].parts["accuracy"])]
+    pairs = zip(prompts, rollouts)
+    kept = [(p, group) for p, group in pairs if not config.filter_groups or has_signal(group.parts["accuracy"])]
     made = []
     for batch in chunks(kept, config.prompts_per_forward):
         lengths = [n for _, group in batch for n in group.lengths]
@@ -104,7 +117,7 @@ def count_totals(made, processes):
 def update(policy, optimizer, made, config, processes):
     """μ passes of forward, clipped loss, backward, gradient clip and optimizer step. Returns {metric: mean over tokens}.
 
-    The first pass runs on the weights that the old log-probabilities are of, so it yields them: no forward of their own.
+    The first pass runs on the weights that the old log-probabilities are of, so it yields them: they need no forward.
     """
     totals, metrics = count_totals(made, processes), {}
     for number in range(config.updates_per_batch):
@@ -140,7 +153,7 @@ def update(policy, optimizer, made, config, processes):
 def apply_gradients(policy, optimizer, grad_clip):
     """Clips the gradient's norm and steps; an update whose norm is not finite is left out. Returns (applied, norm)."""
     for parameter in policy.parameters():
-        if parameter.requires_grad and parameter.grad is None:  # a tower that saw text alone; sharded, it gets zeros too
+        if parameter.requires_grad and parameter.grad is None:  # a tower that saw text alone
             parameter.grad = torch.zeros_like(parameter)
     norm = clip_gradients(policy, grad_clip)
     applied = math.isfinite(norm)
@@ -153,7 +166,7 @@ def apply_gradients(policy, optimizer, grad_clip):
 def supervised_step(policy, optimizer, prompts, targets, config, processes):
     """One step of maximum likelihood on targets, B lists of (C,) tokens. Returns (loss, [(C,) probabilities of each
     target's tokens]). Every prompt weighs the same, however many targets it has."""
-    # A supervised step has no accuracy to filter by, no features, and its own number of prompts, which placeholders go by.
+    # A supervised step has no accuracy to filter by, no features, and a number of prompts of its own.
     config = replace(config, filter_groups=False, freeze_vision=False, prompts_per_step=config.sft_prompts_per_step)
     groups = [Rollout(group, [torch.zeros(len(t)) for t in group], [], []) for group in targets]
     for group in groups:
@@ -169,8 +182,3 @@ def supervised_step(policy, optimizer, prompts, targets, config, processes):
         probabilities += logprobs.detach().exp().cpu().split(chunk.lengths) if chunk.lengths else []
     apply_gradients(policy, optimizer, config.grad_clip)
     return processes.sum({"loss": total})["loss"], probabilities
-
-
-def set_learning_rate(optimizer, rate):
-    for group in optimizer.param_groups:
-        group["lr"] = rate
