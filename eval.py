@@ -1,7 +1,7 @@
 """Evaluates a checkpoint on video questions, greedily, with the frames and the prompt that it was trained with.
 
-    python eval.py --ckpt runs/demo/run/checkpoint-300                      on the run's own held-out questions
-    python eval.py --ckpt runs/demo/run/checkpoint-300 --controls --against runs/demo/run/warmup
+    python eval.py --ckpt runs/demo/run/checkpoint-450                      on the run's own held-out questions
+    python eval.py --ckpt runs/demo/run/checkpoint-450 --controls --against runs/demo/run/warmup
     python eval.py --ckpt Qwen/Qwen2-VL-7B-Instruct --data FILE.jsonl --video_root FOLDER
     torchrun --nproc_per_node 4 eval.py --ckpt FOLDER --benchmark mvbench --benchmark_dir FOLDER
 
@@ -30,7 +30,7 @@ from evaluation.predictions import Predictions, checkpoint_identity, settings_of
 from evaluation.report import evaluation_table, write_report
 from grpo import distributed
 from grpo.config import Config, ConfigError, OneLineParser, add_flag, check, load_config
-from grpo.metrics import quiet_transformers
+from grpo.metrics import quiet_libraries
 from grpo.model import ModelError, read_processor
 from grpo.run import build_policy, check_answers, split_data
 from video.dataset import DataError, read_samples
@@ -68,7 +68,7 @@ def find_checkpoint(flag, path):
             raise ConfigError(f"{flag} {path}: no such folder, and not on the hub ({reason})") from error
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"{flag} {path}: has no config.json; give the folder of a checkpoint, such as RUN/checkpoint-300"
+            f"{flag} {path}: has no config.json; give the folder of a checkpoint, such as RUN/checkpoint-450"
         )
     return folder
 
@@ -256,7 +256,7 @@ def make_parser():
     add("--benchmark", choices=tuple(BENCHMARKS), help="A published benchmark, scored as it scores.")
     add("--benchmark_dir", help="Its folder: annotation files and videos as published.")
     add("--mode", choices=("think", "direct", "both"), default="think", help="As in training, or the answer only.")
-    add("--controls", action="store_true", help="Also with frames shuffled, reversed, blank, and left out.")
+    add("--controls", action="store_true", help="Also with the video shuffled, reversed and blank, and with no video.")
     add("--against", help="A second checkpoint for the same questions and settings: paired difference and its p-value.")
     add("--samples", type=int, help="The first so many questions only.")
     add("--temperature", type=float, default=0.0, help="Sampling temperature; 0 is greedy. [0.0]")
@@ -264,12 +264,12 @@ def make_parser():
     add("--output", help="Folder of predictions.jsonl, results.json and report.html [CKPT-evaluation].")
     for item in dataclasses.fields(Config):
         if item.name in SHARED:
-            add_flag(parser, item)
+            add_flag(parser, item, item.default)
     return parser
 
 
 def main(arguments=None):
-    quiet_transformers()
+    quiet_libraries()
     try:
         evaluate(make_parser().parse_args(arguments))
     except (ConfigError, DataError, ModelError) as error:

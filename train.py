@@ -22,7 +22,7 @@ from evaluation.report import summary_of, summary_table
 from grpo import distributed, update
 from grpo.checkpoint import CheckpointError, load_training, save_weights
 from grpo.config import ConfigError, parse_config
-from grpo.metrics import quiet_transformers
+from grpo.metrics import quiet_libraries
 from grpo.model import ModelError
 from grpo.plan import plan_text
 from grpo.rollout import rollout
@@ -81,7 +81,7 @@ def train(config, signalled):
             grpo(run, policy, reference, optimizer)
         except Stopped as stop:
             run.saver.wait()
-            if stop.step > run.state["step"] and not (folder / f"checkpoint-{stop.step}").exists():
+            if stop.step not in (run.state["step"], run.saver.step):
                 run.save(stop.step, policy, optimizer)
                 run.saver.wait()
             raise
@@ -105,7 +105,7 @@ def train(config, signalled):
 def supervised(run):
     """The folder of the weights that a supervised pass ends with; where an earlier run made it, it is not made again."""
     folder = Path(run.config.output) / "warmup"
-    if not folder.exists():
+    if not run.processes.gather(folder.exists())[0]:
         policy = build_policy(run.config.model, run.config, run.processor, run.processes)
         try:
             warm_up(policy, run)
@@ -116,7 +116,7 @@ def supervised(run):
 
 
 def main(arguments=None):
-    quiet_transformers()
+    quiet_libraries()
     try:
         config = parse_config(arguments)
         if config.plan:

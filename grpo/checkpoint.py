@@ -12,20 +12,22 @@ it is derived from seed, step and prompt; the data position is the step.
 import json
 import shutil
 import threading
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
 from grpo.config import save_config
 from grpo.lora import merge, save_adapters
-from grpo.model import save_model
+from grpo.model import empty_model, save_model
 
-PREFIX = "checkpoint-"
+PREFIX, UNFINISHED = "checkpoint-", ".partial"
+LOST = "could not be saved, earlier checkpoints are whole"
+FILE_BYTES = 2**32  # of masters or moments, over all processes
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -41,10 +43,11 @@ def checkpoints(folder):
 
 
 class Saver:
-    """Writes one checkpoint at a time, in a thread. `failed` once one could not be: the next call raises the reason."""
+    """Writes one checkpoint at a time, in a thread. `failed` once one could not be: `wait` then raises the reason.
+    `step` is that of the last one begun."""
 
     def __init__(self, processes):
-        self.processes, self.thread, self.error = processes, None, None
+        self.processes, self.thread, self.error, self.step = processes, None, None, None
         # Its own group: what the thread exchanges must not meet what training does.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
@@ -59,42 +62,48 @@ class Saver:
         and moments; its "best" is that of `is_best`. Raises CheckpointError, where the one before failed.
         """
         self.wait()
-        target, state = Path(folder) / f"{PREFIX}{step}", dict(state)
-        if self.processes.is_main:
+        target, self.step = Path(folder) / f"{PREFIX}{step}", step
+        is_main, state, best = self.processes.is_main, dict(state), state.get("best", {}).get("step")
+        if is_main:
             steps = {name: int(optimizer.state[p]["step"]) for name, p in _trained(policy)}
-            state |= {"step": step, "adam_steps": steps}
+            state = json.dumps({**state, "step": step, "adam_steps": steps})
         export = _adapters if config.lora_rank else _whole_model
         write_model = export(policy, processor, config, self.processes)
-        partial = _prepare(target, self._gather, self.processes.is_main)
-        writer = HuggingFaceStorageWriter(str(partial / "training"), save_distributed=True)
+        partial = _prepare(target, self._gather, is_main)
+        tensors = _training_tensors(policy, optimizer)
+        writer = HuggingFaceStorageWriter(str(partial / "training"), _files_of(tensors), save_distributed=True)
         shards = dcp.async_save(
-            _training_tensors(policy, optimizer), storage_writer=writer, process_group=self.group,
-            no_dist=self.group is None,
+            tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None
         )  # fmt: skip
 
-        def write(partial):
+        def write():
             shards.result()
-            if self.processes.is_main:
+            if is_main:
                 write_model(partial)
-                (partial / "training" / "state.json").write_text(json.dumps(state))
+                (partial / "training" / "state.json").write_text(state)
 
         def finish():
             try:
-                _publish(target, write, self._gather, self.processes.is_main)
-                if self.processes.is_main:
-                    _remove_old(folder, config.keep_checkpoints, state.get("best", {}).get("step"))
-            except CheckpointError as error:
-                self.error = error
+                _publish(target, write, self._gather, is_main)
+                remove = (lambda: _remove_old(folder, config.keep_checkpoints, best)) if is_main else None
+                _together(f"old checkpoints in {folder} could not be removed", remove, self._gather)
+            except BaseException as error:  # of a thread: raised by `wait`
+                self.error = error if isinstance(error, CheckpointError) else CheckpointError(f"{target}: {error}")
 
         self.thread = threading.Thread(target=finish, daemon=True)
         self.thread.start()
         return target
 
-    def wait(self):
-        """Waits until the checkpoint that is being written exists. Raises CheckpointError where it could not be."""
+    def join(self):
+        """Waits until what is being written exists, or could not be."""
         if self.thread is not None:
             self.thread.join()
-        self.thread, error, self.error = None, self.error, None
+        self.thread = None
+
+    def wait(self):
+        """As `join`, but raises CheckpointError where it could not be."""
+        self.join()
+        error, self.error = self.error, None
         if error is not None:
             raise error
 
@@ -109,9 +118,16 @@ def save_weights(folder, policy, processor, config, processes):
     """Writes a Hugging Face folder of the policy's weights, adapters merged in; every process must call it, and none
     returns before it is written."""
     write_model = _whole_model(policy, processor, config, processes)
-    _prepare(Path(folder), processes.gather, processes.is_main)
-    write = write_model if processes.is_main else bool
+    partial = _prepare(Path(folder), processes.gather, processes.is_main)
+    write = (lambda: write_model(partial)) if processes.is_main else None
     _publish(Path(folder), write, processes.gather, processes.is_main)
+
+
+def remove_unfinished(folder):
+    """Removes what a run that was killed while saving has left in its folder."""
+    for unfinished in ("checkpoint-*", "warmup", "merged"):
+        for path in Path(folder).glob(f"{unfinished}{UNFINISHED}"):
+            shutil.rmtree(path)
 
 
 def _remove_old(folder, keep, best):
@@ -128,46 +144,59 @@ def is_best(state, step, summary):
     return True
 
 
+def _files_of(tensors):
+    """{name: number of the file it goes to}, from 1: each file is once more in memory while it is written."""
+    ends = accumulate(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return {name: 1 + end // FILE_BYTES for name, end in zip(tensors, ends)}
+
+
+def _unfinished(folder):
+    return folder.with_name(folder.name + UNFINISHED)
+
+
 def _prepare(folder, gather, is_main):
     """Makes the empty folder that becomes `folder`, once; returns it."""
-    partial = folder.with_name(folder.name + ".partial")
+    partial = _unfinished(folder)
 
     def make():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
-    _together(folder, make if is_main else bool, gather)
+    _together(f"{folder} {LOST}", make if is_main else None, gather)
     return partial
 
 
 def _publish(folder, write, gather, is_main):
-    """Runs write(partial folder) in every process; it takes its name only when all have written their part."""
-    partial = folder.with_name(folder.name + ".partial")
+    """Runs write(), where there is one; the folder takes its name only when all processes have written their part."""
+    partial = _unfinished(folder)
 
     def rename():
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 
     try:
-        _together(folder, lambda: write(partial), gather)
-        _together(folder, rename if is_main else bool, gather)
+        _together(f"{folder} {LOST}", write, gather)
+        _together(f"{folder} {LOST}", rename if is_main else None, gather)
     except CheckpointError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _together(folder, action, gather):
-    """Runs action() here; where it fails in any process, raises CheckpointError in all."""
+def _together(failure, action, gather):
+    """Runs action(), where there is one; where it fails in any process, raises CheckpointError, which says `failure`
+    and the reason, in all."""
     reason = None
     try:
-        action()
-    except (OSError, SafetensorError, dcp.api.CheckpointException) as error:
-        while isinstance(error, dcp.api.CheckpointException):
-            error = next(iter(error.failures.values()))[0]
-        reason = " ".join(str(error).split())[:300]
+        if action is not None:
+            action()
+    except (Exception, dcp.api.CheckpointException) as error:  # whatever it is, the others must hear of it
+        cause = error
+        while isinstance(cause, dcp.api.CheckpointException):
+            cause = next(iter(cause.failures.values()))[0]
+        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
     reasons = [r for r in gather(reason) if r]
     if reasons:
-        raise CheckpointError(f"{folder} could not be saved, earlier checkpoints are whole: {reasons[0]}")
+        raise CheckpointError(f"{failure}: {reasons[0]}")
 
 
 def _whole_model(policy, processor, config, processes):
@@ -179,12 +208,15 @@ def _whole_model(policy, processor, config, processes):
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         if processes.is_main:  # adapters are added in full precision
             weights[name] = whole.detach().to("cpu", value.dtype if ".lora_" in name else dtype, copy=True)
+    if not processes.is_main:
+        return None
     weights = merge(weights, config.lora_alpha / max(config.lora_rank, 1), dtype)
     if policy.model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)  # a second copy of the embedding
+    empty = empty_model(config.model, dtype)  # the policy itself may be at work when this is written
 
     def write(folder):
-        save_model(policy.model, processor, folder, weights)
+        save_model(empty, processor, folder, weights)
         save_config(config, folder / "run.json")
 
     return write
@@ -216,7 +248,7 @@ def _trained(policy):
 
 
 def load_state(checkpoint):
-    """The plain values of `save_checkpoint`, step included."""
+    """The plain values of `Saver.save`, step included."""
     return json.loads((Path(checkpoint) / "training" / "state.json").read_text())
 
 

@@ -19,14 +19,14 @@ class ConfigError(ValueError):
 
 
 def flag(default, sentence, **limits):
-    """A field whose help is `sentence`. limits: least, most (inclusive), above (exclusive), choices."""
+    """A field whose help is `sentence`. limits: least, most (inclusive), above (exclusive), choices; and `section`, the
+    heading of --help that begins with it."""
     return field(default=default, metadata={"help": sentence, **limits})
 
 
 @dataclass
 class Config:
-    # what is trained, on what, where to
-    preset: str = flag("qwen2-vl-7b", "Named set of values that the other flags override.")
+    preset: str = flag("qwen2-vl-7b", "Named set of values that the other flags override.", section="what is trained")
     model: str = flag("Qwen/Qwen2-VL-7B-Instruct", "Folder or hub name of a Qwen2-VL or Qwen2.5-VL checkpoint.")
     data: tuple = flag(
         ("data/LLaVA-Video-large-swift-origin.jsonl",),
@@ -40,8 +40,7 @@ class Config:
     demo: bool = flag(False, "Build the demo's tiny model and videos at --model and --data where they are missing.")
     seed: int = flag(42, "Seed of data order and sampling.", least=0, most=2**32)
 
-    # the group and its sampling
-    prompts_per_step: int = flag(4, "Prompts of one step, over all processes.", least=1)
+    prompts_per_step: int = flag(4, "Prompts of one step, over all processes.", least=1, section="sampling")
     group_size: int = flag(8, "Completions sampled for each prompt (G).", least=2)
     max_new_tokens: int = flag(256, "Longest completion, in tokens.", least=1)
     max_prompt_tokens: int = flag(8192, "Longer prompts are skipped and counted, never cut.", least=1)
@@ -49,8 +48,7 @@ class Config:
     top_k: int = flag(0, "Sample among the k likeliest tokens; 0 is off.", least=0)
     top_p: float = flag(1.0, "Sample among the likeliest tokens of this probability; 1 is off.", above=0.0, most=1.0)
 
-    # rewards and advantages
-    reward: tuple = flag(("accuracy:1",), "Rewards as name:weight, or file.py:function:weight.")
+    reward: tuple = flag(("accuracy:1",), "Rewards as name:weight, or file.py:function:weight.", section="rewards")
     reward_timeout: float = flag(30.0, "Seconds that one of your own reward functions may take for a group.", above=0.0)
     temporal_bonus: float = flag(
         0.0, "Reward of a right answer where shuffled frames do no better (T-GRPO, which has 0.3); it samples half as "
@@ -62,8 +60,7 @@ class Config:
     scale_advantages: str = flag("group", "Divide by the group's deviation, or not.", choices=("group", "none"))
     filter_groups: bool = flag(False, "Leave out groups whose completions are all equally accurate (DAPO).")
 
-    # loss
-    clip_low: float = flag(0.2, "Lower clip of the ratio.", above=0.0, most=1.0)
+    clip_low: float = flag(0.2, "Lower clip of the ratio.", above=0.0, most=1.0, section="loss")
     clip_high: float = flag(0.2, "Upper clip of the ratio.", above=0.0)
     kl_coef: float = flag(0.1, "Weight of the KL (k3) to the frozen reference; 0 loads no reference.", least=0.0)
     loss_normaliser: str = flag(
@@ -73,8 +70,7 @@ class Config:
     importance_cap: float | None = flag(None, "Cap of truncated importance sampling against the sampler.", above=0.0)
     updates_per_batch: int = flag(1, "Update passes over each batch (mu).", least=1)
 
-    # optimiser and schedule
-    epochs: float = flag(1.0, "Passes over the training questions; --steps overrides.", above=0.0)
+    epochs: float = flag(1.0, "Passes over the training questions; --steps overrides.", above=0.0, section="optimiser")
     steps: int | None = flag(None, "GRPO steps.", least=0)
     learning_rate: float = flag(1e-6, "Peak learning rate of AdamW.", above=0.0)
     lr_schedule: str = flag("linear", "Decay after warm-up.", choices=("linear", "cosine", "constant"))
@@ -84,15 +80,13 @@ class Config:
     grad_clip: float = flag(1.0, "Largest norm of the gradient.", above=0.0)
     max_bad_updates: int = flag(10, "Stop after so many steps in a row whose gradient was not finite.", least=1)
 
-    # supervised warm-up
-    sft_data: str | None = flag(None, "Questions with `completions` for a supervised pass before GRPO.")
+    sft_data: str | None = flag(None, "Questions with `completions` for a supervised pass first.", section="warm-up")
     sft_steps: int = flag(0, "Most steps of that pass.", least=0)
     sft_prompts_per_step: int = flag(32, "Prompts of one supervised step, over all processes.", least=1)
     sft_until: float = flag(1.0, "End it once what can be predicted has this mean probability.", above=0.0, most=1.0)
     sft_learning_rate: float = flag(1e-5, "Peak learning rate of that pass.", above=0.0)
 
-    # video
-    fps: float = flag(2.0, "Frames taken for each second of video.", above=0.0)
+    fps: float = flag(2.0, "Frames taken for each second of video.", above=0.0, section="video")
     nframes: int | None = flag(None, "Frames taken of each video, whatever its length (overrides --fps).", least=2)
     min_frames: int = flag(4, "Fewest frames.", least=2)
     max_frames: int = flag(16, "Most frames, spread evenly.", least=2)
@@ -109,8 +103,7 @@ class Config:
     frame_cache: str | None = flag(None, "Folder that keeps decoded frames, for any number of processes and runs.")
     frame_cache_gb: float = flag(20.0, "Largest size of that folder, in GB.", above=0.0)
 
-    # memory and speed
-    device: str = flag("auto", "Where to run.", choices=("auto", "cuda", "cpu"))
+    device: str = flag("auto", "Where to run.", choices=("auto", "cuda", "cpu"), section="memory and speed")
     threads: int = flag(0, "CPU threads of each process; 0 leaves torch's choice.", least=0)
     shard_size: int = flag(0, "Processes that share one copy of the weights; 0: those of a node.", least=0)
     prompts_per_forward: int = flag(1, "Prompts packed into one forward and backward.", least=1)
@@ -125,10 +118,9 @@ class Config:
     lora_merge: bool = flag(False, "Also save the weights with the adapters merged in, at the end.")
     freeze_vision: bool = flag(False, "Do not train the vision tower; its features are then computed once a step.")
 
-    # evaluation and output
-    eval_every: int = flag(0, "Evaluate every so many steps; 0: only before and after.", least=0)
+    eval_every: int = flag(0, "Evaluate every so many steps; 0: only before and after.", least=0, section="output")
     eval_batch: int = flag(4, "Prompts decoded together in evaluation.", least=1)
-    controls: bool = flag(False, "Close with accuracy on shuffled, reversed and blank videos.")
+    controls: bool = flag(False, "Close with accuracy on shuffled, reversed and blank videos, and with no video.")
     show_every: int = flag(50, "Show two prompts' frames and completions in TensorBoard so often; 0: never.", least=0)
     save_every: int = flag(100, "Save a checkpoint every so many steps; the last is always saved.", least=1)
     keep_checkpoints: int = flag(2, "How many of the latest checkpoints to keep, beside the best.", least=1)
@@ -141,6 +133,13 @@ class Config:
         names = (f.name for f in dataclasses.fields(VideoSettings))
         return VideoSettings(**{name: getattr(self, name) for name in names if hasattr(self, name)})
 
+
+# What a step logs beside its rewards.
+METRICS = frozenset(
+    "skipped seconds_waiting seconds_sampling seconds learning_rate loss entropy clip_low_share clip_high_share "
+    "sampler_gap kl grad_norm updates_skipped reward length cut_share reward_std rewards_failed all_right_share "
+    "all_wrong_share no_answer_share several_answers_share shuffled_accuracy temporal_bonus".split()
+)
 
 DEMO = Path("runs/demo")
 
@@ -173,9 +172,14 @@ def parse_config(arguments=None):
 
     An unknown flag or a value of the wrong type exits with code 2; a wrong value raises ConfigError.
     """
-    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = OneLineParser(
+        description="Trains Qwen2-VL or Qwen2.5-VL on video questions with GRPO.", usage="%(prog)s [--FLAG VALUE ...]",
+        allow_abbrev=False, epilog=f"In brackets: the values of --preset {Config.preset}.",
+    )  # fmt: skip
     for item in dataclasses.fields(Config):
-        add_flag(parser, item)
+        if "section" in item.metadata:
+            section = parser.add_argument_group(item.metadata["section"])
+        add_flag(section, item, PRESETS[Config.preset].get(item.name, item.default))
     given = vars(parser.parse_args(arguments))
     preset = given.get("preset", Config.preset)
     if preset not in PRESETS:
@@ -187,17 +191,21 @@ def parse_config(arguments=None):
     return config
 
 
-def add_flag(parser, item):
-    limits = item.metadata
+def add_flag(parser, item, default):
+    """Adds the flag of a field of Config to a parser or a group of one; its help ends with `default` as it is typed."""
+    limits, name = item.metadata, item.name
     kind = next(t for t in (*typing.get_args(item.type), item.type) if t is not type(None))
-    text = f"{limits['help']} [{item.default}]".replace("%", "%%")
-    options = {"default": argparse.SUPPRESS, "help": text, "dest": item.name}
+    typed = " ".join(default) if kind is tuple else {True: "on", False: "off"}[default] if kind is bool else default
+    text = limits["help"] if default is None else f"{limits['help']} [{typed}]"
+    options = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%"), "dest": name}
+    choices = tuple(PRESETS) if name == "preset" else limits.get("choices")
     if kind is bool:
-        parser.add_argument(f"--{item.name}", action=argparse.BooleanOptionalAction, **options)
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **options)
     elif kind is tuple:
-        parser.add_argument(f"--{item.name}", nargs="+", **options)
+        parser.add_argument(f"--{name}", nargs="+", **options)
     else:
-        parser.add_argument(f"--{item.name}", type=kind, metavar=item.name.upper(), **options)
+        metavar = f"{{{','.join(choices)}}}" if choices else name.upper()
+        parser.add_argument(f"--{name}", type=kind, metavar=metavar, **options)
 
 
 def check(config):
@@ -224,11 +232,14 @@ def check(config):
     for name in ("filter_groups", "temporal_bonus"):
         if getattr(config, name) and not any(spec.split(":")[0] == "accuracy" for spec in config.reward):
             raise ConfigError(f"--{name} looks at the accuracy; add accuracy:1 to --reward")
-    for attempt in (config.video_settings, lambda: parse_rewards(config.reward)):
-        try:
-            attempt()
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+    try:
+        config.video_settings()
+        rewards = parse_rewards(config.reward)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    for reward in rewards:
+        if reward.user and reward.name in METRICS:
+            raise ConfigError(f"--reward {reward.name}: a metric has this name; give your function another")
 
 
 def save_config(config, path):

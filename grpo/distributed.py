@@ -4,6 +4,7 @@ import copy
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,10 @@ from torch.distributed.tensor import DTensor
 
 from grpo import model as models
 from grpo.config import ConfigError
+
+
+# For others: one process may build the demo or write 15 GB alone. One that dies is noticed by torchrun at once.
+PATIENCE = timedelta(minutes=30)
 
 
 @dataclass
@@ -72,7 +77,7 @@ def start(device="auto", shard_size=0):
     if world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=PATIENCE)
     shape, names = ((world,), ("shard",)) if size == world else ((world // size, size), ("replicate", "shard"))
     return Processes(rank, world, device, init_device_mesh(kind, shape, mesh_dim_names=names))
 

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from grpo.config import ConfigError
 from grpo.model import fill
 from grpo.sampler import prompt_seed
 
@@ -20,10 +19,8 @@ TARGETS = r".*language_model\.layers\.\d+\..*\.(q|k|v|o|gate|up|down)_proj"
 
 def add_adapters(model, config):
     """Puts fp32 adapters of config.lora_rank into a model on the meta device, in place, and freezes all else."""
-    try:
-        from peft import inject_adapter_in_model
-    except ImportError as error:
-        raise ConfigError("--lora_rank needs peft: pip install peft") from error
+    from peft import inject_adapter_in_model  # optional: `grpo.run.check_inputs` says where it is missing
+
     model.requires_grad_(False)
     inject_adapter_in_model(_peft_config(config), model)
     for parameter in model.parameters():

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ from tqdm import tqdm
 from grpo.config import save_config
 
 
-def quiet_transformers():
+def quiet_libraries():
     """Leaves the terminal to this project's own progress bars and messages."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # saving from one process
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

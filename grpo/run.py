@@ -1,5 +1,6 @@
 """What surrounds the loop: reading data, building models, batches that arrive decoded, evaluation."""
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -20,7 +21,7 @@ from demo.build import build_demo
 from evaluation.evaluate import kind_of, mean, predict, summarise
 from evaluation.report import show_rollouts
 from grpo import distributed, lora
-from grpo.checkpoint import Saver, checkpoints, is_best, load_state
+from grpo.checkpoint import Saver, checkpoints, is_best, load_state, remove_unfinished
 from grpo.config import Config, ConfigError, load_config
 from grpo.data import hold_out, step_samples, steps_of
 from grpo.metrics import RunLog, describe_run
@@ -54,9 +55,8 @@ class Data(NamedTuple):
 
 
 def prepare(config, processes):
-    """What there is before any weight loads: the `Data`, with config.steps set and, in a new run, its folder cleared.
-
-    Raises ConfigError and DataError.
+    """What there is before any weight loads: the `Data`, with config.steps set. Clears the folder of a run that is to
+    start anew. Raises ConfigError and DataError.
     """
     check_inputs(config)
     if config.demo and processes.is_main:
@@ -65,8 +65,10 @@ def prepare(config, processes):
     train, held_out, warmup = read_data(config, print if processes.is_main else lambda line: None)
     if config.steps is None:
         config.steps = steps_of(config.epochs, len(train), config.prompts_per_step)
-    if config.resume == "no" and processes.is_main:
-        clear_run(config.output)
+    if processes.is_main and (Path(config.output) / "run.json").exists():
+        remove_unfinished(config.output)
+        if config.resume == "no":
+            clear_run(config.output)
     processes.barrier()
     return Data(train, held_out, warmup, find_checkpoint(config))
 
@@ -88,7 +90,18 @@ def opened(config, processes, data, signalled):
         log.describe(config, describe_run())
         if config.top_k or config.top_p < 1:
             log.say("--top_k or --top_p is on: sampling sees fewer tokens than the log-probabilities are over")
-        yield Run(config, processes, processor, data, state, loader, log, Saver(processes), signalled)
+        run = Run(config, processes, processor, data, state, loader, log, Saver(processes), signalled)
+        log.say(
+            f"{config.model} on {processes.world} x {processes.device.type}: {len(data.train)} questions to train on, "
+            f"{len(data.held_out)} held out, {config.steps} steps"
+        )
+        if config.prompts_per_step < processes.world:
+            log.say(f"--prompts_per_step {config.prompts_per_step}: some of {processes.world} processes have none")
+        try:
+            yield run
+        except Exception:
+            run.saver.join()  # a run that fails keeps the checkpoint that is being written
+            raise
 
 
 @dataclass
@@ -121,6 +134,7 @@ class Run:
         own = slice(self.processes.rank, None, self.processes.world)
         shares = (distinct_keys(step_samples(samples, step, per_step, seed))[own] for step in range(first, last))
         encoded, asked = self.loader.batches(shares), time.perf_counter()
+        used = 0
         for step, batch in enumerate(encoded, start=first):
             waited = time.perf_counter() - asked
             prompts = [p for p in batch if not isinstance(p, Skipped)]
@@ -128,12 +142,16 @@ class Run:
                 if isinstance(p, Skipped):
                     self.log.say(f"skipped {p.key}: {p.path}: {p.reason}", everywhere=True)
             stop = self.signalled() or self.saver.failed
-            sums = self.processes.sum({"skipped": len(batch) - len(prompts), "stop": stop})
+            counts = {"used": len(prompts), "skipped": len(batch) - len(prompts), "stop": stop}
+            sums = self.processes.sum(counts)
             if sums["stop"]:
                 raise Stopped(step)
             self.prompts = prompts
+            used += sums["used"]
             yield prompts, {"skipped": int(sums["skipped"]), "seconds_waiting": waited}
             asked = time.perf_counter()
+        if first < last and not used:
+            raise DataError("--data: every sample was skipped, for the reasons above: nothing was trained")
 
     @explain_memory
     def evaluate(self, policy, control=None):
@@ -220,8 +238,10 @@ def describe_rollouts(prompts, rollouts, processes):
 
 def check_inputs(config):
     """Raises ConfigError before anything loads where weights or data are missing: what, and how to get them."""
-    if config.decode_graph and not torch.cuda.is_available():
+    if config.decode_graph and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ConfigError("--decode_graph: needs a GPU that torch can use; leave it out")
+    if config.lora_rank and importlib.util.find_spec("peft") is None:
+        raise ConfigError("--lora_rank needs peft: pip install peft")
     missing = []
     try:
         Path(config.output).mkdir(parents=True, exist_ok=True)
@@ -259,11 +279,8 @@ def on_this_machine(model):
 
 def clear_run(folder):
     """Removes what an earlier run left in its folder, and nothing else."""
-    if not (Path(folder) / "run.json").exists():
-        return  # no run of this project: what lies there is someone's own
-    own = [c.name for c in checkpoints(folder)] + ["checkpoint-*.partial", "warmup", "warmup.partial", "merged"]
-    own += ["merged.partial", "events.out.tfevents.*", "run.json", "versions.json", "summary.json", "metrics.jsonl"]
-    own += ["curve.png"]
+    own = [c.name for c in checkpoints(folder)] + ["warmup", "merged", "events.out.tfevents.*", "run.json"]
+    own += ["versions.json", "summary.json", "metrics.jsonl", "curve.png"]
     for name in own:
         for path in Path(folder).glob(name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -271,9 +288,13 @@ def clear_run(folder):
 
 def made_before(first, last, warmed, phase, step):
     """Whether a line of metrics.jsonl belongs to the part of a run before step `first`, which is not made again."""
-    if phase == "eval":
-        return step < first or 0 < step == first != last
-    return warmed if phase == "warmup" else step < first
+    if phase == "warmup":
+        return warmed
+    if phase == "train":
+        return step < first
+    # An evaluation after `step` steps is made before the checkpoint of that step; but the first and the last ones have
+    # none of their own, and are made again.
+    return step < first or 0 < step == first != last
 
 
 def find_checkpoint(config):
@@ -292,10 +313,11 @@ def find_checkpoint(config):
         for name, old in vars(saved).items()
         if name not in FREE_TO_CHANGE and old != getattr(config, name)
     ]
-    if other:
+    if other and (found or (path.parent / "warmup").exists()):
         raise ConfigError(
-            f"--output {config.output} holds a run with other settings ({'; '.join(other)}); "
-            "choose another --output, or --resume no to start anew there"
+            f"--output {config.output} holds a run with other settings ({'; '.join(other)}); choose another --output "
+            f"(and --model {found[-1] if found else path.parent / 'warmup'} to go on from its weights), or --resume no "
+            "to start anew there"
         )
     return found[-1] if found else None
 

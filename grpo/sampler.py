@@ -92,7 +92,7 @@ class Decoding:
         tokens, logprobs = choose(logits, self.draws[self.rows, at], self.settings)
         self.tokens[self.rows, at], self.logprobs[self.rows, at] = tokens, logprobs
         self.last.copy_(tokens)
-        self.ended |= torch.isin(tokens, self.eos)
+        self.ended |= (tokens[:, None] == self.eos).any(-1)
 
     def step(self):
         """One token further for every row; nothing in it waits for the device."""
@@ -166,7 +166,9 @@ def sample(policy, prompts, group, settings, seeds, tokenizer, features=None):
             if ended >= (rows / 2 if patient else 1):
                 decoding.drop_ended()
                 advance = None
-        advance = advance or (GraphedStep(decoding.step) if settings.graph else decoding.step)
+        if advance is None:  # recording pays only where several steps are left
+            graph = settings.graph and limit - sampled > 2 * LOOK_EVERY
+            advance = GraphedStep(decoding.step) if graph else decoding.step
         advance()
 
     if not bool(decoding.logprobs.isfinite().all()):

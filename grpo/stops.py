@@ -25,9 +25,10 @@ class RunError(RuntimeError):
 
 @contextmanager
 def listening():
-    """Yields a function that says whether SIGTERM or SIGINT has come. A second one, later, ends the process at once.
+    """Yields a function that says whether SIGTERM or SIGINT has come. A second one, later, ends the run without saving.
 
-    torchrun passes a signal on and kills after 30 s; where a step and a save take longer, give it --shutdown_timeout.
+    torchrun passes a signal on and kills after 30 s; where a step and a save take longer (two, where one is being
+    written), give it --shutdown_timeout.
     """
     times = []
 

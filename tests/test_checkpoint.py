@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 import train
-from grpo import checkpoint, distributed, update
+from grpo import checkpoint, distributed, run, update
 from grpo.checkpoint import CheckpointError, Saver, load_training
 from grpo.checkpoint import checkpoints as checkpoints_of
 from grpo.config import load_config, parse_config
@@ -90,6 +90,45 @@ def small_disk(tmp_path):
 
     yield mount
     subprocess.run(["umount", folder], capture_output=True)
+
+
+@pytest.mark.parametrize("kind", [MemoryError, RuntimeError, TypeError])
+def test_an_error_of_any_kind_in_the_thread_is_raised(saved, monkeypatch, kind):
+    save, *_, saver = saved
+
+    def fail(*_):
+        raise kind("odd")
+
+    monkeypatch.setattr(checkpoint, "save_model", fail)
+    folder = save(1)
+    with pytest.raises(CheckpointError, match="checkpoint-1 could not be saved.*odd"):
+        saver.wait()
+    assert not list(folder.parent.glob("checkpoint-1*"))
+
+
+def test_a_run_that_fails_keeps_the_checkpoint_that_is_being_written(world, tmp_path, monkeypatch):
+    """The evaluation after the last step fails while the last checkpoint is slow to write."""
+    write, evaluate = checkpoint.save_model, run.Run.evaluate
+    monkeypatch.setattr(checkpoint, "save_model", lambda *given: time.sleep(2) or write(*given))
+
+    def fail_at_the_end(self, policy, control=None):
+        if self.saver.step == 3:
+            raise FloatingPointError("not finite")
+        return evaluate(self, policy, control)
+
+    monkeypatch.setattr(run.Run, "evaluate", fail_at_the_end)
+    assert train.main(command(1, tmp_path, world)[2:]) == 2
+    assert [c.name for c in checkpoints_of(tmp_path)] == ["checkpoint-3"]
+
+
+def test_what_a_killed_run_left_unfinished_is_removed(world, tmp_path):
+    flags = command(1, tmp_path, world)[2:]
+    assert train.main(flags) == 0
+    for name in ("checkpoint-2.partial", "warmup.partial", "merged.partial"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "mine.partial").mkdir()
+    assert train.main(flags) == 0
+    assert [path.name for path in tmp_path.glob("*.partial")] == ["mine.partial"]
 
 
 @pytest.mark.parametrize("processes", [pytest.param(1), pytest.param(2, marks=pytest.mark.slow)])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import train
 from demo.synthetic import DemoSpec, make_demo_set
 from grpo.checkpoint import Saver
-from grpo.config import PRESETS, Config, ConfigError, load_config, parse_config, save_config
+from grpo.config import METRICS, PRESETS, Config, ConfigError, load_config, parse_config, save_config
 from grpo.data import step_samples, steps_of
 
 ROOT = Path(__file__).parent.parent
@@ -144,7 +144,7 @@ def test_a_toy_reward_rises(flags, tmp_path):
 
 
 def test_bad_videos_are_skipped_counted_and_named(flags, demo_set, tmp_path, capsys):
-    """Trap 5: never replaced; the step is smaller, and the run goes on."""
+    """Never replaced; the step is smaller, and the run goes on."""
     rows = [json.loads(line) for line in open(demo_set["train"])][:4]
     good = demo_set["train"].parent / rows[0]["video"]
     (tmp_path / "cut.mp4").write_bytes(good.read_bytes()[: good.stat().st_size // 2])
@@ -314,3 +314,13 @@ def test_a_compiled_run_is_the_same_run(flags):
     for a, b in zip(compiled, plain, strict=True):
         assert a["reward"] == b["reward"] and a["loss"] == pytest.approx(b["loss"], abs=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_a_reward_may_not_be_called_like_a_metric(flags, tmp_path):
+    """Else their numbers would mix; the list of names is that of what a step really logs."""
+    (tmp_path / "own.py").write_text("def length(completion, sample):\n    return 0.0\n")
+    with pytest.raises(ConfigError, match="--reward length: a metric has this name"):
+        parse_config([*flags, "--reward", "accuracy:1", f"{tmp_path}/own.py:length"])
+    row = next(row for row in metrics_of(run(flags)) if row["phase"] == "train")
+    rest = {name for name in row if not name.startswith("letter_")} - {"phase", "step", "accuracy", "format", "tag_count"}
+    assert rest <= METRICS and {"length", "reward", "kl", "grad_norm"} <= rest

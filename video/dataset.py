@@ -10,6 +10,7 @@ from pathlib import Path
 
 from video.formats import DataError, Sample, parse_row
 
+MEDIA = ("image", "images", "video", "videos", "path")  # fields whose bytes are files
 PARQUET_ROWS = 64  # read at a time: rows may hold images
 
 
@@ -151,15 +152,23 @@ def _text(path: Path, flag: str) -> str:
         raise DataError(f"{flag} {path}: is not UTF-8 text ({error.reason}); give a .jsonl file") from error
 
 
-def _with_files(value, folder: Path):
-    """`value` with the bytes in it, and the {"bytes", "path"} in which `datasets` stores images, replaced by paths."""
+def _with_files(value, folder: Path, is_media: bool = False):
+    """`value` with bytes of images and videos, and the {"bytes", "path"} in which `datasets` stores them, replaced by
+    paths. Other bytes are text, which some writers store so; what is no text is None."""
     if isinstance(value, list):
-        return [_with_files(item, folder) for item in value]
+        return [_with_files(item, folder, is_media) for item in value]
     if isinstance(value, dict):
         if value.keys() == {"bytes", "path"}:
             return value["path"] if value["bytes"] is None else _keep(value["bytes"], folder)
-        return {name: _with_files(item, folder) for name, item in value.items()}
-    return _keep(value, folder) if isinstance(value, bytes) else value
+        return {name: _with_files(item, folder, name in MEDIA) for name, item in value.items()}
+    if not isinstance(value, bytes):
+        return value
+    if is_media:
+        return _keep(value, folder)
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _keep(content: bytes, folder: Path) -> str:
