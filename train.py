@@ -96,7 +96,8 @@ def train(config, signalled):
     summary = summary_of(run.state["before"], after, controls, time.time() - began)
     if processes.is_main:
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        print(f"\nheld-out accuracy of {summary['questions']} questions\n{summary_table(summary)}")
+        if table := summary_table(summary):
+            print(f"\nheld-out accuracy of {summary['questions']} questions\n{table}")
         print(f"{summary['seconds']:.0f} s; curve: {plot_run(folder)}; events: tensorboard --logdir {folder}")
     distributed.stop()
     return summary

@@ -9,8 +9,8 @@ Counted for one GPU, one prompt a process and step, every completion C tokens lo
     decode          every weight once a token, the prompt's keys and values once, each completion's own once
     lm_head         completion tokens alone, in chunks of `grpo.policy.LOGITS_PER_CHUNK` numbers; softmax in fp32
     backward        linear layers twice the forward (once where they are frozen), attention 2.5 times (its kernel
-                    computes scores again); what is checkpointed once more, up to each block's last linear layer, whose output
-                    no gradient needs: torch stops recomputing there
+                    computes scores again); what is checkpointed once more, up to each block's last linear layer, whose
+                    output no gradient needs: torch stops recomputing there
     FSDP2           all weights gathered once for a rollout, in each forward, and for backward all but the root;
                     gradients reduced in fp32 inside a node, the shards summed across nodes
     AdamW           fp32 shards: norm, clip, step
@@ -20,6 +20,7 @@ Element-wise kernels, transfers from the host, rewards and waiting for other pro
 "expected": at EFFICIENCY of the peak, and with LAUNCH seconds for each kernel. Both are assumptions, not measured.
 """
 
+import argparse
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -349,4 +350,6 @@ def report():
 
 
 if __name__ == "__main__":
+    layout = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=layout).parse_args()
     print(report())

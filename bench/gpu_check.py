@@ -15,6 +15,7 @@ import argparse
 import copy
 import datetime
 import json
+import os
 import subprocess
 import sys
 import time
@@ -237,10 +238,14 @@ def table(report):
 
 
 def run(command):
-    """(exit code, output) of a command, its output shown as well."""
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(done.stdout)
-    return done.returncode, done.stdout
+    """(exit code, output) of a command, its output shown as it comes."""
+    lines, environment = [], {**os.environ, "PYTHONUNBUFFERED": "1"}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    with subprocess.Popen(command, cwd=ROOT, **pipe) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    return process.returncode, "".join(lines)
 
 
 def main():
@@ -255,18 +260,19 @@ def main():
     if not (arguments.tiny or torch.cuda.is_available()):
         print("gpu_check.py: error: no GPU here; --tiny shows that the script runs", file=sys.stderr)
         return 2
-    code, output = run([sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_gpu.py"])
+    code, output = run([sys.executable, "-m", "pytest", "-vv", "-m", "gpu", "tests/test_gpu.py"])
     report = {
         "date": datetime.date.today().isoformat(), "gpu": not arguments.tiny, "torch": torch.__version__,
         "device": "CPU" if arguments.tiny else torch.cuda.get_device_name(),
-        "tests": output.strip().splitlines()[-1], "cases": {},
+        "tests": output.strip().splitlines()[-1].strip("= "), "cases": {},
     }  # fmt: skip
     for case in CASES:  # each in a process of its own, so that no memory of one counts for the other
         failed, output = run([sys.executable, __file__, "--measure", case, *(["--tiny"] if arguments.tiny else [])])
         if failed:
             code = failed
         else:
-            report["cases"][case] = json.loads([line for line in output.splitlines() if line.startswith("{")][-1])
+            label = f"tiny in place of {case}" if arguments.tiny else case
+            report["cases"][label] = json.loads([line for line in output.splitlines() if line.startswith("{")][-1])
     path = Path(arguments.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")

@@ -36,6 +36,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -53,7 +54,7 @@ from transformers import AutoProcessor, GenerationConfig, Qwen2VLForConditionalG
 
 from grpo import update
 from grpo.advantage import group_advantages
-from grpo.config import parse_config
+from grpo.config import OneLineParser, parse_config
 from grpo.distributed import Processes
 from grpo.loss import policy_loss
 from grpo.run import build_policy, build_reference
@@ -656,7 +657,7 @@ def markdown(report):
 
 
 def parse(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="small", help="Which random Qwen2-VL [small].")
     parser.add_argument("--images", type=int, default=16, help="Images of 64 visual tokens each (N) [16].")
     parser.add_argument("--group", type=int, default=8, help="Completions (G) [8].")
@@ -671,6 +672,8 @@ def parse(arguments=None):
     given.names = given.only.split(",")
     if unknown := set(given.names) - set(NAMES):
         parser.error(f"--only {', '.join(unknown)}: is none of {', '.join(NAMES)}")
+    if "trl" in given.names and find_spec("trl") is None:
+        parser.error("TRL is not installed: pip install -r bench/requirements.txt, or leave it out: --only ours,once")
     for name in ("images", "group", "completion", "rounds"):
         if getattr(given, name) < (2 if name == "group" else 1):
             parser.error(f"--{name} {getattr(given, name)}: too few")

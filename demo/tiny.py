@@ -86,8 +86,9 @@ def build_tiny_model(
     if family == "qwen2_vl":
         vision_config |= {"embed_dim": 32, "mlp_ratio": 2, "hidden_size": text_config["hidden_size"]}
     else:
-        vision_config |= {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": text_config["hidden_size"],
-                          "depth": 2, "fullatt_block_indexes": [1], "window_size": 56, "tokens_per_second": 2}  # fmt: skip
+        vision_config |= {"hidden_size": 32, "intermediate_size": 64, "depth": 2,
+                          "out_hidden_size": text_config["hidden_size"], "fullatt_block_indexes": [1],
+                          "window_size": 56, "tokens_per_second": 2}  # fmt: skip
     config = {"qwen2_vl": Qwen2VLConfig, "qwen2_5_vl": Qwen2_5_VLConfig}[family](
         text_config=text_config, vision_config=vision_config | (vision or {}), tie_word_embeddings=tie,
         image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],

@@ -22,7 +22,8 @@ from video.frames import SampleError
 from video.prompt import Skipped
 
 NO_VIDEO = "no video"
-CONTROLS = ("shuffle", "reverse", "blank", NO_VIDEO)
+# What each control does to the frames (`video.prompt.control_frames`).
+CONTROLS = {"shuffled": "shuffle", "reversed": "reverse", "blank": "blank", NO_VIDEO: None}
 
 
 def predict(policy, loader, samples, tokenizer, processes, max_new_tokens, batch, temperature=0.0, seed=0, control=None,
@@ -44,7 +45,7 @@ def predict(policy, loader, samples, tokenizer, processes, max_new_tokens, batch
     settings = SamplingSettings(temperature=temperature, max_new_tokens=max_new_tokens)
     made = {}
     with gathered(policy) as plain:
-        for encoded in encode(loader, own, None if control == NO_VIDEO else control):
+        for encoded in encode(loader, own, CONTROLS.get(control)):
             prompts = [p for p in encoded if not isinstance(p, Skipped)]
             seeds = [prompt_seed(seed, control or "", p.sample.key) for p in prompts]
             features = shared_features(plain, prompts)
@@ -172,11 +173,11 @@ def _record(sample, completion):
 
 
 def summarise(records, trained=None):
-    """{"overall": share, "trained": share, "kinds": {kind: share}, "opposite": share or None, "unparsed": share, "count",
-    "skipped", "intervals": {"overall" or kind: 95% Wilson interval}, "counts": {kind: questions}}.
+    """{"overall": share, "trained": share, "kinds": {kind: share}, "opposite": share or None, "unparsed": share,
+    "count", "skipped", "intervals": {"overall" or kind: 95% Wilson interval}, "counts": {kind: questions}}.
 
-    "trained" is of the kinds that the run trains on, given by name; None: of all. Shares are of the readable samples; an
-    answer that could not be parsed counts as wrong.
+    "trained" is of the kinds that the run trains on, given by name; None: of all. Shares are of the readable samples;
+    an answer that could not be parsed counts as wrong.
     """
     read = [r for r in records if "skipped" not in r]
     kinds = defaultdict(list)
@@ -220,17 +221,18 @@ def mcnemar(better, worse):
 
 def paired(records, others):
     """What records gain over `others`, answers to the same samples: {"difference" of mean scores, "better", "worse",
-    "p", "count"}, over the samples that both could read. With scores between 0 and 1 it is the exact sign test."""
-    own, other = ({r["key"]: r["score"] for r in rows if "skipped" not in r} for rows in (records, others))
-    gains = [own[key] - other[key] for key in own if key in other]
+    "p", "count", "kinds": {kind: the same of it alone}}, over the samples that both could read. With scores between 0
+    and 1 it is the exact sign test."""
+    other = {r["key"]: r["score"] for r in others if "skipped" not in r}
+    gains = [(r["kind"], r["score"] - other[r["key"]]) for r in records if "skipped" not in r and r["key"] in other]
+    kinds = sorted({kind for kind, _ in gains})
+    return _gain([g for _, g in gains]) | {"kinds": {kind: _gain([g for k, g in gains if k == kind]) for kind in kinds}}
+
+
+def _gain(gains):
     better, worse = sum(g > 0 for g in gains), sum(g < 0 for g in gains)
-    return {
-        "difference": mean(gains),
-        "better": better,
-        "worse": worse,
-        "p": mcnemar(better, worse),
-        "count": len(gains),
-    }
+    p = mcnemar(better, worse)
+    return {"difference": mean(gains), "better": better, "worse": worse, "p": p, "count": len(gains)}
 
 
 def mean(values):

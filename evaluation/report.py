@@ -10,6 +10,7 @@ import re
 import torch
 from PIL import Image
 
+from evaluation.evaluate import CONTROLS
 from video.prompt import Skipped
 
 
@@ -21,13 +22,12 @@ def summary_of(before, after, controls, seconds):
     """
     evaluated = {
         "before": before or None, "after": after or None,
-        "shuffled": controls.get("shuffle"), "reversed": controls.get("reverse"), "blank": controls.get("blank"),
-        "no_video": controls.get("no video"),
+        **{name.replace(" ", "_"): controls.get(name) for name in CONTROLS},
     }  # fmt: skip
     kinds = sorted(after.get("kinds", {}))
     return {
         **{f"accuracy_{name}": result and result["trained"] for name, result in evaluated.items()},
-        "opposite_when_reversed": controls["reverse"]["opposite"] if "reverse" in controls else None,
+        "opposite_when_reversed": controls["reversed"]["opposite"] if "reversed" in controls else None,
         "seconds": seconds,
         "overall": {name: result and result["overall"] for name, result in evaluated.items()},
         "kinds": {
@@ -40,44 +40,50 @@ def summary_of(before, after, controls, seconds):
 
 
 def summary_table(summary):
-    """Accuracy by kind of question, before and after training and under each control, as text."""
-    columns = ("before", "after", "shuffled", "reversed", "blank", "no_video")
+    """Accuracy by kind of question, before and after training and under each control, as text; "" of no questions."""
+    if not summary["questions"]:
+        return ""
     rows = {**summary["kinds"], "all": summary["overall"]}
-    shown = [name for name in columns if rows["all"][name] is not None]
-    text = accuracy_table(rows, shown)
+    text = accuracy_table(rows, [name for name, share in summary["overall"].items() if share is not None])
     if summary["opposite_when_reversed"] is not None:
         text += f"\nopposite answer when the video is reversed: {summary['opposite_when_reversed']:.1%}"
     return text
 
 
 def evaluation_table(result):
-    """The table of an evaluation, {"results": {column: `evaluation.evaluate.summarise`}, "paired", "score"}, as text."""
+    """The tables of an evaluation, {"results": {column: `evaluation.evaluate.summarise`}, "paired", "score"}, as text:
+    accuracy and its 95% intervals by kind, and what was gained over another checkpoint, by kind as well."""
     results = result["results"]
     first = next(iter(results.values()))
     rows = {kind: {name: one["kinds"].get(kind) for name, one in results.items()} for kind in first["kinds"]}
     rows["all"] = {name: one["overall"] for name, one in results.items()}
-    for number, end in enumerate(("95% from", "to")):
-        rows[end] = {name: one["intervals"]["overall"][number] for name, one in results.items()}
     rows["not parsed"] = {name: one["unparsed"] for name, one in results.items()}
-    lines = [accuracy_table(rows, list(results))]
+    ends = {
+        "all" if kind == "overall" else kind: {name: one["intervals"].get(kind) for name, one in results.items()}
+        for kind in (*first["kinds"], "overall")
+    }
+    within = lambda pair: f"{100 * pair[0]:.1f}-{pair[1]:.1%}"
+    lines = [accuracy_table(rows, list(results)), "95% intervals", accuracy_table(ends, list(results), within)]
     for name, one in results.items():
-        if "reverse" in name and one["opposite"] is not None:
+        if "reversed" in name and one["opposite"] is not None:
             lines.append(f"opposite answer when the video is reversed: {one['opposite']:.1%}")
     for mode, pair in result["paired"].items():
-        lines.append(
-            f"{mode}, against the other checkpoint: {pair['difference']:+.1%} of {pair['count']} questions "
-            f"({pair['better']} better, {pair['worse']} worse, exact McNemar p = {pair['p']:.2g})"
-        )
+        lines.append(f"{mode}, against the other checkpoint:")
+        for kind, gain in {**pair["kinds"], "all": pair}.items():
+            lines.append(
+                f"{kind:24}{gain['difference']:+10.1%} of {gain['count']} questions ({gain['better']} better, "
+                f"{gain['worse']} worse, exact McNemar p = {gain['p']:.2g})"
+            )
     for name, score in result.get("score", {}).items():
         lines.append(f"the benchmark's own total, {name}: {score:.1%}")
     return "\n".join([*lines, f"{first['count']} questions; {first['skipped']} unreadable, counted neither way"])
 
 
-def accuracy_table(rows, columns):
-    """{row: {column: share or None}} as aligned text."""
-    widths = {name: max(10, len(name) + 2) for name in columns}
-    cell = lambda value, width: f"{'-' if value is None else f'{value:.1%}':>{width}}"
-    lines = [" " * 24 + "".join(f"{name:>{width}}" for name, width in widths.items())]
+def accuracy_table(rows, columns, text="{:.1%}".format):
+    """{row: {column: value or None}} as aligned text; text: of a value."""
+    widths = {name: max(13, len(name) + 2) for name in columns}
+    cell = lambda value, width: f"{'-' if value is None else text(value):>{width}}"
+    lines = [" " * 24 + "".join(f"{name.replace('_', ' '):>{width}}" for name, width in widths.items())]
     lines += [
         f"{kind:24}" + "".join(cell(row[name], width) for name, width in widths.items()) for kind, row in rows.items()
     ]

@@ -1,4 +1,4 @@
-"""train.py with an encoder that hangs for ever on the samples named in $HANG, and notes its process in a file in $PIDS."""
+"""train.py whose encoder hangs for ever on the samples named in $HANG, and notes its process in a file in $PIDS."""
 
 import os
 import sys

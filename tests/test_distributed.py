@@ -14,7 +14,7 @@ from grpo.distributed import start as start_group
                     pytest.param(True, (2, 4), marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_several_processes_equal_one(world, tmp_path, tie, counts):
-    """Traps 17 to 19 and 21: 6 prompts over 4 processes are uneven, so some run a placeholder."""
+    """6 prompts over 4 processes are uneven, so some run a placeholder."""
     alone = run_here(tmp_path / "1", world, tie=tie)
     assert all(row["grad_norm"] > 0.01 for row in alone)
     for count in counts:

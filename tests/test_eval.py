@@ -110,7 +110,12 @@ def test_summary_counts_the_unparsed_as_wrong_and_the_unreadable_not_at_all():
     assert summary["intervals"]["x"] == wilson(0.5, 2)
     other = [row("a", "x", "B", 0.0), row("b", "x", "A", 1.0), row("d", "y", "A", 1.0), row("c", "y", "7", 0.0)]
     gain = paired(records, other)
+    kinds = gain.pop("kinds")
     assert gain == {"difference": pytest.approx(0.4 / 3), "better": 2, "worse": 1, "p": 1.0, "count": 3}
+    assert kinds == {
+        "x": {"difference": 0.0, "better": 1, "worse": 1, "p": 1.0, "count": 2},
+        "y": {"difference": pytest.approx(0.4), "better": 1, "worse": 0, "p": 1.0, "count": 1},
+    }
 
 
 def test_questions_about_one_video_share_its_frames_and_vision_pass(parts, demo, monkeypatch):
@@ -160,12 +165,12 @@ def test_controls_change_the_video_and_no_video_leaves_it_out(parts, demo, monke
     monkeypatch.setattr(evaluation.evaluate, "sample", look)
     samples = read_samples(demo)[:3]
     pixels = {}
-    for control in (None, "reverse", "blank", NO_VIDEO):
+    for control in (None, "reversed", "blank", NO_VIDEO):
         predict(policy, loader, samples, tokenizer, ALONE, 8, 4, control=control)
         pixels[control], placeholders = seen[samples[0].key]
         assert placeholders == (0 if control == NO_VIDEO else 2)
     assert pixels[NO_VIDEO] is None
-    assert not torch.equal(pixels[None], pixels["reverse"])
+    assert not torch.equal(pixels[None], pixels["reversed"])
     assert len(pixels["blank"].unique()) <= 3
 
 
@@ -174,8 +179,8 @@ def test_a_whole_evaluation_with_modes_controls_and_another_checkpoint(tmp_path,
     code, result = run(tiny_folder, tmp_path / "out", *flags, "--against", str(checkpoints["qwen2_vl"]))
     assert code == 0
     assert list(result["results"]) == [
-        *("think", "think shuffle", "think reverse", "think blank", "think no video"),
-        *("direct", "direct shuffle", "direct reverse", "direct blank", "direct no video"),
+        *("think", "think shuffled", "think reversed", "think blank", "think no video"),
+        *("direct", "direct shuffled", "direct reversed", "direct blank", "direct no video"),
         *("think against", "direct against"),
     ]
     assert all(summary["count"] == 9 for summary in result["results"].values())

@@ -85,7 +85,7 @@ def test_equals_trl_formula(normaliser):
 
 @pytest.mark.parametrize("normaliser", ["token", "sequence", "constant"])
 def test_micro_batches_add_up(normaliser):
-    """Trap 21: the denominator is the step's, so that uneven micro-batches give the whole batch's loss."""
+    """The denominator is the step's, so that uneven micro-batches give the whole batch's loss."""
     lengths = [2, 9, 1, 4]
     totals = {"tokens": 16, "completions": 4}
     values = torch.arange(16.0) - 5
@@ -124,5 +124,5 @@ def test_equal_rewards_have_no_advantage(reward):
 
 
 def test_filter_looks_at_accuracy():
-    """Trap 20."""
+    """Completions that are all right, or all wrong, leave nothing to learn."""
     assert not has_signal([1.0, 1.0]) and not has_signal([0.0, 0.0]) and has_signal([0.0, 1.0])

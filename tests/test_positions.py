@@ -43,7 +43,7 @@ def test_short_video():
 
 
 def test_long_small_video():
-    """More time steps than rows or columns: text follows the last *time* step, where transformers 5 would put it at 2."""
+    """More time steps than rows or columns: text follows the last *time* step; transformers 5 would put it at 2."""
     prompt = prompt_of([1, *[VIDEO] * 5, 3], videos=[[5, 2, 2]], seconds=[1.0])
     assert table(prompt, SPEC) == ([[0, 1, 2, 3, 4, 5, 6], [0, 1, 1, 1, 1, 1, 6], [0, 1, 1, 1, 1, 1, 6]], 7)
 
@@ -67,7 +67,7 @@ def test_two_videos_and_an_image():
     ("ids", "videos"), [([VIDEO] * 3, [[2, 2, 2]]), ([VIDEO], [[2, 2, 2]]), ([1], [[1, 2, 2]]), ([VIDEO, 1, VIDEO], [[2, 2, 2]])]
 )
 def test_placeholders_that_do_not_fit_the_grids_are_refused(ids, videos):
-    """Trap 1: a cut prompt must never pass."""
+    """A cut prompt must never pass."""
     with pytest.raises(ValueError, match="t:1"):
         prompt_positions(prompt_of(ids, videos=videos, seconds=[1.0]), SPEC)
 

@@ -15,13 +15,15 @@ from video_helpers import SMALL, make_video
 
 from demo.tiny import build_tiny_model
 from evaluation import plot
-from evaluation.evaluate import paired, summarise
+from evaluation.evaluate import CONTROLS, paired, summarise
 from evaluation.report import (
     completions_table,
     evaluation_table,
     frames_of,
     show_rollouts,
     strip,
+    summary_of,
+    summary_table,
     verdict,
     write_report,
 )
@@ -47,8 +49,8 @@ def record(key, kind, completion, prediction, score):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory, encoder):
-    """report.html of six questions about two videos, a missing one among them, with markup in everything a model or a row
-    can hold; and of two columns."""
+    """report.html of six questions about two videos, a missing one among them, with markup in everything a model or a
+    row can hold; and of two columns."""
     folder = tmp_path_factory.mktemp("report")
     videos = [make_video(folder / f"{i}.mp4", seed=i) for i in range(2)] + [str(folder / "gone.mp4")]
     kinds = ("colour", "colour", "shape", "shape", 'a "kind" & <b>', "colour")
@@ -193,13 +195,40 @@ def test_completions_of_a_step_with_frames_for_tensorboard(tmp_path, encoder):
 
 def test_the_table_of_an_evaluation():
     rows = [record("a", "x", "", "A", 1.0), record("b", "x", "", None, 0.0), {"key": "c", "skipped": "bad"}]
+    rows += [record(f"y{i}", "y", "", "A", float(i < 8)) for i in range(10)]
     others = [record("a", "x", "", "A", 0.0), record("b", "x", "", "B", 0.0)]
+    others += [record(f"y{i}", "y", "", "A", float(i in (0, 9))) for i in range(10)]
     results = {"think": summarise(rows), "think against": summarise(others)}
     lines = evaluation_table({"results": results, "paired": {"think": paired(rows, others)}}).splitlines()
     assert lines[0].strip().split("  ") == ["think", "think against"]
-    assert lines[1].split() == ["x", "50.0%", "0.0%"]
-    assert lines[-2].startswith("think, against the other checkpoint: +50.0% of 2 questions (1 better, 0 worse")
-    assert lines[-1] == "2 questions; 1 unreadable, counted neither way"
+    assert [line.split() for line in lines[1:4]] == [
+        ["x", "50.0%", "0.0%"], ["y", "80.0%", "20.0%"], ["all", "75.0%", "16.7%"]
+    ]  # fmt: skip
+    intervals = lines[lines.index("95% intervals") + 2 :]
+    assert intervals[1].split() == ["y", "49.0-94.3%", "5.7-51.0%"]
+    assert intervals[2].split()[0] == "all"
+    # Exact tests by hand: one gain, 2 / 2; seven gains and a loss, 2 (1 + 8) / 256; eight and one, 2 (1 + 9) / 512.
+    assert [" ".join(line.split()) for line in lines[-5:]] == [
+        "think, against the other checkpoint:",
+        "x +50.0% of 2 questions (1 better, 0 worse, exact McNemar p = 1)",
+        "y +60.0% of 10 questions (7 better, 1 worse, exact McNemar p = 0.07)",
+        "all +58.3% of 12 questions (8 better, 1 worse, exact McNemar p = 0.039)",
+        "12 questions; 1 unreadable, counted neither way",
+    ]
+
+
+def test_the_table_that_closes_a_run_names_controls_as_eval_does():
+    rows = [record("a", "x", "", "A", 1.0), record("b", "x", "", None, 0.0)]
+    controls = {control: summarise(rows[:1]) for control in CONTROLS}
+    summary = summary_of(summarise(rows), summarise(rows[:1]), controls, seconds=1.0)
+    head, kind, *_ = summary_table(summary).splitlines()
+    assert " ".join(head.split()) == "before after shuffled reversed blank no video"
+    assert kind.split() == ["x", "50.0%", *["100.0%"] * 5]
+    assert summary["accuracy_no_video"] == 1.0
+
+
+def test_a_run_without_held_out_questions_closes_with_no_table():
+    assert summary_table(summary_of({}, {}, {}, seconds=1.0)) == ""
 
 
 def make_run(folder, steps):

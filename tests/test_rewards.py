@@ -40,13 +40,13 @@ COLOURS = ("A. red", "B. blue", "C. green", "D. white")
 RIGHT, WRONG = "<think>t</think><answer>B</answer>", "<think>t</think><answer>C</answer>"
 
 PREDICTIONS = [  # problem type, answer, prediction, score
-    # multiple choice; the first four are trap 23: Open-R1-Video pays the first two, Video-R1 refuses the others
+    # multiple choice; of the first four Open-R1-Video pays two, Video-R1 refuses the others
     ("multiple choice", "A", "A or B", 0.0), ("multiple choice", "A", "Apple", 0.0),
     ("multiple choice", "A", "A.", 1.0), ("multiple choice", "A.", "A", 1.0),
     ("multiple choice", "B", "(b)", 1.0), ("multiple choice", "B", "A", 0.0), ("multiple choice", "B", "Based on", 0.0),
     ("multiple choice", "B", "blue", 1.0), ("multiple choice", "blue", "B", 1.0), ("multiple choice", "blue", "A", 0.0),
     ("multiple choice", "B. blue", "B", 1.0), ("multiple choice", "B", "", 0.0), ("multiple choice", "B", "E", 0.0),
-    # numerical; the second and third are trap 24
+    # numerical; the second and third would be wrong as letters
     ("numerical", "3", "3", 1.0), ("numerical", "3", "3.0", 1.0), ("numerical", "3.00", "3", 1.0),
     ("numerical", "3", "4", 0.0),
     ("numerical", "3", "3.004", 1.0), ("numerical", "3", "3.006", 0.0), ("numerical", "-3", "3", 0.0),
@@ -88,7 +88,7 @@ NUMBERS = [
     ("seven", None), ("inf", None), ("NaN", None), ("5e99999", None), ("9" * 400, None), ("\uff15", 5.0),
 ]
 
-FORMATS = [  # completion, format, tag_count; the trailing "x" is trap 25
+FORMATS = [  # completion, format, tag_count; some with an "x" after the end
     ("<think>a</think><answer>B</answer>", 1.0, 1.0), ("<think>a</think>\n\n<answer>B</answer>", 1.0, 1.0),
     ("<think>a\nb</think> <answer>\nB\n</answer>", 1.0, 1.0),
     ("<think>\u7ea2</think><answer>\u7403</answer>", 1.0, 1.0),
@@ -146,7 +146,7 @@ def test_only_a_well_formed_answer_is_accurate():
 
 
 def test_the_type_is_that_of_each_row_and_not_of_the_first():
-    """Trap 24: by the first row's type, "3.0" would be compared as a letter."""
+    """By the first row's type, "3.0" would be compared as a letter."""
     rows = [(Sample("B", options=COLOURS), "B"), (Sample("3", "numerical"), "3.0"), (Sample("stop", "OCR"), "stop")]
     rewards = parse_rewards(["accuracy"])
     assert [score_group(rewards, [f"<answer>{p}</answer>"], s).total for s, p in rows] == [[1.0], [1.0], [1.0]]
@@ -225,7 +225,7 @@ def test_mathematics_without_the_package_says_how_to_get_it():
 
 @pytest.mark.skipif(not HAS_MATH, reason="needs math-verify")
 def test_mathematics_off_the_main_thread_and_without_end():
-    """Trap 26: math-verify's SIGALRM raises in any other thread; and 9^9^9^9 stops for no signal."""
+    """math-verify's SIGALRM raises in any other thread; and 9^9^9^9 stops for no signal."""
     scores = []
 
     def work():
@@ -267,7 +267,7 @@ def test_temporal_bonus():
 
 
 def test_the_total_is_weighted_and_the_parts_are_raw():
-    """Trap 20: a group is filtered by parts["accuracy"], which no weight and no other reward shapes."""
+    """A group is filtered by parts["accuracy"], which no weight and no other reward shapes."""
     rewards = parse_rewards(["format:0.5", "accuracy:2"])
     completions = [RIGHT, WRONG, "<answer>B</answer>", "B"]
     score = score_group(rewards, completions, Sample("B", options=COLOURS))

@@ -1,4 +1,4 @@
-"""The parser, as literal tables. Traps 23 and 28: a first letter, or a first capital, is not an answer."""
+"""The parser, as literal tables. A first letter, or a first capital, is not an answer."""
 
 import time
 

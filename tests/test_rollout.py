@@ -101,7 +101,7 @@ def test_the_second_group_is_of_shuffled_frames_of_videos_alone(scripted, tiny_v
                     (["--temporal_bonus", "0.3", "--temporal_threshold", "1.01"], [2.0, 2.0, 0.0, 0.0])],
 )  # fmt: skip
 def test_rewards_and_advantages_by_hand(scripted, tiny_vl, more, total):
-    """Half of either group is right; two rewards of 2 (or 2.3) and two of 0, whose sample's deviation is 2 / sqrt(3)."""
+    """Half of either group is right; two rewards of 2 (or 2.3) and two of 0, of deviation 2 / sqrt(3)."""
     run, _ = scripted
     video, image = (make_prompt(tiny_vl[2], PROMPT_KINDS[kind], seed=n) for n, kind in enumerate(("video", "image")))
     timed, still = run([video, image], *more)

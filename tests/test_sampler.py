@@ -55,11 +55,11 @@ def test_completions_do_not_depend_on_the_batch(tiny):
     together, alone = tokens(run([0, 1, 2, 3])), [tokens(run([i]))[0] for i in range(4)]
     assert together == alone
     assert tokens(run([3, 1]))[1] == alone[1]
-    assert len({tuple(t) for group in together for t in group}) == 12, "trap 9: identical completions carry no signal"
+    assert len({tuple(t) for group in together for t in group}) == 12, "identical completions carry no signal"
 
 
 def test_generation_config_is_ignored(tiny_vl):
-    """Trap 9: top_k 1 and temperature .01 there would make all completions equal."""
+    """top_k 1 and temperature .01 there would make all completions equal."""
     policy, _, tokenizer = tiny_vl
     prompt, settings = make_prompt(tokenizer, PROMPT_KINDS["video"]), SamplingSettings(max_new_tokens=6)
     before = sample(policy, [prompt], 4, settings, [0], tokenizer)[0].tokens
@@ -69,7 +69,7 @@ def test_generation_config_is_ignored(tiny_vl):
 
 
 def test_any_eos_ends_a_row_and_is_trained(tiny_vl):
-    """Trap 12: both ids end a completion, which keeps that one EOS and nothing after it."""
+    """Both ids end a completion, which keeps that one EOS and nothing after it."""
     policy, _, tokenizer = tiny_vl
     assert set(policy.spec.eos_ids) == {tokenizer.eos_token_id, tokenizer.pad_token_id}
     policy.spec = replace(policy.spec, eos_ids=tuple(range(0, 390, 9)))
@@ -82,7 +82,7 @@ def test_any_eos_ends_a_row_and_is_trained(tiny_vl):
 
 
 def test_vision_tokens_are_never_sampled_and_masked_alike(tiny):
-    """Trap 2. The head is bent so that placeholders would be nearly certain."""
+    """The head is bent so that placeholders would be nearly certain."""
     policy, _, tokenizer = tiny
     forbidden = list(policy.spec.never_sampled)
     names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")

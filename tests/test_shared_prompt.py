@@ -34,8 +34,8 @@ def test_several_prompts_in_one_row_equal_naive(tiny):
 
 
 def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal=False):
-    """What flash-attn documents (2.1 on): q (total, H, D), k and v (total, K, D), int32 cumulative lengths; a causal mask
-    is aligned to the lower right. One sequence at a time, by explicit masks."""
+    """What flash-attn documents (2.1 on): q (total, H, D), k and v (total, K, D), int32 cumulative lengths; a causal
+    mask is aligned to the lower right. One sequence at a time, by explicit masks."""
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and all(x.is_contiguous() for x in (q, k, v))
     assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
     repeats, outputs = q.shape[1] // k.shape[1], []
@@ -115,7 +115,7 @@ def test_chunked_logits_equal_whole(tiny_vl, monkeypatch):
 
 
 def test_whole_logits_are_never_alive(tiny_vl, monkeypatch):
-    """Trap 13: lm_head must run on completion positions only, a chunk at a time."""
+    """lm_head must run on completion positions only, a chunk at a time."""
     policy, _, tokenizer = tiny_vl
     monkeypatch.setattr("grpo.policy.LOGITS_PER_CHUNK", 4 * policy.model.lm_head.weight.shape[0])
     rows = []
@@ -126,7 +126,7 @@ def test_whole_logits_are_never_alive(tiny_vl, monkeypatch):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampler_logprobs_equal_scorer(tiny, temperature):
-    """Traps 10 and 11; prompts of different kinds and lengths in one batch, rows that end at different times."""
+    """Prompts of different kinds and lengths in one batch, rows that end at different times."""
     policy, _, tokenizer = tiny
     prompts = [make_prompt(tokenizer, kinds, seed=i, words="move " * (i + 1)) for i, kinds in enumerate(PROMPT_KINDS.values())]
     settings = SamplingSettings(temperature=temperature, max_new_tokens=40)
@@ -186,7 +186,7 @@ def greedy_reference(model, spec, prompt, count):
 
 
 def test_a_changed_video_changes_the_logprobs(tiny):
-    """Traps 14 and 31: pixels must reach the scorer."""
+    """Pixels must reach the scorer."""
     policy, _, tokenizer = tiny
     prompt, other = (make_prompt(tokenizer, PROMPT_KINDS["video"], seed=s) for s in (0, 1))
     completions = random_completions(tokenizer, (5, 6))
@@ -195,7 +195,7 @@ def test_a_changed_video_changes_the_logprobs(tiny):
 
 
 def test_pixels_follow_their_prompt(tiny):
-    """Trap 6: two prompts with their videos swapped must not score as before."""
+    """Two prompts with their videos swapped must not score as before."""
     policy, _, tokenizer = tiny
     prompts = [make_prompt(tokenizer, PROMPT_KINDS["video"], seed=s) for s in (0, 1)]
     groups = [random_completions(tokenizer, (4, 2), seed=s) for s in (0, 1)]
@@ -205,7 +205,7 @@ def test_pixels_follow_their_prompt(tiny):
 
 
 def test_one_vision_pass_and_one_prompt_pass_per_group(tiny_vl):
-    """Trap 32: what goes through tower and decoder is 1 video and P + G·C tokens, in scoring and in sampling."""
+    """What goes through tower and decoder is 1 video and P + G·C tokens, in scoring and in sampling."""
     policy, _, tokenizer = tiny_vl
     patches, tokens = [], []
     policy.model.model.visual.register_forward_hook(lambda m, args, kw, out: patches.append(args[0].shape[0]), with_kwargs=True)
@@ -221,7 +221,7 @@ def test_one_vision_pass_and_one_prompt_pass_per_group(tiny_vl):
 
 @pytest.mark.parametrize("tie", [False, True])
 def test_save_and_load_keep_the_logprobs(tmp_path, tie):
-    """Trap 19: tied and untied embeddings."""
+    """Tied and untied embeddings."""
     from transformers import AutoProcessor
 
     from demo.tiny import build_tiny_model

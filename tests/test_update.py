@@ -56,7 +56,7 @@ def gradients(policy, prompts, rollouts, config):
 
 @pytest.mark.parametrize("normaliser", ["token", "sequence", "constant"])
 def test_accumulation_equals_one_batch(setting, normaliser):
-    """Trap 21: two forwards of one prompt each, of uneven lengths, give the gradient and loss of one forward of both."""
+    """Two forwards of one prompt each, of uneven lengths, give the gradient and loss of one forward of both."""
     policy, prompts, rollouts = setting
     assert sum(rollouts[0].lengths) != sum(rollouts[1].lengths)
     flags = ("--loss_normaliser", normaliser)
@@ -70,7 +70,7 @@ def test_accumulation_equals_one_batch(setting, normaliser):
 
 
 def test_kl_at_step_one_is_that_of_equal_models(setting):
-    """Trap: Open-R1-Video starts at a KL of 4.5 although policy and reference are equal."""
+    """Policy and reference are equal: a KL would show other positions or pixels in one of them."""
     policy, prompts, rollouts = setting
     reference = Policy(copy.deepcopy(policy.model).requires_grad_(False), policy.spec)
     config = config_of("--kl_coef", "0.1")
@@ -82,7 +82,7 @@ def test_kl_at_step_one_is_that_of_equal_models(setting):
 
 
 def test_reference_sees_the_pixels(setting):
-    """Trap 14: with the policy as its own reference, changing the video changes both alike, and the KL stays 0."""
+    """With the policy as its own reference, changing the video changes both alike, and the KL stays 0."""
     policy, prompts, rollouts = setting
     chunks = update.make_chunks(prompts, rollouts, config_of(), policy, ALONE)
     update.add_reference(policy, chunks, 1.0)
@@ -94,7 +94,7 @@ def test_reference_sees_the_pixels(setting):
 
 
 def test_an_error_in_the_tower_is_an_error(setting, monkeypatch):
-    """Trap 15: never text-only log-probabilities instead."""
+    """Never text-only log-probabilities instead."""
     policy, prompts, rollouts = setting
     chunks = update.make_chunks(prompts, rollouts, config_of(), policy, ALONE)
 
@@ -123,7 +123,7 @@ def test_later_passes_compare_with_the_first(setting):
 
 
 def test_filtered_groups_do_not_train(setting):
-    """Trap 20: raw accuracy decides, though advantages differ (as a format reward makes them)."""
+    """Raw accuracy decides, though advantages differ (as a format reward makes them)."""
     policy, prompts, rollouts = setting
     rollouts[1].parts["accuracy"] = [0.0, 0.0, 0.0]
     assert len(update.make_chunks(prompts, rollouts, config_of("--filter_groups"), policy, ALONE)[0].packed.groups) == 1
@@ -131,7 +131,7 @@ def test_filtered_groups_do_not_train(setting):
 
 
 def test_small_updates_are_not_lost(setting):
-    """Trap 22: lr 1e-6 moves fp32 masters; in bf16 it would move almost none."""
+    """lr 1e-6 moves fp32 masters; in bf16 it would move almost none."""
     policy, prompts, rollouts = setting
     config = config_of()
     optimizer = update.make_optimizer(policy, config)

@@ -1,4 +1,4 @@
-"""A set with 300 damaged files, made from real encodes, goes through the loader whole: what `try` cannot catch included."""
+"""A set with 300 damaged files, made from real encodes, goes through the loader whole: also what no `try` catches."""
 
 import collections
 import multiprocessing

@@ -1,0 +1,102 @@
+"""The command lines of train.py and of the scripts under bench/: what --help says, one-line errors, labels."""
+
+import builtins
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grpo.config import METRICS, PRESETS, parse_config
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def shown(capsys, monkeypatch):
+    """train.py --help, its spaces and line breaks single spaces."""
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as end:
+        parse_config(["--help"])
+    assert end.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def entry(shown, flag):
+    return re.search(rf"--{flag}[ ,].*?(?= --(?!no-)\w|$)", shown)[0]
+
+
+def test_help_shows_the_values_a_flag_takes_and_the_default_presets_own(shown):
+    assert "Trains Qwen2-VL or Qwen2.5-VL on video questions" in shown
+    assert entry(shown, "preset").startswith(f"--preset {{{','.join(PRESETS)}}}")
+    choices = {"resume": "auto,no", "scale_advantages": "group,none", "device": "auto,cuda,cpu",
+               "lr_schedule": "linear,cosine,constant", "loss_normaliser": "token,sequence,constant"}  # fmt: skip
+    for flag, values in choices.items():
+        assert entry(shown, flag).startswith(f"--{flag} {{{values}}}")
+    assert "[sequence]" in entry(shown, "loss_normaliser"), "the default preset's, not the dataclass's"
+    assert "[accuracy:1]" in entry(shown, "reward") and "[]" not in shown and "[None]" not in shown
+    for control in ("shuffled", "reversed", "blank", "no video"):
+        assert control in entry(shown, "controls")
+
+
+def test_help_comes_in_sections(shown):
+    at = [shown.index(f" {name}: --") for name in ("what is trained", "sampling", "rewards", "loss", "optimiser",
+                                                   "warm-up", "video", "memory and speed", "output")]  # fmt: skip
+    assert at == sorted(at)
+    assert at[1] < shown.index("--prompts_per_step PROMPTS") < shown.index("--top_p TOP_P") < at[2]
+
+
+def test_the_readme_explains_every_metric_of_a_step():
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in sorted(METRICS) if f"`{name}`" not in readme] == []
+
+
+def run(*command):
+    whole = [sys.executable, *command]
+    return subprocess.run(whole, check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_help_of_the_cost_model_runs_no_model():
+    done = run("bench/cost_model.py", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage:") and "### Qwen2-VL" not in done.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is not None, reason="TRL is installed")
+def test_the_step_bench_without_trl_says_what_to_install():
+    done = run("bench/step.py")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "pip install -r bench/requirements.txt" in done.stderr
+
+
+@pytest.fixture
+def gpu_check(monkeypatch):
+    """bench/gpu_check.py as a module."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "bench/gpu_check.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_tiny_gpu_check_is_labelled_tiny(gpu_check, monkeypatch, tmp_path):
+    phases = {"rollout": {"seconds": 1.0, "gib": None, "planned_gib": 1.0}}
+    case = {"real": True, "phases": phases, "decode": {}, "decoded_tokens_per_second": 1, "update_tflop_per_second": 1}
+    monkeypatch.setattr(gpu_check, "run", lambda command: (0, f"{json.dumps(case)}\n=== 7 passed in 1.00s ===\n"))
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--tiny", "--output", str(tmp_path / "check")])
+    assert gpu_check.main() == 0
+    rows = [line for line in (tmp_path / "check.md").read_text().splitlines() if "rollout |" in line]
+    assert len(rows) == 4 and all(row.startswith("| tiny in place of ") for row in rows)
+    assert "tests: 7 passed in 1.00s\n" in (tmp_path / "check.md").read_text()
+
+
+def test_the_gpu_check_shows_output_as_it_comes(gpu_check, monkeypatch, tmp_path):
+    """The child goes on only once its first line was shown; without that it ends after 30 seconds with code 1."""
+    seen, shown = tmp_path / "seen", builtins.print
+    monkeypatch.setattr(builtins, "print", lambda *args, **kwargs: (shown(*args, **kwargs), seen.touch()))
+    child = (f"import pathlib, sys, time; print('first')\nfor _ in range(300):\n  time.sleep(0.1)\n"
+             f"  if pathlib.Path({str(seen)!r}).exists(): print('second'); sys.exit(0)\nsys.exit(1)")  # fmt: skip
+    assert gpu_check.run([sys.executable, "-c", child]) == (0, "first\nsecond\n")
