@@ -12,7 +12,7 @@ from itertools import groupby
 
 import torch
 
-from grpo.data import chunks
+from grpo.data import batched
 from grpo.distributed import gathered
 from grpo.policy import features_of
 from grpo.sampler import SamplingSettings, prompt_seed, sample
@@ -73,7 +73,7 @@ def plan(samples, encoder, size):
         s.key,
     )
     ordered = sorted(samples, key=order)
-    return chunks(ordered, size)
+    return batched(ordered, size)
 
 
 def encode(loader, batches, control):

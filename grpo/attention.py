@@ -64,7 +64,12 @@ class PackedLayout:
 
     @cached_property
     def buckets(self):
-        """([Bucket], (L,) place of each token in the buckets' outputs, prompts before completions in each)."""
+        """([Bucket], (L,) where each token stands in the buckets' outputs, prompts before completions in each).
+
+        Two prompts of 2 tokens with completions of 2 and 1, and of 1, are the row [p p a a b | q q c] of 8 tokens and
+        one bucket: prompt [[0 1] [5 6]], completion [[2 3] [4 4] [7 7]], prompt_of_row [0 0 1], real [0 1 2 4]. Its
+        outputs are of tokens 0 1 5 6 2 3 4 7, so token 5 stands at 2.
+        """
         made, order = [], []
         for size in dict.fromkeys(p for p, _ in self.groups):
             own = [(start, cs) for start, (p, cs) in zip(self.starts, self.groups) if p == size]

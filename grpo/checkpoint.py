@@ -59,7 +59,7 @@ class Saver:
         """Begins to save what there is after `step` steps, once the checkpoint before is written; returns its folder.
 
         The last config.keep_checkpoints and the best are kept. state: plain values that resuming needs beside weights
-        and moments; its "best" is that of `is_best`. Raises CheckpointError, where the one before failed.
+        and moments; its "best" is that of `note_if_best`. Raises CheckpointError, where the one before failed.
         """
         self.wait()
         target, self.step = Path(folder) / f"{PREFIX}{step}", step
@@ -136,7 +136,7 @@ def _remove_old(folder, keep, best):
             shutil.rmtree(old)
 
 
-def is_best(state, step, summary):
+def note_if_best(state, step, summary):
     """Whether held-out accuracy after `step` steps is above all earlier ones; notes it in state["best"] if so."""
     if not summary or summary["trained"] <= state.get("best", {}).get("accuracy", -1.0):
         return False

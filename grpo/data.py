@@ -41,5 +41,5 @@ def hold_out(samples, count, seed):
     return train, held
 
 
-def chunks(items, size):
+def batched(items, size):
     return [items[i : i + size] for i in range(0, len(items), size)]

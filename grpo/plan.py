@@ -135,7 +135,7 @@ def memory_plan(config, counts, shapes):
     wide = getattr(vision, "embed_dim", vision.hidden_size)
     inner = getattr(vision, "intermediate_size", None) or wide * vision.mlp_ratio
     block = layer_bytes(wide, inner, wide, wide)
-    tower = 2 * (counts["layer"] * 2 + counts["root"])
+    in_use = 2 * (counts["layer"] * 2 + counts["root"])
     pixels = 4 * patches * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     rows, kept = shapes.prompts_per_forward, shapes.prompts_per_rollout
     saved = {"text": text.num_hidden_layers * 2 * text.hidden_size, "vision": vision.depth * 2 * wide}
@@ -153,13 +153,13 @@ def memory_plan(config, counts, shapes):
             "logits": 40 * kept * shapes.group * text.vocab_size,
         },
         "reference": {
-            "gathered weights": tower * sharded,
+            "gathered weights": in_use * sharded,
             "activations": (max(layer * packed, block * patches) + pixels) * rows if shapes.reference else 0,
             "logits": logits if shapes.reference else 0,
         },
         "update": {
             "gradients": 4 * trained / shapes.width,
-            "gathered weights": tower * sharded,
+            "gathered weights": in_use * sharded,
             "reduction": 0 if shapes.lora_rank else 6 * (counts["root"] + counts["layer"]),
             "activations": (
                 saved["text"] * packed + saved["vision"] * patches + max(layer * packed, block * patches) + pixels

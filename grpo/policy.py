@@ -24,6 +24,8 @@ class Policy(nn.Module):
     Logits of `spec.never_sampled` are -inf in all three.
     """
 
+    plain = None  # of a sharded policy: the same modules without FSDP, see `grpo.distributed.gathered`
+
     def __init__(self, model, spec):
         super().__init__()
         self.model, self.spec, self.sharded = model, spec, False

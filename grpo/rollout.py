@@ -5,7 +5,7 @@ from statistics import fmean
 import torch
 
 from grpo.advantage import group_advantages
-from grpo.data import chunks
+from grpo.data import batched
 from grpo.distributed import gathered
 from grpo.policy import features_of
 from grpo.sampler import SamplingSettings, prompt_seed, sample
@@ -47,7 +47,7 @@ def sample_groups(policy, prompts, size, tokenizer, config, step, shuffle=False)
     """One `Rollout` of `size` completions for each prompt; shuffle: with its frames out of order. Both draws are fixed
     by the run's seed, the step and the prompt's key."""
     rollouts = []
-    for batch in chunks(prompts, config.prompts_per_rollout):
+    for batch in batched(prompts, config.prompts_per_rollout):
         seeds = [prompt_seed(config.seed, step, prompt.sample.key + "/shuffled" * shuffle) for prompt in batch]
         if shuffle:
             batch = [shuffle_frames(prompt, str(seed)) for prompt, seed in zip(batch, seeds)]

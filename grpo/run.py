@@ -21,7 +21,7 @@ from demo.build import build_demo
 from evaluation.evaluate import kind_of, mean, predict, summarise
 from evaluation.report import show_rollouts
 from grpo import distributed, lora
-from grpo.checkpoint import Saver, checkpoints, is_best, load_state, remove_unfinished
+from grpo.checkpoint import Saver, checkpoints, note_if_best, load_state, remove_unfinished
 from grpo.config import Config, ConfigError, load_config
 from grpo.data import hold_out, step_samples, steps_of
 from grpo.metrics import RunLog, describe_run
@@ -181,7 +181,7 @@ class Run:
         if config.eval_every and done % config.eval_every == 0 and done < config.steps:
             accuracy = self.evaluate(policy)
             self.log.evaluation(done, accuracy)
-            best = is_best(self.state, done, accuracy)
+            best = note_if_best(self.state, done, accuracy)
         if best or done % config.save_every == 0 or done == config.steps:
             self.save(done, policy, optimizer)
 
@@ -364,9 +364,9 @@ def check_answers(samples):
 def build_policy(path, config, processor, processes, master=torch.float32, adapters=False):
     """The sharded Policy of a checkpoint folder, computed in bf16 on a GPU: its weights held in `master`, or, with
     adapters, frozen in what they are computed in."""
-    compute = torch.bfloat16 if processes.device.type == "cuda" else None
+    compute = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
     trained = adapters or master is torch.float32
-    model = empty_model(path, (compute or torch.float32) if adapters else master)
+    model = empty_model(path, compute if adapters else master)
     if config.freeze_vision:
         vision_tower(model).requires_grad_(False)
     if adapters:
@@ -378,9 +378,10 @@ def build_policy(path, config, processor, processes, master=torch.float32, adapt
     policy = distributed.shard(Policy(model, model_spec(model, processor.tokenizer)), processes, compute)
     materialise(model, processes.device)
     load_weights(model, path)
-    lora.start_adapters(model, config.seed)
+    if adapters:
+        lora.start_adapters(model, config.seed)
     if config.compile:
-        for each in (policy, *([policy.plain] if policy.sharded else ())):
+        for each in filter(None, (policy, policy.plain)):
             compile_layers(each.model)
     return policy.to(processes.device)
 

@@ -52,7 +52,8 @@ def lost_process(error):
 
 
 def explain_memory(function):
-    """Decorates a function of a Run: out of memory becomes a RunError that names samples, tokens and flags."""
+    """Decorates a function whose first argument is the Run: out of memory becomes a RunError that names samples, tokens
+    and flags."""
 
     @functools.wraps(function)
     def explained(run, *given, **named):

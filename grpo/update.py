@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from grpo.advantage import has_signal
-from grpo.data import chunks
+from grpo.data import batched
 from grpo.distributed import clip_gradients, reduce_between_nodes
 from grpo.loss import policy_loss, token_weights
 from grpo.packing import pack
@@ -74,7 +74,7 @@ def make_chunks(prompts, rollouts, config, policy, processes):
     pairs = zip(prompts, rollouts)
     kept = [(p, group) for p, group in pairs if not config.filter_groups or has_signal(group.parts["accuracy"])]
     made = []
-    for batch in chunks(kept, config.prompts_per_forward):
+    for batch in batched(kept, config.prompts_per_forward):
         lengths = [n for _, group in batch for n in group.lengths]
         advantages = torch.cat([group.advantages for _, group in batch])
         made.append(
@@ -115,7 +115,8 @@ def count_totals(made, processes):
 
 
 def update(policy, optimizer, made, config, processes):
-    """μ passes of forward, clipped loss, backward, gradient clip and optimizer step. Returns {metric: mean over tokens}.
+    """μ passes of forward, clipped loss, backward, gradient clip and optimizer step. Returns metrics: means over the step's tokens, of
+    the first pass but for the clip shares, which are of the last; the gradient's norm; how many updates were left out.
 
     The first pass runs on the weights that the old log-probabilities are of, so it yields them: they need no forward.
     """
