@@ -29,10 +29,11 @@ from evaluation.plot import plot_runs
 from evaluation.predictions import Predictions, checkpoint_identity, settings_of
 from evaluation.report import evaluation_table, write_report
 from grpo import distributed
+from grpo.build import build_policy
 from grpo.config import Config, ConfigError, OneLineParser, add_flag, check, load_config
+from grpo.inputs import check_answers, split_data
 from grpo.metrics import quiet_libraries
 from grpo.model import ModelError, read_processor
-from grpo.run import build_policy, check_answers, split_data
 from video.dataset import DataError, read_samples
 from video.loader import PromptLoader
 from video.prompt import PromptEncoder

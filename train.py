@@ -20,13 +20,14 @@ from evaluation.evaluate import CONTROLS
 from evaluation.plot import plot_run
 from evaluation.report import summary_of, summary_table
 from grpo import distributed, update
+from grpo.build import build_policy, build_reference
 from grpo.checkpoint import CheckpointError, load_training, save_weights
 from grpo.config import ConfigError, parse_config
 from grpo.metrics import quiet_libraries
 from grpo.model import ModelError
 from grpo.plan import plan_text
 from grpo.rollout import rollout
-from grpo.run import build_policy, build_reference, opened, prepare
+from grpo.run import opened, prepare
 from grpo.stops import RunError, Stopped, explain_memory, listening, lost_process
 from grpo.warmup import warm_up
 from rewards import parse_rewards

@@ -28,13 +28,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from cost_model import H100, decode, step_costs  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from demo.tiny import build_tiny_model  # noqa: E402
-from cost_model import H100, decode, step_costs  # noqa: E402
-
 from grpo import distributed, sampler, update  # noqa: E402
 from grpo.config import parse_config  # noqa: E402
 from grpo.model import (  # noqa: E402

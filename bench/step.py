@@ -52,14 +52,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor, GenerationConfig, Qwen2VLForConditionalGeneration
 
+from demo.tiny import build_tiny_model
 from grpo import update
 from grpo.advantage import group_advantages
+from grpo.build import build_policy, build_reference
 from grpo.config import OneLineParser, parse_config
 from grpo.distributed import Processes
 from grpo.loss import policy_loss
-from grpo.run import build_policy, build_reference
 from grpo.sampler import SamplingSettings, sample
-from demo.tiny import build_tiny_model
 from video.dataset import Sample
 from video.prompt import PromptEncoder
 

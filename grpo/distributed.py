@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 from grpo import model as models
 from grpo.config import ConfigError
 
-
 # For others: one process may build the demo or write 15 GB alone. One that dies is noticed by torchrun at once.
 PATIENCE = timedelta(minutes=30)
 

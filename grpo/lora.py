@@ -19,7 +19,7 @@ TARGETS = r".*language_model\.layers\.\d+\..*\.(q|k|v|o|gate|up|down)_proj"
 
 def add_adapters(model, config):
     """Puts fp32 adapters of config.lora_rank into a model on the meta device, in place, and freezes all else."""
-    from peft import inject_adapter_in_model  # optional: `grpo.run.check_inputs` says where it is missing
+    from peft import inject_adapter_in_model  # optional: `grpo.inputs.check_inputs` says where it is missing
 
     model.requires_grad_(False)
     inject_adapter_in_model(_peft_config(config), model)

@@ -1,9 +1,5 @@
-"""What surrounds the loop: reading data, building models, batches that arrive decoded, evaluation."""
+"""What surrounds the loop: batches that arrive decoded, logs, evaluation, checkpoints."""
 
-import importlib.util
-import os
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,35 +10,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 
 from demo.build import build_demo
 from evaluation.evaluate import kind_of, mean, predict, summarise
 from evaluation.report import show_rollouts
-from grpo import distributed, lora
-from grpo.checkpoint import Saver, checkpoints, note_if_best, load_state, remove_unfinished
-from grpo.config import Config, ConfigError, load_config
-from grpo.data import hold_out, step_samples, steps_of
+from grpo import distributed
+from grpo.checkpoint import Saver, load_state, note_if_best, remove_unfinished
+from grpo.config import Config, ConfigError
+from grpo.data import step_samples, steps_of
+from grpo.inputs import check_inputs, clear_run, find_checkpoint, made_before, read_data
 from grpo.metrics import RunLog, describe_run
-from grpo.model import (
-    checkpoint_activations,
-    compile_layers,
-    empty_model,
-    load_weights,
-    materialise,
-    model_spec,
-    read_processor,
-    vision_tower,
-)
-from grpo.policy import Policy
+from grpo.model import read_processor
 from grpo.stops import Stopped, count_bad, explain_memory
-from rewards import answer_stats, check_sample
-from video.dataset import DataError, leave_out, read_mixture, read_samples, read_skip_list, split_spec
+from rewards import answer_stats
+from video.dataset import DataError
 from video.loader import PromptLoader
 from video.prompt import PromptEncoder, Skipped
-
-DEMO_COMMAND = "python train.py --preset demo"
 
 
 class Data(NamedTuple):
@@ -234,167 +217,3 @@ def describe_rollouts(prompts, rollouts, processes):
     return merged | {
         f"letter_{letter}": sum(share[2]["letters"].get(letter, 0) for share in shares) / count for letter in letters
     }
-
-
-def check_inputs(config):
-    """Raises ConfigError before anything loads where weights or data are missing: what, and how to get them."""
-    if config.decode_graph and (config.device == "cpu" or not torch.cuda.is_available()):
-        raise ConfigError("--decode_graph: needs a GPU that torch can use; leave it out")
-    if config.lora_rank and importlib.util.find_spec("peft") is None:
-        raise ConfigError("--lora_rank needs peft: pip install peft")
-    missing = []
-    try:
-        Path(config.output).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=config.output):
-            pass
-    except OSError as error:
-        raise ConfigError(f"--output {config.output}: cannot be written to ({error.strerror})") from error
-    if not config.demo:
-        absent = [path for path, _ in map(split_spec, config.data) if not Path(path).is_file()]
-        if absent:
-            missing.append(
-                f"--data {absent[0]}: no such file (open-r1-video-4k: `hf download Xiaodong/open-r1-video-4k "
-                "--repo-type dataset --local-dir data`, its videos beside it or under --video_root)"
-            )
-        if not on_this_machine(config.model) and (missing or os.environ.get("HF_HUB_OFFLINE")):
-            missing.append(f"--model {config.model}: not on this machine (`hf download {config.model}`)")
-    if missing:
-        raise ConfigError("; ".join([*missing, f"or try `{DEMO_COMMAND}`, which needs neither"]))
-
-
-# What may differ between a run and its continuation without making it another run.
-FREE_TO_CHANGE = {"compile", "controls", "decode_graph", "decode_timeout", "device", "eval_batch",
-                  "frame_cache", "frame_cache_gb", "gpu_memory", "keep_checkpoints", "lora_merge",
-                  "max_bad_updates", "output", "plan", "prompts_per_rollout", "resume", "reward_timeout",
-                  "save_every", "shard_size", "show_every", "threads", "video_root", "workers"}  # fmt: skip
-
-
-def on_this_machine(model):
-    """Whether a folder or hub name can be loaded without the network."""
-    try:
-        return Path(model).exists() or isinstance(try_to_load_from_cache(model, "config.json"), str)
-    except HFValidationError:  # neither a folder nor a possible hub name
-        return False
-
-
-def clear_run(folder):
-    """Removes what an earlier run left in its folder, and nothing else."""
-    own = [c.name for c in checkpoints(folder)] + ["warmup", "merged", "events.out.tfevents.*", "run.json"]
-    own += ["versions.json", "summary.json", "metrics.jsonl", "curve.png"]
-    for name in own:
-        for path in Path(folder).glob(name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def made_before(first, last, warmed, phase, step):
-    """Whether a line of metrics.jsonl belongs to the part of a run before step `first`, which is not made again."""
-    if phase == "warmup":
-        return warmed
-    if phase == "train":
-        return step < first
-    # An evaluation after `step` steps is made before the checkpoint of that step; but the first and the last ones have
-    # none of their own, and are made again.
-    return step < first or 0 < step == first != last
-
-
-def find_checkpoint(config):
-    """The newest checkpoint in the run folder, None where there is none.
-
-    Raises ConfigError where the folder belongs to a run with other settings.
-    """
-    found, path = checkpoints(config.output), Path(config.output) / "run.json"
-    if not path.exists():
-        if found:
-            raise ConfigError(f"--output {config.output}: holds {found[-1].name} but no run.json; choose another")
-        return None
-    saved = load_config(path)
-    other = [
-        f"--{name} was {old!r}, is {getattr(config, name)!r}"
-        for name, old in vars(saved).items()
-        if name not in FREE_TO_CHANGE and old != getattr(config, name)
-    ]
-    if other and (found or (path.parent / "warmup").exists()):
-        raise ConfigError(
-            f"--output {config.output} holds a run with other settings ({'; '.join(other)}); choose another --output "
-            f"(and --model {found[-1] if found else path.parent / 'warmup'} to go on from its weights), or --resume no "
-            "to start anew there"
-        )
-    return found[-1] if found else None
-
-
-def read_data(config, say):
-    """(training samples, held-out samples, samples of the supervised pass), each sample checked against its reward.
-
-    say: takes a line for the user, such as how many rows --skip_list left out.
-    """
-    train, held_out = split_data(config, say)
-    if not train:
-        raise DataError("--data: no row is left to train on; lower --eval_samples, or look at --skip_list")
-    sft = read_samples(config.sft_data, config.video_root, flag="--sft_data") if config.sft_steps else []
-    for sample in sft:
-        if not sample.completions:
-            raise DataError(f"{sample.key}: --sft_data rows need `completions`, a list of target texts")
-    check_answers(train)
-    check_answers(held_out)
-    return train, held_out, sft
-
-
-def split_data(config, say):
-    """(training samples, held-out samples): the latter from --eval_data, else held out of --data."""
-    train = read_mixture(config.data, config.video_root)
-    if config.skip_list:
-        train, left_out = leave_out(train, read_skip_list(config.skip_list))
-        say(f"--skip_list {config.skip_list}: {len(left_out)} of {len(train) + len(left_out)} rows left out")
-    if not config.eval_samples:
-        return train, []
-    if config.eval_data:
-        return train, read_samples(config.eval_data, config.video_root, flag="--eval_data")[: config.eval_samples]
-    return hold_out(train, config.eval_samples, config.seed)
-
-
-def check_answers(samples):
-    """Raises DataError, naming the row, for a sample whose answer no reward can score."""
-    for sample in samples:
-        try:
-            check_sample(sample)
-        except (ValueError, ImportError) as error:
-            raise DataError(str(error)) from error
-
-
-def build_policy(path, config, processor, processes, master=torch.float32, adapters=False):
-    """The sharded Policy of a checkpoint folder, computed in bf16 on a GPU: its weights held in `master`, or, with
-    adapters, frozen in what they are computed in."""
-    compute = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
-    trained = adapters or master is torch.float32
-    model = empty_model(path, compute if adapters else master)
-    if config.freeze_vision:
-        vision_tower(model).requires_grad_(False)
-    if adapters:
-        lora.add_adapters(model, config)
-        if processes.world == 1:  # nothing to share: sharding would only make a second copy of weights
-            processes = replace(processes, mesh=None)
-    if config.gradient_checkpointing and trained:
-        checkpoint_activations(model, vision=not config.freeze_vision)
-    policy = distributed.shard(Policy(model, model_spec(model, processor.tokenizer)), processes, compute)
-    materialise(model, processes.device)
-    load_weights(model, path)
-    if adapters:
-        lora.start_adapters(model, config.seed)
-    if config.compile:
-        for each in filter(None, (policy, policy.plain)):
-            compile_layers(each.model)
-    return policy.to(processes.device)
-
-
-def build_reference(path, policy, config, processor, processes):
-    """The frozen reference of a checkpoint folder, None where β = 0: nothing is loaded then, nor where the policy is
-    the reference with adapters."""
-    if config.kl_coef == 0:
-        return None
-    if config.lora_rank:
-        return lora.without_adapters(policy)
-    dtype = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
-    reference = build_policy(path, config, processor, processes, dtype).requires_grad_(False)
-    if reference.sharded:  # the root would stay gathered until a backward that never comes
-        reference.set_reshard_after_forward(True, recurse=False)
-    return reference

@@ -16,11 +16,11 @@ from transformers import AutoProcessor
 
 import train
 from grpo import checkpoint, distributed, run, update
+from grpo.build import build_policy
 from grpo.checkpoint import CheckpointError, Saver, load_training
 from grpo.checkpoint import checkpoints as checkpoints_of
 from grpo.config import load_config, parse_config
 from grpo.model import load_model
-from grpo.run import build_policy
 
 LONG = ("--steps", "4", "--save_every", "2", "--keep_checkpoints", "9")
 

@@ -11,9 +11,9 @@ from conftest import FAMILIES, PIXEL_FIELDS, load_pair, make_prompt, naive_logpr
 from transformers import AutoProcessor
 
 from grpo import distributed, update
+from grpo.build import build_policy
 from grpo.config import parse_config
 from grpo.packing import pack
-from grpo.run import build_policy
 from grpo.sampler import SamplingSettings, sample
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,13 +12,13 @@ from transformers import AutoProcessor
 
 import train
 from grpo import distributed, update
+from grpo.build import build_policy, build_reference
 from grpo.checkpoint import checkpoints
 from grpo.config import parse_config
 from grpo.lora import adapters, merge
 from grpo.model import load_model, model_spec
 from grpo.packing import pack
 from grpo.policy import Policy
-from grpo.run import build_policy, build_reference
 
 peft = pytest.importorskip("peft")
 FLAGS = ("--lora_rank", "4", "--steps", "4", "--save_every", "2", "--keep_checkpoints", "9", "--learning_rate", "1e-2")
