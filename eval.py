@@ -67,6 +67,8 @@ def find_checkpoint(flag, path):
         except (HfHubHTTPError, OSError, ValueError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(f"{flag} {path}: no such folder, and not on the hub ({reason})") from error
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"{flag} {path}: holds adapters alone; give RUN/merged, which --lora_merge writes")
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"{flag} {path}: has no config.json; give the folder of a checkpoint, such as RUN/checkpoint-450"
@@ -100,14 +102,15 @@ def find_samples(folder, config, arguments):
     elif arguments.data:
         samples = read_samples(arguments.data, arguments.video_root)
     elif (folder / "run.json").exists():
-        config.eval_samples = arguments.samples or config.eval_samples
+        if config.eval_data:  # held out of --data, more would be what the run was trained on
+            config.eval_samples = arguments.samples or config.eval_samples
         samples = split_data(config, lambda line: None)[1]
     else:
         raise ConfigError(
             f"--ckpt {arguments.ckpt}: is of no run, so it has no held-out questions; give --data or --benchmark"
         )
     if not samples:
-        raise ConfigError("--samples: the run held out no questions; give --samples N, or --data FILE")
+        raise ConfigError(f"--ckpt {arguments.ckpt}: its run held out no questions; give --data FILE")
     samples = samples[: arguments.samples]
     check_answers(samples)
     return samples

@@ -1,6 +1,6 @@
 """Trains Qwen2-VL or Qwen2.5-VL on video questions with GRPO.
 
-    python train.py --preset demo                                          a tiny model learns from mp4 files, on a laptop
+    python train.py --preset demo                                          a tiny model learns from mp4 files
     torchrun --nproc_per_node 4 train.py --data FILE --video_root FOLDER   Qwen2-VL-7B, as Open-R1-Video trains it
 
 Departures from GRPO as published (DeepSeekMath, arXiv 2402.03300, algorithm 1): a group's prompt is computed once
@@ -21,7 +21,7 @@ from evaluation.plot import plot_run
 from evaluation.report import summary_of, summary_table
 from grpo import distributed, update
 from grpo.build import build_policy, build_reference
-from grpo.checkpoint import CheckpointError, load_training, save_weights
+from grpo.checkpoint import CheckpointError, load_training
 from grpo.config import ConfigError, parse_config
 from grpo.metrics import quiet_libraries
 from grpo.model import ModelError
@@ -68,7 +68,7 @@ def train(config, signalled):
     if config.threads:
         torch.set_num_threads(config.threads)
     data = prepare(config, processes)
-    with opened(config, processes, data, signalled) as run:
+    with opened(config, processes, data, signalled, began) as run:
         start = supervised(run) if config.sft_steps else config.model
         policy = build_policy(start, config, run.processor, processes, adapters=config.lora_rank > 0)
         reference = build_reference(start, policy, config, run.processor, processes)
@@ -89,12 +89,12 @@ def train(config, signalled):
         after = run.evaluate(policy)
         run.log.evaluation(config.steps, after)
         if config.lora_merge:
-            save_weights(folder / "merged", policy, run.processor, config, processes)
+            run.saver.save_weights(folder / "merged", policy, run.processor, config)
         asked = CONTROLS if config.controls and data.held_out else ()
         controls = {control: run.evaluate(policy, control) for control in asked}
         run.saver.wait()
 
-    summary = summary_of(run.state["before"], after, controls, time.time() - began)
+    summary = summary_of(run.state["before"], after, controls, time.time() - run.began)
     if processes.is_main:
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         if table := summary_table(summary):
@@ -105,7 +105,7 @@ def train(config, signalled):
 
 
 def supervised(run):
-    """The folder of the weights that a supervised pass ends with; where an earlier run made it, it is not made again."""
+    """The folder of the weights that a supervised pass ends with; it is made once."""
     folder = Path(run.config.output) / "warmup"
     if not run.processes.gather(folder.exists())[0]:
         policy = build_policy(run.config.model, run.config, run.processor, run.processes)
@@ -113,7 +113,7 @@ def supervised(run):
             warm_up(policy, run)
         except Stopped:
             raise Stopped(0) from None  # nothing of it is kept
-        save_weights(folder, policy, run.processor, run.config, run.processes)
+        run.saver.save_weights(folder, policy, run.processor, run.config)
     return folder
 
 

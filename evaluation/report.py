@@ -66,7 +66,7 @@ def evaluation_table(result):
     lines = [accuracy_table(rows, list(results)), "95% intervals", accuracy_table(ends, list(results), within)]
     for name, one in results.items():
         if "reversed" in name and one["opposite"] is not None:
-            lines.append(f"opposite answer when the video is reversed: {one['opposite']:.1%}")
+            lines.append(f"{name}: opposite answer {one['opposite']:.1%}")
     for mode, pair in result["paired"].items():
         lines.append(f"{mode}, against the other checkpoint:")
         for kind, gain in {**pair["kinds"], "all": pair}.items():

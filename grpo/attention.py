@@ -184,7 +184,8 @@ class DecodeLayout:
         for layer in self.own_k:
             self.own_k[layer], self.own_v[layer] = self.own_k[layer][rows], self.own_v[layer][rows]
             if len(prompts) < self.grid[0]:
-                self.prompt_k[layer], self.prompt_v[layer] = self.prompt_k[layer][prompts], self.prompt_v[layer][prompts]
+                self.prompt_k[layer] = self.prompt_k[layer][prompts]
+                self.prompt_v[layer] = self.prompt_v[layer][prompts]
         if self.hidden is not None and len(prompts) < self.grid[0]:
             self.hidden = self.hidden[prompts]
         self._index_rows(prompt_of_row)

@@ -46,8 +46,11 @@ class Saver:
     """Writes one checkpoint at a time, in a thread. `failed` once one could not be: `wait` then raises the reason.
     `step` is that of the last one begun."""
 
-    def __init__(self, processes):
+    def __init__(self, processes, model):
+        """model: folder or hub name that the policy was built from, for the form of what is exported."""
         self.processes, self.thread, self.error, self.step = processes, None, None, None
+        dtype = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
+        self.empty = empty_model(model, dtype)  # the policy itself is at work while its weights are written
         # Its own group: what the thread exchanges must not meet what training does.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
@@ -67,8 +70,8 @@ class Saver:
         if is_main:
             steps = {name: int(optimizer.state[p]["step"]) for name, p in _trained(policy)}
             state = json.dumps({**state, "step": step, "adam_steps": steps})
-        export = _adapters if config.lora_rank else _whole_model
-        write_model = export(policy, processor, config, self.processes)
+        export = _adapters if config.lora_rank else self._whole_model
+        write_model = export(policy, processor, config, is_main)
         partial = _prepare(target, self._gather, is_main)
         tensors = _training_tensors(policy, optimizer)
         writer = HuggingFaceStorageWriter(str(partial / "training"), _files_of(tensors), save_distributed=True)
@@ -107,20 +110,38 @@ class Saver:
         if error is not None:
             raise error
 
+    def save_weights(self, folder, policy, processor, config):
+        """Writes a Hugging Face folder of the policy's weights, adapters merged in; every process must call it, and
+        none returns before it is written."""
+        self.wait()
+        folder, is_main = Path(folder), self.processes.is_main
+        write_model = self._whole_model(policy, processor, config, is_main)
+        partial = _prepare(folder, self._gather, is_main)
+        _publish(folder, (lambda: write_model(partial)) if is_main else None, self._gather, is_main)
+
+    def _whole_model(self, policy, processor, config, is_main):
+        """Gathers the weights, adapters merged in, on the main process, in the precision they are computed in; returns
+        what writes them into a folder. Every process must call it, the main one alone what it returns."""
+        weights, dtype = {}, self.empty.dtype
+        for name, value in policy.model.state_dict().items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if is_main:  # adapters are added in full precision
+                weights[name] = whole.detach().to("cpu", value.dtype if ".lora_" in name else dtype, copy=True)
+        weights = merge(weights, config.lora_alpha / max(config.lora_rank, 1), dtype)
+        if policy.model.config.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)  # a second copy of the embedding
+
+        def write(folder):
+            save_model(self.empty, processor, folder, weights)
+            save_config(config, folder / "run.json")
+
+        return write
+
     def _gather(self, item):
         items = [item] * (self.processes.world if self.group else 1)
         if self.group is not None:
             dist.all_gather_object(items, item, group=self.group)
         return items
-
-
-def save_weights(folder, policy, processor, config, processes):
-    """Writes a Hugging Face folder of the policy's weights, adapters merged in; every process must call it, and none
-    returns before it is written."""
-    write_model = _whole_model(policy, processor, config, processes)
-    partial = _prepare(Path(folder), processes.gather, processes.is_main)
-    write = (lambda: write_model(partial)) if processes.is_main else None
-    _publish(Path(folder), write, processes.gather, processes.is_main)
 
 
 def remove_unfinished(folder):
@@ -199,32 +220,9 @@ def _together(failure, action, gather):
         raise CheckpointError(f"{failure}: {reasons[0]}")
 
 
-def _whole_model(policy, processor, config, processes):
-    """Gathers the weights, adapters merged in, on the main process, in the precision they are computed in; returns
-    what writes them into a folder. Every process must call it, the main one alone what it returns."""
-    dtype = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
-    weights = {}
-    for name, value in policy.model.state_dict().items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if processes.is_main:  # adapters are added in full precision
-            weights[name] = whole.detach().to("cpu", value.dtype if ".lora_" in name else dtype, copy=True)
-    if not processes.is_main:
-        return None
-    weights = merge(weights, config.lora_alpha / max(config.lora_rank, 1), dtype)
-    if policy.model.config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)  # a second copy of the embedding
-    empty = empty_model(config.model, dtype)  # the policy itself may be at work when this is written
-
-    def write(folder):
-        save_model(empty, processor, folder, weights)
-        save_config(config, folder / "run.json")
-
-    return write
-
-
-def _adapters(policy, processor, config, processes):
-    """As `_whole_model`, of the adapters alone."""
-    write_adapters = save_adapters(policy.model, config, processes.is_main)
+def _adapters(policy, processor, config, is_main):
+    """As `Saver._whole_model`, of the adapters alone."""
+    write_adapters = save_adapters(policy.model, config, is_main)
 
     def write(folder):
         write_adapters(folder)

@@ -138,7 +138,7 @@ class Config:
 METRICS = frozenset(
     "skipped seconds_waiting seconds_sampling seconds learning_rate loss entropy clip_low_share clip_high_share "
     "sampler_gap kl grad_norm updates_skipped reward length cut_share reward_std rewards_failed all_right_share "
-    "all_wrong_share no_answer_share several_answers_share shuffled_accuracy temporal_bonus".split()
+    "all_wrong_share no_answer_share several_answers_share shuffled_accuracy temporal_bonus phase step".split()
 )
 
 DEMO = Path("runs/demo")
@@ -238,7 +238,7 @@ def check(config):
     except ValueError as error:
         raise ConfigError(str(error)) from error
     for reward in rewards:
-        if reward.user and reward.name in METRICS:
+        if reward.user and (reward.name in METRICS or reward.name.startswith("letter_")):
             raise ConfigError(f"--reward {reward.name}: a metric has this name; give your function another")
 
 

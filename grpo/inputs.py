@@ -23,6 +23,8 @@ def check_inputs(config):
     """Raises ConfigError before anything loads where weights or data are missing: what, and how to get them."""
     if config.decode_graph and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ConfigError("--decode_graph: needs a GPU that torch can use; leave it out")
+    if config.resume == "no" and Path(config.output).resolve() in Path(config.model).resolve().parents:
+        raise ConfigError(f"--resume no would remove --model {config.model}, which is in --output; choose another")
     if config.lora_rank and importlib.util.find_spec("peft") is None:
         raise ConfigError("--lora_rank needs peft: pip install peft")
     missing = []

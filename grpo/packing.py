@@ -45,8 +45,8 @@ def _vision(prompts, spec):
     """Patches and grids of all images and videos in the order of their placeholders, which is all the tower needs."""
     pixels, grids = [], []
     for prompt in prompts:
-        images, videos = (prompt.pixel_values, prompt.image_grid_thw), (prompt.pixel_values_videos, prompt.video_grid_thw)
-        kinds = {True: images, False: videos}
+        videos = prompt.pixel_values_videos, prompt.video_grid_thw
+        kinds = {True: (prompt.pixel_values, prompt.image_grid_thw), False: videos}
         split = {kind: p.split(g.prod(-1).tolist()) for kind, (p, g) in kinds.items() if p is not None}
         for span in media_spans(prompt, spec):
             pixels.append(split[span.is_image][span.index])

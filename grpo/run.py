@@ -38,8 +38,7 @@ class Data(NamedTuple):
 
 
 def prepare(config, processes):
-    """What there is before any weight loads: the `Data`, with config.steps set. Clears the folder of a run that is to
-    start anew. Raises ConfigError and DataError.
+    """What there is before any weight loads: the `Data`, with config.steps set. Raises ConfigError and DataError.
     """
     check_inputs(config)
     if config.demo and processes.is_main:
@@ -48,32 +47,35 @@ def prepare(config, processes):
     train, held_out, warmup = read_data(config, print if processes.is_main else lambda line: None)
     if config.steps is None:
         config.steps = steps_of(config.epochs, len(train), config.prompts_per_step)
-    if processes.is_main and (Path(config.output) / "run.json").exists():
-        remove_unfinished(config.output)
-        if config.resume == "no":
-            clear_run(config.output)
-    processes.barrier()
-    return Data(train, held_out, warmup, find_checkpoint(config))
+    return Data(train, held_out, warmup, find_checkpoint(config) if config.resume == "auto" else None)
 
 
 @contextmanager
-def opened(config, processes, data, signalled):
-    """Yields the `Run`: processor, decoding workers and logs; closes them."""
+def opened(config, processes, data, signalled, began):
+    """Yields the `Run`: processor, decoding workers and logs; closes them. Clears the folder of a run that is to start
+    anew, once it is known that it can."""
     state = load_state(data.checkpoint) if data.checkpoint else {"step": 0}
-    processor = read_processor(config.model)
+    processor, saver = read_processor(config.model), Saver(processes, config.model)
     try:
         encoder = PromptEncoder(
             config.model, config.video_settings(), config.prompt_template, config.max_prompt_tokens, config.cache()
         )
     except ValueError as error:  # special tokens in --prompt_template
         raise ConfigError(str(error)) from error
+    processes.barrier()  # until here, others may read what is removed now
+    if processes.is_main and (Path(config.output) / "run.json").exists():
+        remove_unfinished(config.output)
+        if config.resume == "no":
+            clear_run(config.output)
+    processes.barrier()
     warmed = (Path(config.output) / "warmup").exists()
     log = RunLog(config.output, processes.is_main, partial(made_before, state["step"], config.steps, warmed))
     with closing(log), PromptLoader(encoder, config.workers, config.decode_timeout) as loader:
         log.describe(config, describe_run())
         if config.top_k or config.top_p < 1:
             log.say("--top_k or --top_p is on: sampling sees fewer tokens than the log-probabilities are over")
-        run = Run(config, processes, processor, data, state, loader, log, Saver(processes), signalled)
+        began -= state.get("seconds", 0)
+        run = Run(config, processes, processor, data, state, loader, log, saver, signalled, began)
         log.say(
             f"{config.model} on {processes.world} x {processes.device.type}: {len(data.train)} questions to train on, "
             f"{len(data.held_out)} held out, {config.steps} steps"
@@ -101,6 +103,7 @@ class Run:
     log: RunLog
     saver: Saver
     signalled: Callable
+    began: float  # when it would have, had it never stopped
     prompts: list = field(default_factory=list)
     bad: int = 0
 
@@ -108,16 +111,17 @@ class Run:
     def tokenizer(self):
         return self.processor.tokenizer
 
-    def batches(self, samples, first, last, per_step, seed):
+    def batches(self, samples, first, last, per_step, seed, flag="--data"):
         """Yields (prompts of this process, {"skipped", "seconds_waiting"}) for steps first to last - 1.
 
         Worker processes decode ahead. A sample that could not be read is named and counted, and its step is smaller.
-        Raises Stopped, in all processes alike, before the first step that any of them was asked not to take.
+        Raises Stopped, in all processes alike, before the first step that any of them was asked not to take, and
+        DataError before the last step where no sample of all steps could be used. `flag` is where samples come from.
         """
         own = slice(self.processes.rank, None, self.processes.world)
         shares = (distinct_keys(step_samples(samples, step, per_step, seed))[own] for step in range(first, last))
         encoded, asked = self.loader.batches(shares), time.perf_counter()
-        used = 0
+        used = self.state.setdefault("used", {})
         for step, batch in enumerate(encoded, start=first):
             waited = time.perf_counter() - asked
             prompts = [p for p in batch if not isinstance(p, Skipped)]
@@ -130,11 +134,11 @@ class Run:
             if sums["stop"]:
                 raise Stopped(step)
             self.prompts = prompts
-            used += sums["used"]
+            used[flag] = used.get(flag, 0) + sums["used"]
+            if step == last - 1 and not used[flag]:
+                raise DataError(f"{flag}: every sample was skipped, for the reasons above: nothing was trained")
             yield prompts, {"skipped": int(sums["skipped"]), "seconds_waiting": waited}
             asked = time.perf_counter()
-        if first < last and not used:
-            raise DataError("--data: every sample was skipped, for the reasons above: nothing was trained")
 
     @explain_memory
     def evaluate(self, policy, control=None):
@@ -170,6 +174,7 @@ class Run:
 
     def save(self, step, policy, optimizer):
         """Begins to write a checkpoint of what there is after `step` steps."""
+        self.state["seconds"] = time.time() - self.began
         self.saver.save(self.config.output, step, policy, optimizer, self.processor, self.config, self.state)
 
 

@@ -115,8 +115,10 @@ def count_totals(made, processes):
 
 
 def update(policy, optimizer, made, config, processes):
-    """μ passes of forward, clipped loss, backward, gradient clip and optimizer step. Returns metrics: means over the step's tokens, of
-    the first pass but for the clip shares, which are of the last; the gradient's norm; how many updates were left out.
+    """μ passes of forward, clipped loss, backward, gradient clip and optimizer step. Returns metrics.
+
+    They are means over the step's tokens, of the first pass but for the clip shares, which are of the last; the norm of
+    the gradient; and how many updates were left out.
 
     The first pass runs on the weights that the old log-probabilities are of, so it yields them: they need no forward.
     """

@@ -174,7 +174,7 @@ def saved(checkpoints, tmp_path):
     config = parse_config(["--preset", "demo", "--model", str(folder), "--output", str(tmp_path)])
     processor = AutoProcessor.from_pretrained(folder)
     policy = build_policy(folder, config, processor, alone)
-    optimizer, saver = update.make_optimizer(policy, config), Saver(alone)
+    optimizer, saver = update.make_optimizer(policy, config), Saver(alone, folder)
     return lambda step: saver.save(tmp_path, step, policy, optimizer, processor, config, {"a": 1}), policy, optimizer, saver
 
 

@@ -208,6 +208,18 @@ def test_evaluation_gives_what_training_logged(tmp_path, demo, tiny_folder, part
     assert json.loads((tmp_path / "results.json").read_text())["results"]["think"] == logged
 
 
+@pytest.mark.parametrize("held", [5, 0])
+def test_more_samples_than_a_run_held_out_are_none_it_was_trained_on(tmp_path, demo, held):
+    save_config(Config(), tmp_path / "run.json")
+    config = Config(data=(str(demo),), eval_samples=held)
+    arguments = SimpleNamespace(benchmark=None, data=None, samples=12, ckpt="RUN/checkpoint-1")
+    if not held:
+        with pytest.raises(ConfigError, match="its run held out no questions; give --data FILE"):
+            eval_script.find_samples(tmp_path, config, arguments)
+        return
+    assert len(eval_script.find_samples(tmp_path, config, arguments)) == held
+
+
 def test_unreadable_videos_are_reported_apart(tmp_path, demo, tiny_folder):
     rows = [json.loads(line) for line in demo.read_text().splitlines()[:6]]
     rows = [{**row, "video": str(demo.parent / row["video"])} for row in rows]

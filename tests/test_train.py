@@ -91,13 +91,13 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(flags, monkeypatch):
 
 def test_a_run_that_stopped_after_its_warm_up_does_not_repeat_it(flags, monkeypatch):
     whole = metrics_of(run(flags))
-    save = train.save_weights
+    save = Saver.save_weights
 
     def die(*given):
         save(*given)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save_weights", die)
+    monkeypatch.setattr(Saver, "save_weights", die)
     with pytest.raises(KeyboardInterrupt):
         train.main([*flags, "--resume", "no"])
     assert [row["phase"] for row in metrics_of(flags[6])] == ["warmup"] * 2
@@ -322,5 +322,26 @@ def test_a_reward_may_not_be_called_like_a_metric(flags, tmp_path):
     with pytest.raises(ConfigError, match="--reward length: a metric has this name"):
         parse_config([*flags, "--reward", "accuracy:1", f"{tmp_path}/own.py:length"])
     row = next(row for row in metrics_of(run(flags)) if row["phase"] == "train")
-    rest = {name for name in row if not name.startswith("letter_")} - {"phase", "step", "accuracy", "format", "tag_count"}
+    with pytest.raises(ConfigError, match="--reward letter_A: a metric"):
+        (tmp_path / "two.py").write_text("def letter_A(completion, sample):\n    return 0.0\n")
+        parse_config([*flags, "--reward", f"{tmp_path}/two.py:letter_A"])
+    rest = {name for name in row if not name.startswith("letter_")} - {"accuracy", "format", "tag_count"}
     assert rest <= METRICS and {"length", "reward", "kl", "grad_norm"} <= rest
+
+
+def test_resume_no_removes_nothing_before_the_new_run_can_start(flags, capsys):
+    folder = run(flags)
+    before = sorted(path.name for path in folder.iterdir())
+    for more in (("--model", str(folder / "warmup")), ("--prompt_template", "{problem}<|video_pad|>"), ("--model", "no/such")):
+        assert train.main([*flags, "--resume", "no", *more]) == 2
+        assert sorted(path.name for path in folder.iterdir()) == before
+    assert "--resume no would remove --model" in capsys.readouterr().err
+
+
+def test_a_run_that_could_use_no_sample_fails_each_time_it_is_asked(flags, tmp_path, capsys):
+    (tmp_path / "gone.jsonl").write_text('{"problem": "p", "solution": "<answer>A</answer>", "video": "gone.mp4"}\n' * 2)
+    more = ("--data", str(tmp_path / "gone.jsonl"), "--sft_steps", "0", "--output", str(tmp_path / "out"))
+    for _ in range(2):
+        assert train.main([*flags, *more]) == 2
+        assert "every sample was skipped" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "checkpoint-4").exists()

@@ -305,10 +305,10 @@ def test_images_that_are_bytes_in_a_parquet_file(tmp_path):
     bare = [{"image": red, "problem": "Which?", "answer": "A"}]
     parquet.write_table(pyarrow.Table.from_pylist(bare), tmp_path / "bare.parquet")
     assert Path(read_samples(tmp_path / "bare.parquet")[0].images[0]).read_bytes() == red
-    odd = [{"image": red, "problem": b"Which?", "answer": b"A", "thumb": red}]  # text as bytes; a column nobody reads
+    odd = [{"images": [red, b"blue.png"], "problem": b"Which?", "answer": b"A", "thumb": red}]  # text as bytes; a column nobody reads
     parquet.write_table(pyarrow.Table.from_pylist(odd), tmp_path / "odd.parquet")
     sample = read_samples(tmp_path / "odd.parquet")[0]
-    assert (sample.problem, sample.answer) == ("Which?", "A")
+    assert (sample.problem, sample.answer, sample.images[1]) == ("Which?", "A", str(tmp_path / "blue.png"))
     assert [path.name for path in (tmp_path / "odd.parquet.media").iterdir()] == [Path(sample.images[0]).name]
     (tmp_path / "shut.parquet.media").write_text("a file where the folder would be")
     parquet.write_table(pyarrow.Table.from_pylist(bare), tmp_path / "shut.parquet")

@@ -163,12 +163,12 @@ def _with_files(value, folder: Path, is_media: bool = False):
         return {name: _with_files(item, folder, name in MEDIA) for name, item in value.items()}
     if not isinstance(value, bytes):
         return value
-    if is_media:
-        return _keep(value, folder)
     try:
-        return value.decode()
+        text = value.decode()
     except UnicodeDecodeError:
-        return None
+        text = None
+    is_path = text is not None and len(text) < 1000 and text.isprintable()
+    return _keep(value, folder) if is_media and not is_path else text
 
 
 def _keep(content: bytes, folder: Path) -> str:
