@@ -1,21 +1,20 @@
 """Chosen and resized frames of videos on disk, so that a second epoch, or another run, decodes nothing."""
 import hashlib
-import json
 import os
 import tempfile
 import time
 import warnings
-import zipfile
-from dataclasses import asdict
+import zlib
 from pathlib import Path
 
-import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from video import frames
 from video.formats import WHOLE, Clip, DataError
 
-VERSION = 1  # of what is stored; raise it when frames are chosen or resized otherwise
+VERSION = 2  # of what is stored; raise it when frames are chosen or resized otherwise
 KEEP = 0.9  # of the limit is left after evicting
 SCANS_PER_LIMIT = 256  # how often the folder's size is measured while a limit's worth of frames is written
 STALE_SECONDS = 600  # after which a half-written file is the leftover of a process that died
@@ -64,8 +63,8 @@ class FrameCache:
             return None
         identity = [(real, found.st_size, found.st_mtime_ns) for real, found in status]
         decoder = "pyav" if frames.decord is None else "decord"
-        text = json.dumps([VERSION, decoder, identity, asdict(settings), factor, clip], sort_keys=True)
-        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
+        text = repr((VERSION, decoder, identity, settings, factor, clip))
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
 
     def _store(self, entry: Path, pixels: torch.Tensor, rate: float) -> None:
         size = pixels.numel()
@@ -73,10 +72,12 @@ class FrameCache:
             self._evict(size)
             self._unmeasured = 0
         self._unmeasured += size
+        pixels = pixels.contiguous()
+        stored = save({"frames": pixels}, {"rate": repr(rate), "crc32": str(_checksum(pixels))})
         handle, name = tempfile.mkstemp(suffix=".tmp", dir=self.folder)
         try:
             with os.fdopen(handle, "wb") as file:
-                np.savez(file, frames=pixels.numpy(), rate=rate)  # a zip: it holds checksums
+                file.write(stored)
             os.replace(name, entry)
         except BaseException:
             Path(name).unlink(missing_ok=True)
@@ -93,7 +94,7 @@ class FrameCache:
                     continue
                 if item.name.endswith(".tmp") and now - status.st_mtime > STALE_SECONDS:
                     Path(item.path).unlink(missing_ok=True)
-                elif item.name.endswith((".npz", ".tmp")):
+                elif item.name.endswith((".safetensors", ".tmp")):
                     found.append((status.st_mtime_ns, status.st_size, item.path))
         total = sum(size for _, size, _ in found) + coming
         if total <= self.limit:
@@ -101,7 +102,7 @@ class FrameCache:
         for _, size, path in sorted(found):
             if total <= self.limit * KEEP:
                 return
-            if path.endswith(".npz"):
+            if path.endswith(".safetensors"):
                 Path(path).unlink(missing_ok=True)
                 total -= size
 
@@ -109,9 +110,15 @@ class FrameCache:
 def _load(entry: Path) -> tuple[torch.Tensor, float] | None:
     """What `entry` holds, marked as just used; None where it is missing or damaged."""
     try:
-        with np.load(entry) as stored:
-            pixels, rate = stored["frames"], float(stored["rate"])
+        with safe_open(entry, "pt") as stored:
+            pixels, told = stored.get_tensor("frames"), stored.metadata()
+        if _checksum(pixels) != int(told["crc32"]):
+            return None
         os.utime(entry)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, SafetensorError, ValueError, KeyError):
         return None
-    return torch.from_numpy(pixels), rate
+    return pixels, float(told["rate"])
+
+
+def _checksum(pixels: torch.Tensor) -> int:
+    return zlib.crc32(pixels.numpy())

@@ -192,8 +192,8 @@ def check_file(path: str) -> None:
 def probe(path: str, clip: Clip = WHOLE) -> tuple[int, float, int, int]:
     """(frames, frames per second, height, width) of a video from its metadata; no frame is decoded.
 
-    Height and width are those stored: a rotation flag may swap them, which changes no count of tokens. The last 64
-    answers are kept, so that planning and decoding a video open it once. Raises VideoError.
+    Height and width are those stored: a rotation flag may swap them, which changes no count of tokens. The last
+    65,536 answers are kept: planning, decoding and later epochs open a video once. Raises VideoError.
     """
     if os.path.isdir(path):
         files = frame_files(path)
@@ -205,7 +205,7 @@ def probe(path: str, clip: Clip = WHOLE) -> tuple[int, float, int, int]:
     return _probe(path, status.st_size, status.st_mtime_ns)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=2**16)
 def _probe(path: str, *_) -> tuple[int, float, int, int]:
     errors = (av.FFmpegError, OSError, ValueError)
     with blamed(path, "cannot be opened as a video: ", errors), av.open(path) as container:
