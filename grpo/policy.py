@@ -4,6 +4,8 @@ All three are methods of one module, so that FSDP has one root, whose forward it
 it (`grpo.distributed.gathered`).
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -19,7 +21,8 @@ LOGITS_PER_CHUNK = 2**26
 class Policy(nn.Module):
     """Wraps a transformers Qwen2-VL or Qwen2.5-VL.
 
-    `forward(packed, temperature)` -> (logprobs (N,), entropy (N,)) of completion tokens, one prompt pass a group.
+    `forward(packed, temperature)` -> (logprobs (N,), entropy (N,)) of completion tokens, one prompt pass a group; the
+    entropy is (0,) where it is not asked for.
     `prefill(packed)` -> (logits (B, V), prompt keys and values); `decode(tokens, positions, layout)` -> logits (R, V).
     Logits of `spec.never_sampled` are -inf in all three.
     """
@@ -73,21 +76,21 @@ class Policy(nn.Module):
     def _logits(self, hidden):
         return self.model.lm_head(hidden).float().index_fill_(-1, self.never_sampled, float("-inf"))
 
-    def _score(self, hidden, targets, temperature):
+    def _score(self, hidden, targets, temperature, entropy):
         logprobs = self._logits(hidden).div_(temperature).log_softmax(-1)
-        with torch.no_grad():
-            entropy = torch.special.entr(logprobs.exp()).sum(-1)
-        return logprobs.gather(-1, targets[:, None])[:, 0], entropy
+        chosen = logprobs.gather(-1, targets[:, None])[:, 0]
+        with torch.no_grad():  # last, so that recomputing for the gradient ends before it
+            spread = torch.special.entr(logprobs.exp()).sum(-1) if entropy else chosen.new_zeros(0)
+        return chosen, spread
 
-    def forward(self, packed, temperature=1.0, features=None):
+    def forward(self, packed, temperature=1.0, features=None, entropy=True):
         """See the class. `features`: the value of `vision_features`, where the caller has it already."""
         hidden = self._hidden(packed, PackedLayout(packed.groups, self.device), features)[0][packed.predict]
         size = max(1, LOGITS_PER_CHUNK // self.model.lm_head.weight.shape[0])
-        # Each chunk is checkpointed: the (N, V) logits never exist whole, in forward or in backward.
-        scores = [
-            checkpoint(self._score, h, t, temperature, use_reentrant=False)
-            for h, t in zip(hidden.split(size), packed.targets.split(size))
-        ]
+        chunks = list(zip(hidden.split(size), packed.targets.split(size)))
+        # Where there are several chunks each is checkpointed: the (N, V) logits never exist whole, in forward or backward.
+        score = partial(checkpoint, self._score, use_reentrant=False) if len(chunks) > 1 else self._score
+        scores = [score(h, t, temperature, entropy) for h, t in chunks]
         return tuple(torch.cat(column) for column in zip(*scores))
 
     def prefill(self, packed, features=None):

@@ -105,7 +105,7 @@ def placeholder(policy, config):
 def add_reference(reference, made, temperature):
     """Log-probabilities of the frozen model for each chunk: one prompt pass a group, pixels included."""
     for chunk in made:
-        chunk.ref_logprobs, _ = reference(chunk.packed, temperature, chunk.features)
+        chunk.ref_logprobs, _ = reference(chunk.packed, temperature, chunk.features, entropy=False)
 
 
 def count_totals(made, processes):
@@ -178,7 +178,7 @@ def supervised_step(policy, optimizer, prompts, targets, config, processes):
     count = max(processes.sum({"prompts": len(prompts)})["prompts"], 1)
     total, probabilities = 0.0, []
     for chunk in made:
-        logprobs, _ = policy(chunk.packed)
+        logprobs, _ = policy(chunk.packed, entropy=False)
         loss = -(logprobs * chunk.advantages).sum() / count if chunk.lengths else 0 * logprobs.sum()
         (loss * processes.world).backward()
         total += loss.item()
