@@ -1,7 +1,7 @@
 """Evaluates a checkpoint on video questions, greedily, with the frames and the prompt that it was trained with.
 
-    python eval.py --ckpt runs/demo/run/checkpoint-450                      on the run's own held-out questions
-    python eval.py --ckpt runs/demo/run/checkpoint-450 --controls --against runs/demo/run/warmup
+    python eval.py --ckpt runs/demo/run/checkpoint-400                      on the run's own held-out questions
+    python eval.py --ckpt runs/demo/run/checkpoint-400 --controls --against runs/demo/run/warmup
     python eval.py --ckpt Qwen/Qwen2-VL-7B-Instruct --data FILE.jsonl --video_root FOLDER
     torchrun --nproc_per_node 4 eval.py --ckpt FOLDER --benchmark mvbench --benchmark_dir FOLDER
 
@@ -71,7 +71,7 @@ def find_checkpoint(flag, path):
         raise ConfigError(f"{flag} {path}: holds adapters alone; give RUN/merged, which --lora_merge writes")
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"{flag} {path}: has no config.json; give the folder of a checkpoint, such as RUN/checkpoint-450"
+            f"{flag} {path}: has no config.json; give the folder of a checkpoint, such as RUN/checkpoint-400"
         )
     return folder
 

@@ -151,10 +151,10 @@ PRESETS = {
         model=str(DEMO / "start"), data=(str(DEMO / "data/train.jsonl"),), eval_data=str(DEMO / "data/val.jsonl"),
         sft_data=str(DEMO / "data/warmup.jsonl"), output=str(DEMO / "run"), demo=True,
         sft_steps=1200, sft_until=0.9, sft_learning_rate=1e-3, sft_prompts_per_step=32,
-        steps=450, prompts_per_step=64, group_size=4, max_new_tokens=24,
+        steps=400, prompts_per_step=32, group_size=8, max_new_tokens=24,
         reward=("accuracy:1", "format:0.5"), kl_coef=0.15, learning_rate=5e-4, lr_schedule="cosine", adam_beta2=0.95,
         prompt_template="{problem}", min_pixels=28 * 28, max_pixels=28 * 28, nframes=8,
-        threads=1, workers=1, prompts_per_forward=64, prompts_per_rollout=64, gradient_checkpointing=False,
+        threads=1, workers=1, prompts_per_forward=32, prompts_per_rollout=32, gradient_checkpointing=False,
         frame_cache=str(DEMO / "frames"), save_every=200,
         eval_samples=1000, eval_every=100, eval_batch=128, controls=True,
     ),  # fmt: skip
