@@ -8,8 +8,8 @@ import zlib
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from video import frames
 from video.formats import WHOLE, Clip, DataError
@@ -73,7 +73,8 @@ class FrameCache:
             self._unmeasured = 0
         self._unmeasured += size
         pixels = pixels.contiguous()
-        stored = save({"frames": pixels}, {"rate": repr(rate), "crc32": str(_checksum(pixels))})
+        numbers = {"rate": torch.tensor(rate, dtype=torch.float64), "crc32": torch.tensor(_checksum(pixels))}
+        stored = save({"frames": pixels, **numbers})
         handle, name = tempfile.mkstemp(suffix=".tmp", dir=self.folder)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -110,14 +111,13 @@ class FrameCache:
 def _load(entry: Path) -> tuple[torch.Tensor, float] | None:
     """What `entry` holds, marked as just used; None where it is missing or damaged."""
     try:
-        with safe_open(entry, "pt") as stored:
-            pixels, told = stored.get_tensor("frames"), stored.metadata()
-        if _checksum(pixels) != int(told["crc32"]):
+        stored = load(entry.read_bytes())  # in one go: another process may remove it at any time
+        if _checksum(stored["frames"]) != stored["crc32"]:
             return None
         os.utime(entry)
     except (OSError, SafetensorError, ValueError, KeyError):
         return None
-    return pixels, float(told["rate"])
+    return stored["frames"], stored["rate"].item()
 
 
 def _checksum(pixels: torch.Tensor) -> int:
