@@ -114,8 +114,12 @@ def reduce_between_nodes(policy, now):
 
 def clip_gradients(policy, limit):
     """Scales the gradient, over all processes, to a norm of at most `limit`; returns the norm it had."""
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), limit)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    told = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if told > limit:
+        torch.nn.utils.clip_grads_with_norm_(policy.parameters(), limit, norm)
+    return told
 
 
 @contextmanager

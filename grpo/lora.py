@@ -54,11 +54,11 @@ def without_adapters(policy):
     """The reference: a function like the policy's forward, of the same weights with the adapters off."""
     layers = [m for m in policy.modules() if hasattr(m, "lora_A")]
 
-    def reference(*given):
+    def reference(*given, **options):
         for layer in layers:
             layer._disable_adapters = True
         try:
-            return policy(*given)
+            return policy(*given, **options)
         finally:
             for layer in layers:
                 layer._disable_adapters = False

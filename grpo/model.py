@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from functools import partial
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -238,7 +238,19 @@ def checkpoint_activations(model, vision=True):
     """
     blocks = [*decoder(model).layers, *(vision_tower(model).blocks if vision else ())]
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = recomputed(block.forward)
+
+
+def recomputed(forward):
+    """`forward`, run again in backward; where there is no backward, as in sampling, it is called as it is."""
+
+    @wraps(forward)
+    def run(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run
 
 
 def compile_layers(model):
