@@ -43,9 +43,9 @@ EFFICIENCY = {"compute": 0.5, "memory": 0.8, "link": 0.7, "network": 0.7}
 LAUNCH = 10e-6  # seconds of Python and dispatch for a kernel that eager torch launches
 # Kernels of one decoder layer and one vision block, counted from the operators that torch dispatches.
 KERNELS = {"layer": 50, "layer backward": 95, "block": 38, "block backward": 54, "adapter": 4}
-# Bytes read and written for one logit by every kernel between lm_head and the result, in `Policy._score`, in its
-# backward, and in `Policy._logits` with `sampler.choose`.
-SCORE_BYTES, SCORE_BACKWARD_BYTES, CHOOSE_BYTES = 46, 46, 78
+# Bytes read and written for one logit by every kernel between lm_head and the result, in `Policy._score`, for its
+# entropy, in its backward, and in `Policy._logits` with `sampler.choose`.
+SCORE_BYTES, ENTROPY_BYTES, SCORE_BACKWARD_BYTES, CHOOSE_BYTES = 26, 20, 46, 78
 PIXELS = 196 * 28 * 28
 
 
@@ -152,12 +152,15 @@ def vision(config, patches, frame):
 
 
 def score(config, tokens, frozen=False):
-    """(forward, backward with recomputation) of lm_head and the log-probabilities of so many tokens."""
+    """(reference, policy forward, backward) of lm_head and the log-probabilities of so many tokens; several chunks are
+    computed again in backward, the entropy is the policy's alone."""
     hidden, words = config.text_config.hidden_size, config.text_config.vocab_size
     chunks = -(-tokens // (LOGITS_PER_CHUNK // words))
     head = chunks * linears([(hidden, words)], tokens / chunks)
-    forward = head + Cost(bytes=SCORE_BYTES * tokens * words)
-    return forward, forward + (1 if frozen else 2) * head + Cost(bytes=SCORE_BACKWARD_BYTES * tokens * words)
+    plain = head + Cost(bytes=SCORE_BYTES * tokens * words)
+    again = plain if chunks > 1 else Cost()
+    gradients = (1 if frozen else 2) * head + Cost(bytes=SCORE_BACKWARD_BYTES * tokens * words)
+    return plain, plain + Cost(bytes=ENTROPY_BYTES * tokens * words), again + gradients
 
 
 def last_logits(text, rows):
@@ -205,7 +208,7 @@ def step_costs(config, counts, shapes, machine, repeat=False, graph=False):
     root, blocks = counts["root"], config.vision_config.depth * counts["block"]
     used = layers if frozen else layers + blocks  # a frozen tower's features are those of sampling
     seen, seen_back = vision(config, copies * patches, frame)
-    scored, scored_back = score(config, rows * shapes.completion, bool(rank))
+    scored, with_entropy, scored_back = score(config, rows * shapes.completion, bool(rank))
     packed = (config, copies, prompt, rows, shapes.completion)
     plain, _ = decoder(*packed)
     forward, backward = decoder(*packed, rank, bool(rank))
@@ -223,7 +226,7 @@ def step_costs(config, counts, shapes, machine, repeat=False, graph=False):
     kept = rank and shapes.reference  # with adapters the reference is the policy, whose root stays gathered
     return [
         *steps,
-        {"policy forward": here + forward + scored, "its gathers": gathered(used + root * (not kept))},
+        {"policy forward": here + forward + with_entropy, "its gathers": gathered(used + root * (not kept))},
         {
             "backward": (Cost() if frozen else seen_back) + backward + scored_back,
             "its gathers": gathered(used),

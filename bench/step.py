@@ -59,6 +59,7 @@ from grpo.build import build_policy, build_reference
 from grpo.config import OneLineParser, parse_config
 from grpo.distributed import Processes
 from grpo.loss import policy_loss
+from grpo.policy import LOGITS_PER_CHUNK
 from grpo.sampler import SamplingSettings, sample
 from video.dataset import Sample
 from video.prompt import PromptEncoder
@@ -105,7 +106,8 @@ def minimum_flops(config, prompt, frames, group, completion, as_counted=False):
     prompt: P tokens; frames: patches of each frame or image; group, completion: G and C. The language model takes P
     and then G·(C - 1) tokens in sampling and P + G·C tokens in reference and policy; lm_head takes what a token is
     predicted from; the tower runs once for sampling, reference and policy. Backward is twice forward, and once more
-    what checkpointing recomputes: each block but its last product, whose value no gradient needs, and lm_head.
+    what checkpointing recomputes: each block but its last product, whose value no gradient needs, and lm_head where its
+    logits come in several chunks.
     as_counted: attention as `FlopCounterMode` counts it: the whole square where half is masked (but for decoding, where
     there is no mask), and five products in backward, which recomputes the scores, where the mathematics has four.
     """
@@ -136,13 +138,14 @@ def minimum_flops(config, prompt, frames, group, completion, as_counted=False):
     attention = pair * (causal(prompt) + group * (completion * prompt + causal(completion)))
     decoded = pair * group * ((completion - 1) * prompt + completion * (completion - 1) / 2)
     packed = tokens + attention + scored
+    recomputed = packed - (prompt + own) * down - (scored if own * text.vocab_size <= LOGITS_PER_CHUNK else 0)
     return {
         "vision": 3 * tower,
         "prefill": prompt * token + pair * causal(prompt),
         "decode": head + group * (completion - 1) * (token + head) + decoded,
         "reference": packed,
         "policy": packed,
-        "backward": backward(tokens + scored, attention, packed - (prompt + own) * down)
+        "backward": backward(tokens + scored, attention, recomputed)
         + backward(blocks + merge, look, blocks + look - shrink)
         + embed,  # pixels need no gradient
     }

@@ -188,27 +188,33 @@ def test_bytes_of_a_logit_as_operators_move_them():
 
     policy = Policy(model, Spec)
     hidden = torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(4096, (64,))
+    with torch.no_grad(), Operators() as whole:
+        policy._score(hidden, targets, 1.0, True)
     with Operators() as forward:
-        logprobs, _ = policy._score(hidden, torch.randint(4096, (64,)), 1.0, True)
+        logprobs, _ = policy._score(hidden, targets, 1.0, False)
     with Operators() as backward:
         logprobs.sum().backward()
     uniform = torch.rand(64, dtype=torch.float64)
     with torch.no_grad(), Operators() as chosen:
         choose(policy._logits(hidden), uniform, SamplingSettings())
-    moved = [run.bytes_beside_linears() / (64 * 4096) for run in (forward, backward, chosen)]
-    names = ("SCORE_BYTES", "SCORE_BACKWARD_BYTES", "CHOOSE_BYTES")
+    plain, *moved = [run.bytes_beside_linears() / (64 * 4096) for run in (forward, whole, backward, chosen)]
+    moved = [plain, moved[0] - plain, *moved[1:]]
+    names = ("SCORE_BYTES", "ENTROPY_BYTES", "SCORE_BACKWARD_BYTES", "CHOOSE_BYTES")
     assert moved == pytest.approx([getattr(cost_model, name) for name in names], rel=0.2)
 
 
-def test_score_flops_as_torch_counts_them(small):
-    """lm_head and its softmax, checkpointed: forward, and backward with the forward again."""
+@pytest.mark.parametrize("chunks", (1, 2))
+def test_score_flops_as_torch_counts_them(small, chunks, monkeypatch):
+    """lm_head and its softmax: forward, and backward, with the forward again where there are several chunks."""
+    monkeypatch.setattr(cost_model, "LOGITS_PER_CHUNK", 512 * 24 // chunks)
     head = torch.nn.Linear(128, 512, bias=False)
     hidden = torch.randn(24, 128, requires_grad=True)
-    run = lambda: checkpoint(lambda h: head(h).log_softmax(-1), hidden, use_reentrant=False)
-    out, forward = counted(run)
+    run = lambda h: head(h).log_softmax(-1)
+    out, forward = counted(lambda: checkpoint(run, hidden, use_reentrant=False) if chunks > 1 else run(hidden))
     _, backward = counted(lambda: out.sum().backward())
-    planned = cost_model.score(small, 24)
-    assert (forward, backward) == (planned[0].flops, planned[1].flops)
+    plain, with_entropy, planned = cost_model.score(small, 24)
+    assert (forward, forward, backward) == (plain.flops, with_entropy.flops, planned.flops)
 
 
 def test_kernels_of_a_layer_as_torch_dispatches_them(small):
