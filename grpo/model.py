@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -238,19 +238,14 @@ def checkpoint_activations(model, vision=True):
     """
     blocks = [*decoder(model).layers, *(vision_tower(model).blocks if vision else ())]
     for block in blocks:
-        block.forward = recomputed(block.forward)
+        block.forward = partial(recomputed, block.forward)  # a copy of the model calls its own blocks
 
 
-def recomputed(forward):
-    """`forward`, run again in backward; where there is no backward, as in sampling, it is called as it is."""
-
-    @wraps(forward)
-    def run(*args, **kwargs):
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    return run
+def recomputed(forward, *args, **kwargs):
+    """forward(...), run again in backward; where there is no backward, as in sampling, it is called as it is."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def compile_layers(model):

@@ -222,7 +222,7 @@ def test_kernels_of_a_layer_as_torch_dispatches_them(small):
     model = build(small, torch.bfloat16)
     model.requires_grad_(True)
     layer, block = model.model.language_model.layers[0], model.model.visual.blocks[0]
-    layer.forward, block.forward = (module.forward.__wrapped__ for module in (layer, block))  # without checkpointing
+    layer.forward, block.forward = (module.forward.args[0] for module in (layer, block))  # without checkpointing
     narrow = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16, requires_grad=True)
     prompt = DecodeLayout({0: [(torch.randn(2, 6, 32).bfloat16(),) * 2]}, torch.zeros(4, dtype=torch.long), 8)
     token, turned = narrow(4, 1, 128), torch.randn(4, 1, 32).bfloat16()

@@ -1,5 +1,7 @@
 """The one idea: computing a prompt once per group gives the same log-probabilities and gradients as repeating it."""
 
+import copy
+
 import pytest
 import torch
 from conftest import PIXEL_FIELDS, PROMPT_KINDS, load_pair, make_prompt, naive_logprobs, random_completions
@@ -99,6 +101,18 @@ def test_packed_gradients_equal_naive(tiny, kind, checkpointing):
         assert (mine.grad - theirs.grad).abs().max() <= 1e-4 * scale, name
         compared += 1
     assert compared > 20
+
+
+def test_a_copy_of_a_checkpointed_model_runs_its_own_blocks(tiny):
+    """Sampling beside a sharded policy runs on such a copy."""
+    policy, _, tokenizer = tiny
+    checkpoint_activations(policy.model)
+    twin = copy.deepcopy(policy)
+    for layer in decoder(twin.model).layers:
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    packed = pack([make_prompt(tokenizer, PROMPT_KINDS["text"])], [random_completions(tokenizer, (3,))], policy.spec)
+    with torch.no_grad():
+        assert (policy(packed)[0] - twin(packed)[0]).abs().max() > 1e-3
 
 
 def test_chunked_logits_equal_whole(tiny_vl, monkeypatch):

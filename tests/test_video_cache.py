@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import struct
 import time
 
 import pytest
@@ -70,26 +71,44 @@ def test_a_changed_frame_of_a_folder_is_seen(tmp_path, decoded):
     assert (cache.read(folder, SMALL.__class__(nframes=4), FACTOR)[0][2, 0] == 99).all() and len(decoded) == 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text", "folder"])
+def flipped(whole, place):
+    """One bit of the byte at `place` turned over."""
+    return whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+
+
+DAMAGE = {
+    "cut": lambda whole: whole[: len(whole) // 2],
+    "length of the header": lambda whole: flipped(whole, 0),
+    "a name": lambda whole: flipped(whole, whole.index(b"rate")),
+    "a type": lambda whole: whole.replace(b'"F64"', b'"I64"'),
+    "the rate": lambda whole: flipped(whole, whole.index(struct.pack("<d", 2.0)) + 7),
+    "a pixel": lambda whole: flipped(whole, len(whole) // 2),
+    "the checksum": lambda whole: flipped(whole, len(whole) - 1),
+    "zeros": lambda whole: bytes(4),
+    "empty": lambda whole: b"",
+    "text": lambda whole: b"no frames",
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "folder"])
 def test_a_damaged_entry_is_a_miss(tmp_path, decoded, damage):
     path, cache = make_video(tmp_path / "v.mp4"), FrameCache(tmp_path / "cache")
-    plain, _ = cache.read(path, SMALL, FACTOR)
+    plain, rate = cache.read(path, SMALL, FACTOR)
     entry = cache.entry(path, SMALL, FACTOR, Clip())
-    whole = bytearray(entry.read_bytes())
-    flipped = whole[:]
-    flipped[len(whole) // 2] ^= 255
+    whole = entry.read_bytes()
     if damage == "folder":
         entry.unlink()
         entry.mkdir()
     else:
-        entry.write_bytes({"cut": whole[: len(whole) // 2], "flipped": flipped, "empty": b"", "text": b"no zip"}[damage])
+        entry.write_bytes(DAMAGE[damage](whole))
+        assert entry.read_bytes() != whole
     for _ in range(2 if damage != "folder" else 1):
         if damage == "folder":
             with pytest.warns(UserWarning, match="frames are not kept"):
-                again, _ = cache.read(path, SMALL, FACTOR)
+                again, told = cache.read(path, SMALL, FACTOR)
         else:
-            again, _ = cache.read(path, SMALL, FACTOR)
-        assert torch.equal(again, plain)
+            again, told = cache.read(path, SMALL, FACTOR)
+        assert torch.equal(again, plain) and told == rate
     assert len(decoded) == 2  # and mended by the new reading
 
 
@@ -118,12 +137,16 @@ def test_the_limit_holds_and_the_longest_unused_go_first(tmp_path, decoded):
     size = used(tmp_path / "one")
     folder = tmp_path / "cache"
     cache = FrameCache(folder, 4.5 * size / 1e9)
+    foreign = folder / "model.safetensors"
+    foreign.write_bytes(bytes(5 * size))
+    os.utime(foreign, (0, 0))
     for number, path in enumerate(paths[:4]):
         cache.read(path, SMALL, FACTOR)
         os.utime(cache.entry(path, SMALL, FACTOR, Clip()), (number, number))
     cache.read(paths[0], SMALL, FACTOR)  # a hit: used last now
     cache.read(paths[4], SMALL, FACTOR)
-    assert used(folder) <= 4.5 * size and len(decoded) == 6
+    assert used(folder) - 5 * size <= 4.5 * size and len(decoded) == 6
+    assert foreign.exists(), "files that are not ours are neither counted nor removed"
     cache.read(paths[0], SMALL, FACTOR)
     assert len(decoded) == 6
     cache.read(paths[1], SMALL, FACTOR)

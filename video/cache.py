@@ -8,13 +8,13 @@ import zlib
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from video import frames
 from video.formats import WHOLE, Clip, DataError
 
 VERSION = 2  # of what is stored; raise it when frames are chosen or resized otherwise
+SUFFIX = ".frames"  # of an entry: safetensors, and the crc32 of its bytes in the last four
 KEEP = 0.9  # of the limit is left after evicting
 SCANS_PER_LIMIT = 256  # how often the folder's size is measured while a limit's worth of frames is written
 STALE_SECONDS = 600  # after which a half-written file is the leftover of a process that died
@@ -64,7 +64,7 @@ class FrameCache:
         identity = [(real, found.st_size, found.st_mtime_ns) for real, found in status]
         decoder = "pyav" if frames.decord is None else "decord"
         text = repr((VERSION, decoder, identity, settings, factor, clip))
-        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}{SUFFIX}"
 
     def _store(self, entry: Path, pixels: torch.Tensor, rate: float) -> None:
         size = pixels.numel()
@@ -72,13 +72,11 @@ class FrameCache:
             self._evict(size)
             self._unmeasured = 0
         self._unmeasured += size
-        pixels = pixels.contiguous()
-        numbers = {"rate": torch.tensor(rate, dtype=torch.float64), "crc32": torch.tensor(_checksum(pixels))}
-        stored = save({"frames": pixels, **numbers})
+        stored = save({"frames": pixels.contiguous(), "rate": torch.tensor(rate, dtype=torch.float64)})
         handle, name = tempfile.mkstemp(suffix=".tmp", dir=self.folder)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(stored)
+                file.write(stored + _checksum(stored))
             os.replace(name, entry)
         except BaseException:
             Path(name).unlink(missing_ok=True)
@@ -95,7 +93,7 @@ class FrameCache:
                     continue
                 if item.name.endswith(".tmp") and now - status.st_mtime > STALE_SECONDS:
                     Path(item.path).unlink(missing_ok=True)
-                elif item.name.endswith((".safetensors", ".tmp")):
+                elif item.name.endswith((SUFFIX, ".tmp")):
                     found.append((status.st_mtime_ns, status.st_size, item.path))
         total = sum(size for _, size, _ in found) + coming
         if total <= self.limit:
@@ -103,7 +101,7 @@ class FrameCache:
         for _, size, path in sorted(found):
             if total <= self.limit * KEEP:
                 return
-            if path.endswith(".safetensors"):
+            if path.endswith(SUFFIX):
                 Path(path).unlink(missing_ok=True)
                 total -= size
 
@@ -111,14 +109,15 @@ class FrameCache:
 def _load(entry: Path) -> tuple[torch.Tensor, float] | None:
     """What `entry` holds, marked as just used; None where it is missing or damaged."""
     try:
-        stored = load(entry.read_bytes())  # in one go: another process may remove it at any time
-        if _checksum(stored["frames"]) != stored["crc32"]:
-            return None
+        whole = entry.read_bytes()  # in one go: another process may remove it at any time
         os.utime(entry)
-    except (OSError, SafetensorError, ValueError, KeyError):
+    except OSError:
         return None
+    if whole[-4:] != _checksum(whole[:-4]):
+        return None
+    stored = load(whole[:-4])
     return stored["frames"], stored["rate"].item()
 
 
-def _checksum(pixels: torch.Tensor) -> int:
-    return zlib.crc32(pixels.numpy())
+def _checksum(stored: bytes) -> bytes:
+    return zlib.crc32(stored, VERSION).to_bytes(4, "little")
