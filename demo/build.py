@@ -5,20 +5,25 @@ from pathlib import Path
 
 from demo.synthetic import DemoSpec, make_demo_set
 from demo.tiny import CHAT_WORDS, build_tiny_model
+from grpo.config import DEMO, PRESETS, demo_paths
+from video.dataset import split_spec
 
 MARK = "demo.json"  # in a model folder that this file made and may make again
 
 
 def build_demo(config):
-    """Makes config.model and the folder of config.data where they are missing or of another seed. A model folder that
-    was not made here is never touched."""
-    make_demo_set(Path(config.data[0]).parent, DemoSpec(seed=config.seed, train=2048, val=200))
-    model, mark = Path(config.model), json.dumps({"seed": config.seed})
-    if model.exists() and not (model / MARK).exists():
+    """Makes the demo's model and data at the preset's own paths, where they are missing or of another seed and config
+    asks for any of them. Whatever other paths hold is the user's, and is neither made nor changed."""
+    asked = {config.model, *(path for path, _ in map(split_spec, config.data)), config.eval_data, config.sft_data}
+    if not asked & demo_paths():
+        return
+    data = make_demo_set(DEMO / "data", DemoSpec(seed=config.seed, train=2048, val=200))
+    model, mark = Path(PRESETS["demo"]["model"]), json.dumps({"seed": config.seed})
+    if config.model != str(model) or model.exists() and not (model / MARK).exists():
         return
     if model.exists() and (model / MARK).read_text() == mark:
         return
-    with open(config.sft_data) as file:
+    with open(data["warmup"]) as file:
         rows = [json.loads(line) for line in file]
     corpus = " ".join({text for row in rows for text in (row["problem"], *row["completions"])})
     build_tiny_model(model, seed=config.seed, corpus=f"{CHAT_WORDS} {corpus} {config.prompt_template}", patch_std=0.03)

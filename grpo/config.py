@@ -37,7 +37,7 @@ class Config:
     eval_samples: int = flag(100, "How many questions to evaluate on; 0 turns evaluation off.", least=0)
     output: str = flag("runs/qwen2-vl-7b", "Run folder: configuration, metrics, curve, checkpoints.")
     resume: str = flag("auto", "Go on from the run folder's newest checkpoint, or start anew.", choices=("auto", "no"))
-    demo: bool = flag(False, "Build the demo's tiny model and videos at --model and --data where they are missing.")
+    demo: bool = flag(False, "Build the demo's own tiny model and videos, in runs/demo, where they are missing.")
     seed: int = flag(42, "Seed of data order and sampling.", least=0, most=2**32)
 
     prompts_per_step: int = flag(4, "Prompts of one step, over all processes.", least=1, section="sampling")
@@ -159,6 +159,12 @@ PRESETS = {
         eval_samples=1000, eval_every=100, eval_batch=128, controls=True,
     ),  # fmt: skip
 }
+
+
+def demo_paths():
+    """What --demo makes: the demo preset's model and data. Files at other paths are the user's."""
+    own = PRESETS["demo"]
+    return {own["model"], *own["data"], own["eval_data"], own["sft_data"]}
 
 
 class OneLineParser(argparse.ArgumentParser):

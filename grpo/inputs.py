@@ -11,7 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from grpo.checkpoint import checkpoints
-from grpo.config import ConfigError, load_config
+from grpo.config import ConfigError, demo_paths, load_config
 from grpo.data import hold_out
 from rewards import check_sample
 from video.dataset import DataError, leave_out, read_mixture, read_samples, read_skip_list, split_spec
@@ -34,15 +34,16 @@ def check_inputs(config):
             pass
     except OSError as error:
         raise ConfigError(f"--output {config.output}: cannot be written to ({error.strerror})") from error
-    if not config.demo:
-        absent = [path for path, _ in map(split_spec, config.data) if not Path(path).is_file()]
-        if absent:
-            missing.append(
-                f"--data {absent[0]}: no such file (open-r1-video-4k: `hf download Xiaodong/open-r1-video-4k "
-                "--repo-type dataset --local-dir data`, its videos beside it or under --video_root)"
-            )
-        if not on_this_machine(config.model) and (missing or os.environ.get("HF_HUB_OFFLINE")):
-            missing.append(f"--model {config.model}: not on this machine (`hf download {config.model}`)")
+    made = demo_paths() if config.demo else set()
+    absent = [path for path, _ in map(split_spec, config.data) if path not in made and not Path(path).is_file()]
+    if absent:
+        missing.append(
+            f"--data {absent[0]}: no such file (open-r1-video-4k: `hf download Xiaodong/open-r1-video-4k "
+            "--repo-type dataset --local-dir data`, its videos beside it or under --video_root)"
+        )
+    unsure = missing or os.environ.get("HF_HUB_OFFLINE")
+    if unsure and config.model not in made and not on_this_machine(config.model):
+        missing.append(f"--model {config.model}: not on this machine (`hf download {config.model}`)")
     if missing:
         raise ConfigError("; ".join([*missing, f"or try `{DEMO_COMMAND}`, which needs neither"]))
 

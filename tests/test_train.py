@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from demo.build import build_demo
 from demo.synthetic import DemoSpec, make_demo_set
 from grpo.checkpoint import Saver
 from grpo.config import METRICS, PRESETS, Config, ConfigError, load_config, parse_config, save_config
@@ -345,3 +346,23 @@ def test_a_run_that_could_use_no_sample_fails_each_time_it_is_asked(flags, tmp_p
         assert train.main([*flags, *more]) == 2
         assert "every sample was skipped" in capsys.readouterr().err
     assert not (tmp_path / "out" / "checkpoint-4").exists()
+
+
+def test_the_demo_makes_and_replaces_only_what_is_its_own(tmp_path, monkeypatch, capsys):
+    """A user's folder of the same names is left alone; a path with a slip is an error, not a new model or set."""
+    monkeypatch.chdir(tmp_path)
+    mine = {"mine/videos/own.mp4": "x", "mine/train.jsonl": "{}", "mine/model/config.json": "{}"}
+    for name, text in mine.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text)
+    own = ["--eval_data", "mine/train.jsonl", "--sft_data", "mine/train.jsonl", "--model", "mine/model"]
+    build_demo(parse_config(["--preset", "demo", "--data", "mine/train.jsonl", *own]))
+    assert {str(path) for path in Path().rglob("*") if path.is_file()} == mine.keys()
+    assert all(Path(name).read_text() == text for name, text in mine.items())
+    for slip, named in (("--data", "mine/trian.jsonl"), ("--data", "trian.jsonl")):
+        assert train.main(["--preset", "demo", slip, named, "--output", "out"]) == 2
+        assert f"--data {named}: no such file" in capsys.readouterr().err
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert train.main(["--preset", "demo", "--model", "mine/modle", "--output", "out"]) == 2
+    assert "--model mine/modle: not on this machine" in capsys.readouterr().err
+    assert not Path("runs").exists() and not Path("videos").exists()
