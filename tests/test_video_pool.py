@@ -2,10 +2,12 @@
 
 import functools
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from video_helpers import assert_gone
 from video.pool import WorkerDied, WorkerPool, WorkersDoNotStart
 
 
-def work(what):
+def work(what, when=0.0):
+    time.sleep(max(0.0, when - time.monotonic()))
     if what == "die":
         os._exit(7)
     if what == "sleep":
@@ -77,6 +80,20 @@ def test_a_worker_killed_in_a_call_loses_that_one():
         with pytest.raises(WorkerDied, match="exit code -9"):
             call.result(timeout=10)
     assert pool.submit("").result(timeout=20) not in pids
+    pool.close()
+
+
+@pytest.mark.timeout(60)
+def test_workers_that_end_together_each_give_their_own_exit_code(monkeypatch):
+    """`start` of one process asks after all others, so two threads can read one exit code, of which one gets nothing."""
+    read, seconds = forkserver.read_signed, random.Random(0)
+    monkeypatch.setattr(forkserver, "read_signed", lambda pipe: time.sleep(seconds.uniform(0, 0.2)) or read(pipe))
+    pool = WorkerPool(work, 4, timeout=30)
+    for _ in range(3):
+        ready = time.monotonic() + 1.5
+        for call in [pool.submit("die", ready) for _ in range(4)]:
+            with pytest.raises(WorkerDied, match="exit code 7"):
+                call.result(timeout=30)
     pool.close()
 
 

@@ -20,6 +20,7 @@ PRELOAD = (
 )
 START_SECONDS = 600.0  # imports on a busy machine; then the worker counts as one that does not start
 STARTS = 3  # attempts, one after the other, before a call fails because no worker starts
+STARTS_AND_ENDS = threading.Lock()  # a start asks after all others, and an exit code can be read once
 ORPHAN_SECONDS = 30.0  # after its limit a worker that hangs ends itself, should nobody be left to end it
 
 
@@ -98,7 +99,8 @@ class _Worker:
         self.pipe, other = multiprocessing.Pipe()
         args = (other, pool.function, pool.timeout + ORPHAN_SECONDS)
         self.process = pool._context.Process(target=_work, args=args, daemon=True)
-        self.process.start()
+        with STARTS_AND_ENDS:
+            self.process.start()
         other.close()  # so that its end reads as the end of the pipe
 
     def begin(self, args: tuple) -> bool:
@@ -118,13 +120,20 @@ class _Worker:
         try:
             return self._receive(self.pool.timeout)
         except (EOFError, ConnectionError) as error:
-            self.process.join()
-            raise WorkerDied(f"exit code {self.process.exitcode}") from error
+            raise WorkerDied(f"exit code {self._exit_code()}") from error
 
     def end(self) -> None:
-        self.process.kill()
-        self.process.join()
+        with STARTS_AND_ENDS:
+            self.process.kill()
+        self._exit_code()
         self.pipe.close()
+
+    def _exit_code(self) -> int:
+        """Of the process, once it has ended."""
+        wait([self.process.sentinel])
+        with STARTS_AND_ENDS:
+            self.process.join()
+            return self.process.exitcode
 
     def _receive(self, seconds: float):
         """Its next message. TimeoutError; EOFError where it has ended; WorkersDoNotStart where the pool was closed."""
