@@ -197,12 +197,18 @@ def parse_config(arguments=None):
     return config
 
 
+def as_typed(value):
+    """A setting as a user would write it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(value) if isinstance(value, tuple) else "not set" if value is None else str(value)
+
+
 def add_flag(parser, item, default):
     """Adds the flag of a field of Config to a parser or a group of one; its help ends with `default` as it is typed."""
     limits, name = item.metadata, item.name
     kind = next(t for t in (*typing.get_args(item.type), item.type) if t is not type(None))
-    typed = " ".join(default) if kind is tuple else {True: "on", False: "off"}[default] if kind is bool else default
-    text = limits["help"] if default is None else f"{limits['help']} [{typed}]"
+    text = limits["help"] if default is None else f"{limits['help']} [{as_typed(default)}]"
     options = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%"), "dest": name}
     choices = tuple(PRESETS) if name == "preset" else limits.get("choices")
     if kind is bool:

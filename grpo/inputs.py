@@ -11,7 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from grpo.checkpoint import checkpoints
-from grpo.config import ConfigError, demo_paths, load_config
+from grpo.config import ConfigError, as_typed, demo_paths, load_config
 from grpo.data import hold_out
 from rewards import check_sample
 from video.dataset import DataError, leave_out, read_mixture, read_samples, read_skip_list, split_spec
@@ -28,12 +28,6 @@ def check_inputs(config):
     if config.lora_rank and importlib.util.find_spec("peft") is None:
         raise ConfigError("--lora_rank needs peft: pip install peft")
     missing = []
-    try:
-        Path(config.output).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=config.output):
-            pass
-    except OSError as error:
-        raise ConfigError(f"--output {config.output}: cannot be written to ({error.strerror})") from error
     made = demo_paths() if config.demo else set()
     absent = [path for path, _ in map(split_spec, config.data) if path not in made and not Path(path).is_file()]
     if absent:
@@ -46,6 +40,12 @@ def check_inputs(config):
         missing.append(f"--model {config.model}: not on this machine (`hf download {config.model}`)")
     if missing:
         raise ConfigError("; ".join([*missing, f"or try `{DEMO_COMMAND}`, which needs neither"]))
+    try:
+        Path(config.output).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.output):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--output {config.output}: cannot be written to ({error.strerror})") from error
 
 
 # What may differ between a run and its continuation without making it another run.
@@ -95,7 +95,7 @@ def find_checkpoint(config):
         return None
     saved = load_config(path)
     other = [
-        f"--{name} was {old!r}, is {getattr(config, name)!r}"
+        f"--{name} was {as_typed(old)}, is {as_typed(getattr(config, name))}"
         for name, old in vars(saved).items()
         if name not in FREE_TO_CHANGE and old != getattr(config, name)
     ]

@@ -115,10 +115,10 @@ def test_a_finished_run_is_only_reported(flags):
 
 def test_other_settings_do_not_go_on_in_the_same_folder(flags, capsys):
     run(flags)
-    assert train.main([*flags, "--learning_rate", "1"]) == 2
-    error = capsys.readouterr().err
-    error = error.splitlines()[-1]
+    assert train.main([*flags, "--learning_rate", "1", "--reward", "accuracy:1", "format:2", "--filter_groups"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
     assert "--learning_rate was 0.0005, is 1.0" in error and "--output" in error
+    assert "--reward was accuracy:1 format:0.5, is accuracy:1 format:2" in error and "--filter_groups was off, is on" in error
 
 
 def test_eval_reads_the_checkpoint_back_to_the_same_accuracy(flags):
@@ -241,6 +241,13 @@ def test_unknown_flags_and_types_exit_with_2(flags, more, capsys):
         train.main([*flags, *more])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and more[0] in error and error.count("\n") == 1
+
+
+def test_a_command_with_missing_inputs_leaves_no_folder(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("--data", "--model"):
+        assert train.main([*flags, *BAD_INPUT[name][0], "--output", str(tmp_path / "new")]) == 2
+    assert not (tmp_path / "new").exists()
 
 
 BAD_DATA = {
