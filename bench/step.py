@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from PIL import Image
 from torch.nn.attention.bias import CausalBias
@@ -335,7 +336,7 @@ def once(case, folder, meter, ready):
         grids = inputs["image_grid_thw"]
         features = model.get_image_features(inputs["pixel_values"], grids, return_dict=True)
         features.pooler_output = tuple(features.pooler_output) * case.group
-        kinds = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, case.completion)).repeat(case.group, 1)
+        kinds = F.pad(inputs["mm_token_type_ids"], (0, case.completion)).repeat(case.group, 1)
         logits = model(
             input_ids=rows, attention_mask=torch.ones_like(rows), mm_encoder_outputs={"image": features},
             image_grid_thw=grids.repeat(case.group, 1), mm_token_type_ids=kinds, use_cache=False,
@@ -428,14 +429,33 @@ def memory(name):
     return int(line.split()[1]) / 1024
 
 
-def calibrate():
-    """Seconds of one 1024³ product in fp32, the best of five: how fast the machine is just now."""
-    matrix, times = torch.ones(1024, 1024), []
+def best_seconds(function, *arguments):
+    """Of five calls."""
+    times = []
     for _ in range(5):
         began = time.perf_counter()
-        torch.mm(matrix, matrix)
+        function(*arguments)
         times.append(time.perf_counter() - began)
     return min(times)
+
+
+def calibrate():
+    """Seconds of one 1024³ product in fp32: how fast the machine is just now."""
+    matrix = torch.ones(1024, 1024)
+    return best_seconds(torch.mm, matrix, matrix)
+
+
+def machine_limits():
+    """What one thread reaches here: GFLOP/s of a 1024³ product and of 8 rows by 512 MiB of weights, which no cache
+    holds, and GB/s of adding those weights up."""
+    torch.set_num_threads(1)
+    rows, weights = torch.ones(8, 512), torch.ones(2**18, 512)
+    product, narrow, read = calibrate(), best_seconds(F.linear, rows, weights), best_seconds(torch.sum, weights)
+    return {
+        "product_gflops": 2 * 1024**3 / product / 1e9,
+        "eight_rows_gflops": 2 * len(rows) * weights.numel() / narrow / 1e9,
+        "memory_gb_per_s": weights.nbytes / read / 1e9,
+    }
 
 
 class Turns:
@@ -626,11 +646,11 @@ def cpu_model():
 
 
 def describe(names):
-    """{"date", "cpu", "threads", versions}."""
+    """{"date", "cpu", "threads", "limits", "versions"}."""
     from importlib.metadata import version
 
     packages = ["torch", "transformers", *(["trl", "accelerate"] if "trl" in names else [])]
-    return {"date": datetime.date.today().isoformat(), "cpu": cpu_model(), "threads": 1,
+    return {"date": datetime.date.today().isoformat(), "cpu": cpu_model(), "threads": 1, "limits": machine_limits(),
             "versions": {name: version(name) for name in packages}}  # fmt: skip
 
 
