@@ -26,17 +26,17 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from cost_model import H100, decode, step_costs  # noqa: E402
-from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
-from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
+import torch
+import torch.distributed as dist
+from cost_model import H100, decode, step_costs
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from demo.tiny import build_tiny_model  # noqa: E402
-from grpo import distributed, sampler, update  # noqa: E402
-from grpo.config import parse_config  # noqa: E402
-from grpo.model import (  # noqa: E402
+from demo.tiny import build_tiny_model
+from grpo import distributed, sampler, update
+from grpo.config import parse_config
+from grpo.model import (
     FAMILIES,
     ModelSpec,
     checkpoint_activations,
@@ -44,10 +44,10 @@ from grpo.model import (  # noqa: E402
     read_config,
     use_own_attention,
 )
-from grpo.plan import GIB, memory_plan, parameter_counts, published_config, shapes_of, vision_tokens  # noqa: E402
-from grpo.policy import Policy  # noqa: E402
-from video.dataset import Sample  # noqa: E402
-from video.prompt import Prompt  # noqa: E402
+from grpo.plan import GIB, memory_plan, parameter_counts, published_config, shapes_of, vision_tokens
+from grpo.policy import Policy
+from video.dataset import Sample
+from video.prompt import Prompt
 
 CASES = {"7B": ("Qwen/Qwen2-VL-7B-Instruct", 4), "2B": ("Qwen/Qwen2-VL-2B-Instruct", 1)}
 SIDE = 14  # merged rows and columns of a frame of 196·28² pixels

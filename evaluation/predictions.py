@@ -34,7 +34,7 @@ class Predictions:
         for record in _read(self.folder / "predictions.jsonl"):
             self.done.setdefault(tuple(record.pop(name) for name in VARIANT), {})[record["key"]] = record
         processes.barrier()
-        self.file = open(self.own, "a")  # noqa: SIM115 - open as long as the evaluation runs
+        self.file = open(self.own, "a")  # open as long as the evaluation runs
 
     def add(self, variant, records):
         lines = [json.dumps({**dict(zip(VARIANT, variant)), **record}) + "\n" for record in records]

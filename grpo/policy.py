@@ -87,7 +87,7 @@ class Policy(nn.Module):
         hidden = self._hidden(packed, PackedLayout(packed.groups, self.device), features)[0][packed.predict]
         size = max(1, LOGITS_PER_CHUNK // self.model.lm_head.weight.shape[0])
         chunks = list(zip(hidden.split(size), packed.targets.split(size)))
-        # Where there are several chunks each is recomputed: the (N, V) logits never exist whole, in forward or backward.
+        # Where there are several chunks each is recomputed: no (N, V) logits ever exist whole, in forward or backward.
         score = partial(models.recomputed, self._score) if len(chunks) > 1 else self._score
         scores = [score(h, t, temperature, entropy) for h, t in chunks]
         return tuple(torch.cat(column) for column in zip(*scores))

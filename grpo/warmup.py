@@ -43,7 +43,9 @@ def warm_up(policy, run):
     before: a run that is stopped in it begins it again."""
     config, tokenizer, processes = run.config, run.tokenizer, run.processes
     optimizer, recent = make_optimizer(policy, config), deque(maxlen=10)
-    batches = run.batches(run.data.warmup, 0, config.sft_steps, config.sft_prompts_per_step, config.seed + 1, "--sft_data")
+    batches = run.batches(
+        run.data.warmup, 0, config.sft_steps, config.sft_prompts_per_step, config.seed + 1, flag="--sft_data"
+    )
     run.log.start("warm-up", config.sft_steps)
     for step, (prompts, _) in enumerate(batches):
         rate = learning_rate(step, config.sft_steps, config.sft_learning_rate, "constant", RAMP)

@@ -175,7 +175,7 @@ def _run_user(function: Callable, calls: list[tuple], seconds: float) -> tuple[l
                 raise TypeError(f"returned {value!r}, not a finite number")
             done.put((i, float(value), None))
         # The one place that swallows errors: another's code must not end a run of days. Counted, and shown by the loop.
-        except (Exception, SystemExit) as error:  # noqa: BLE001
+        except (Exception, SystemExit) as error:
             done.put((i, 0.0, f"{type(error).__name__}: {error}"))
 
     for i in range(len(calls)):

@@ -1,6 +1,5 @@
 """Tiny models, prompts of every kind, and the naive forward that is the oracle of the packed one."""
 
-
 import pytest
 import torch
 from transformers import AutoProcessor
@@ -102,5 +101,3 @@ def naive_logprobs(model, spec, prompt, completions, temperature=1.0):
         logits[:, list(spec.never_sampled)] = float("-inf")
         rows.append((logits / temperature).log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
     return torch.cat(rows)
-
-

@@ -154,17 +154,13 @@ def test_the_best_checkpoint_is_kept_beside_the_last(world, tmp_path):
     flags = command(1, tmp_path, world, "--steps", "5", "--save_every", "5", "--eval_every", "1",
                     "--keep_checkpoints", "1")[2:]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "grpo.run.summarise", lambda records, trained: {"overall": 0.5, "trained": next(accuracies, 0.0), "kinds": {}, "unparsed": 0.0,
-                                                   "opposite": None, "count": 5, "skipped": 0,
-                                                   "intervals": {"overall": [0, 1]}, "counts": {}}
-        )  # fmt: skip
+        summary = {"overall": 0.5, "kinds": {}, "unparsed": 0.0, "opposite": None, "count": 5, "skipped": 0}
+        summary |= {"intervals": {"overall": [0, 1]}, "counts": {}}
+        patch.setattr("grpo.run.summarise", lambda *_: {**summary, "trained": next(accuracies, 0.0)})
         assert train.main(flags) == 0
     assert [c.name for c in checkpoints_of(tmp_path)] == ["checkpoint-1", "checkpoint-5"]
     state = json.loads((tmp_path / "checkpoint-5" / "training" / "state.json").read_text())
     assert state["best"] == {"step": 1, "accuracy": 0.5}
-
-
 
 
 @pytest.fixture
@@ -175,7 +171,12 @@ def saved(checkpoints, tmp_path):
     processor = AutoProcessor.from_pretrained(folder)
     policy = build_policy(folder, config, processor, alone)
     optimizer, saver = update.make_optimizer(policy, config), Saver(alone, folder)
-    return lambda step: saver.save(tmp_path, step, policy, optimizer, processor, config, {"a": 1}), policy, optimizer, saver
+    return (
+        lambda step: saver.save(tmp_path, step, policy, optimizer, processor, config, {"a": 1}),
+        policy,
+        optimizer,
+        saver,
+    )
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(saved, monkeypatch):

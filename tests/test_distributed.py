@@ -14,7 +14,7 @@ from grpo.distributed import start as start_group
                     pytest.param(True, (2, 4), marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_several_processes_equal_one(world, tmp_path, tie, counts):
-    """6 prompts over 4 processes are uneven, so some run a placeholder; some gradients are clipped, and some are not."""
+    """6 prompts over 4 processes are uneven, so some run a placeholder; some gradients are clipped, some are not."""
     alone = run_here(tmp_path / "1", world, "--grad_clip", "2.9", tie=tie)
     assert min(row["grad_norm"] for row in alone) < 2.9 < max(row["grad_norm"] for row in alone)
     for count in counts:

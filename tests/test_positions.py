@@ -64,7 +64,8 @@ def test_two_videos_and_an_image():
 
 
 @pytest.mark.parametrize(
-    ("ids", "videos"), [([VIDEO] * 3, [[2, 2, 2]]), ([VIDEO], [[2, 2, 2]]), ([1], [[1, 2, 2]]), ([VIDEO, 1, VIDEO], [[2, 2, 2]])]
+    ("ids", "videos"),
+    [([VIDEO] * 3, [[2, 2, 2]]), ([VIDEO], [[2, 2, 2]]), ([1], [[1, 2, 2]]), ([VIDEO, 1, VIDEO], [[2, 2, 2]])],
 )
 def test_placeholders_that_do_not_fit_the_grids_are_refused(ids, videos):
     """A cut prompt must never pass."""
@@ -72,7 +73,12 @@ def test_placeholders_that_do_not_fit_the_grids_are_refused(ids, videos):
         prompt_positions(prompt_of(ids, videos=videos, seconds=[1.0]), SPEC)
 
 
-SHORT = [[], [("image", (1, 4, 4))], [("video", (2, 4, 6))], [("video", (2, 4, 4)), ("image", (1, 6, 4)), ("video", (2, 6, 4))]]
+SHORT = [
+    [],
+    [("image", (1, 4, 4))],
+    [("video", (2, 4, 6))],
+    [("video", (2, 4, 4)), ("image", (1, 6, 4)), ("video", (2, 6, 4))],
+]
 
 
 @pytest.mark.parametrize("kinds", SHORT, ids=["text", "image", "video", "two videos and an image"])

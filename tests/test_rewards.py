@@ -41,73 +41,154 @@ RIGHT, WRONG = "<think>t</think><answer>B</answer>", "<think>t</think><answer>C<
 
 PREDICTIONS = [  # problem type, answer, prediction, score
     # multiple choice; of the first four Open-R1-Video pays two, Video-R1 refuses the others
-    ("multiple choice", "A", "A or B", 0.0), ("multiple choice", "A", "Apple", 0.0),
-    ("multiple choice", "A", "A.", 1.0), ("multiple choice", "A.", "A", 1.0),
-    ("multiple choice", "B", "(b)", 1.0), ("multiple choice", "B", "A", 0.0), ("multiple choice", "B", "Based on", 0.0),
-    ("multiple choice", "B", "blue", 1.0), ("multiple choice", "blue", "B", 1.0), ("multiple choice", "blue", "A", 0.0),
-    ("multiple choice", "B. blue", "B", 1.0), ("multiple choice", "B", "", 0.0), ("multiple choice", "B", "E", 0.0),
+    ("multiple choice", "A", "A or B", 0.0),
+    ("multiple choice", "A", "Apple", 0.0),
+    ("multiple choice", "A", "A.", 1.0),
+    ("multiple choice", "A.", "A", 1.0),
+    ("multiple choice", "B", "(b)", 1.0),
+    ("multiple choice", "B", "A", 0.0),
+    ("multiple choice", "B", "Based on", 0.0),
+    ("multiple choice", "B", "blue", 1.0),
+    ("multiple choice", "blue", "B", 1.0),
+    ("multiple choice", "blue", "A", 0.0),
+    ("multiple choice", "B. blue", "B", 1.0),
+    ("multiple choice", "B", "", 0.0),
+    ("multiple choice", "B", "E", 0.0),
     # numerical; the second and third would be wrong as letters
-    ("numerical", "3", "3", 1.0), ("numerical", "3", "3.0", 1.0), ("numerical", "3.00", "3", 1.0),
+    ("numerical", "3", "3", 1.0),
+    ("numerical", "3", "3.0", 1.0),
+    ("numerical", "3.00", "3", 1.0),
     ("numerical", "3", "4", 0.0),
-    ("numerical", "3", "3.004", 1.0), ("numerical", "3", "3.006", 0.0), ("numerical", "-3", "3", 0.0),
-    ("numerical", "-3", "\u22123", 1.0), ("numerical", "1234.5", "1,234.5", 1.0), ("numerical", "3", "3 metres", 1.0),
-    ("numerical", "3", "3 or 4", 0.0), ("numerical", "3", "three", 0.0), ("numerical", "3", "", 0.0),
-    ("numerical", "0", "0.0", 1.0), ("numerical", "0.5", "1/2", 1.0), ("numerical", "3", "nan", 0.0),
-    ("numerical", "3", "1e999", 0.0), ("numerical", "50%", "50", 1.0),
+    ("numerical", "3", "3.004", 1.0),
+    ("numerical", "3", "3.006", 0.0),
+    ("numerical", "-3", "3", 0.0),
+    ("numerical", "-3", "\u22123", 1.0),
+    ("numerical", "1234.5", "1,234.5", 1.0),
+    ("numerical", "3", "3 metres", 1.0),
+    ("numerical", "3", "3 or 4", 0.0),
+    ("numerical", "3", "three", 0.0),
+    ("numerical", "3", "", 0.0),
+    ("numerical", "0", "0.0", 1.0),
+    ("numerical", "0.5", "1/2", 1.0),
+    ("numerical", "3", "nan", 0.0),
+    ("numerical", "3", "1e999", 0.0),
+    ("numerical", "50%", "50", 1.0),
     # mean relative accuracy: how many of the ten thresholds hold
-    ("mra", "10", "10", 1.0), ("mra", "10", "10.5", 1.0), ("mra", "10", "11", 0.9), ("mra", "10", "9", 0.9),
-    ("mra", "10", "12.2", 0.6), ("mra", "10", "14.9", 0.1), ("mra", "10", "15", 0.1), ("mra", "10", "15.1", 0.0),
-    ("mra", "10", "-10", 0.0), ("mra", "-10", "-11", 0.9), ("mra", "10", "ten", 0.0), ("mra", "0", "0", 1.0),
-    ("mra", "0", "1", 0.0), ("mra", "10", "0", 0.0),
+    ("mra", "10", "10", 1.0),
+    ("mra", "10", "10.5", 1.0),
+    ("mra", "10", "11", 0.9),
+    ("mra", "10", "9", 0.9),
+    ("mra", "10", "12.2", 0.6),
+    ("mra", "10", "14.9", 0.1),
+    ("mra", "10", "15", 0.1),
+    ("mra", "10", "15.1", 0.0),
+    ("mra", "10", "-10", 0.0),
+    ("mra", "-10", "-11", 0.9),
+    ("mra", "10", "ten", 0.0),
+    ("mra", "0", "0", 1.0),
+    ("mra", "0", "1", 0.0),
+    ("mra", "10", "0", 0.0),
     # OCR: 1 - edits / words
-    ("OCR", "one two three four", "one two three four", 1.0), ("OCR", "one two three four", "one two three", 0.75),
-    ("OCR", "one two three four", "one two three five", 0.75), ("OCR", "one two", "one big two", 0.5),
-    ("OCR", "one two", "two one", 0.0), ("OCR", "STOP", "stop", 0.0), ("OCR", "one", "a b c d", 0.0),
+    ("OCR", "one two three four", "one two three four", 1.0),
+    ("OCR", "one two three four", "one two three", 0.75),
+    ("OCR", "one two three four", "one two three five", 0.75),
+    ("OCR", "one two", "one big two", 0.5),
+    ("OCR", "one two", "two one", 0.0),
+    ("OCR", "STOP", "stop", 0.0),
+    ("OCR", "one", "a b c d", 0.0),
     ("OCR", "one", "", 0.0),
-    ("OCR", "\u51fa\u53e3", "\u51fa\u53e3", 1.0), ("OCR", "one two three", "  one\ttwo\nthree ", 1.0),
+    ("OCR", "\u51fa\u53e3", "\u51fa\u53e3", 1.0),
+    ("OCR", "one two three", "  one\ttwo\nthree ", 1.0),
     # free-form: (ROUGE-1 + ROUGE-2 + ROUGE-L) / 3
-    ("free-form", "the cat sat", "The cat sat.", 1.0), ("free-form", "the cat sat", "dogs run", 0.0),
+    ("free-form", "the cat sat", "The cat sat.", 1.0),
+    ("free-form", "the cat sat", "dogs run", 0.0),
     ("free-form", "the cat sat", "the cat", (4 / 5 + 2 / 3 + 4 / 5) / 3),
     ("free-form", "a b c d", "d c b a", (1 + 0 + 1 / 4) / 3),
-    ("free-form", "a a b", "a b b", (2 / 3 + 1 / 2 + 2 / 3) / 3), ("free-form", "cat", "cat", 1.0),
-    ("free-form", "cat", "the cat", (2 / 3 + 0 + 2 / 3) / 3), ("free-form", "cat", "", 0.0),
+    ("free-form", "a a b", "a b b", (2 / 3 + 1 / 2 + 2 / 3) / 3),
+    ("free-form", "cat", "cat", 1.0),
+    ("free-form", "cat", "the cat", (2 / 3 + 0 + 2 / 3) / 3),
+    ("free-form", "cat", "", 0.0),
     ("free-form", "cat", "?!", 0.0),
     ("free-form", "\u7ea2\u8272 \u7403", "\u7ea2\u8272 \u7403", 1.0),
     # regression: 1 - relative distance
-    ("regression", "10", "10", 1.0), ("regression", "10", "9", 0.9), ("regression", "10", "11", 0.9),
-    ("regression", "10", "25", 0.0), ("regression", "-4", "-5", 0.75), ("regression", "0", "0", 1.0),
-    ("regression", "0", "1", 0.0), ("regression", "10", "none", 0.0), ("regression", "10", "", 0.0),
+    ("regression", "10", "10", 1.0),
+    ("regression", "10", "9", 0.9),
+    ("regression", "10", "11", 0.9),
+    ("regression", "10", "25", 0.0),
+    ("regression", "-4", "-5", 0.75),
+    ("regression", "0", "0", 1.0),
+    ("regression", "0", "1", 0.0),
+    ("regression", "10", "none", 0.0),
+    ("regression", "10", "", 0.0),
 ]
 
 NUMBERS = [
-    ("7", 7.0), ("+7", 7.0), ("-7.25", -7.25), (".5", 0.5), ("1,234,567", 1234567.0), ("$1,000.50", 1000.5),
+    ("7", 7.0),
+    ("+7", 7.0),
+    ("-7.25", -7.25),
+    (".5", 0.5),
+    ("1,234,567", 1234567.0),
+    ("$1,000.50", 1000.5),
     ("2e3", 2000.0),
-    ("1/4", 0.25), ("-1/4", -0.25), ("1/0", None), ("7.", 7.0), ("about 7 m\u00b2", 7.0), ("25 m2", 25.0),
+    ("1/4", 0.25),
+    ("-1/4", -0.25),
+    ("1/0", None),
+    ("7.", 7.0),
+    ("about 7 m\u00b2", 7.0),
+    ("25 m2", 25.0),
     ("x = 3, so 3", 3.0),
-    ("3-4", None), ("10:30", None), ("1.2.3", None), ("3,5", None), ("12,34", None), ("1,2345", None), ("", None),
-    ("seven", None), ("inf", None), ("NaN", None), ("5e99999", None), ("9" * 400, None), ("\uff15", 5.0),
+    ("3-4", None),
+    ("10:30", None),
+    ("1.2.3", None),
+    ("3,5", None),
+    ("12,34", None),
+    ("1,2345", None),
+    ("", None),
+    ("seven", None),
+    ("inf", None),
+    ("NaN", None),
+    ("5e99999", None),
+    ("9" * 400, None),
+    ("\uff15", 5.0),
 ]
 
 FORMATS = [  # completion, format, tag_count; some with an "x" after the end
-    ("<think>a</think><answer>B</answer>", 1.0, 1.0), ("<think>a</think>\n\n<answer>B</answer>", 1.0, 1.0),
+    ("<think>a</think><answer>B</answer>", 1.0, 1.0),
+    ("<think>a</think>\n\n<answer>B</answer>", 1.0, 1.0),
     ("<think>a\nb</think> <answer>\nB\n</answer>", 1.0, 1.0),
     ("<think>\u7ea2</think><answer>\u7403</answer>", 1.0, 1.0),
     ("<think>a<b</think><answer>1 < 2</answer>", 1.0, 1.0),
-    ("<think>a</think><answer>B</answer>x", 0.0, 1.0), ("<think>a</think><answer>B</answer>\n", 0.0, 1.0),
-    (" <think>a</think><answer>B</answer>", 0.0, 1.0), ("x<think>a</think><answer>B</answer>", 0.0, 1.0),
-    ("<think>a</think>x<answer>B</answer>", 0.0, 1.0), ("<answer>B</answer><think>a</think>", 0.0, 1.0),
-    ("<think>a<answer>B</answer></think>", 0.0, 1.0), ("<think>a</think><answer></answer>", 0.0, 1.0),
-    ("<think> </think><answer>B</answer>", 0.0, 1.0), ("<think>a</think><answer>B", 0.0, 0.75),
-    ("<think>a<answer>B</answer>", 0.0, 0.75), ("<answer>B</answer>", 0.0, 0.5),
+    ("<think>a</think><answer>B</answer>x", 0.0, 1.0),
+    ("<think>a</think><answer>B</answer>\n", 0.0, 1.0),
+    (" <think>a</think><answer>B</answer>", 0.0, 1.0),
+    ("x<think>a</think><answer>B</answer>", 0.0, 1.0),
+    ("<think>a</think>x<answer>B</answer>", 0.0, 1.0),
+    ("<answer>B</answer><think>a</think>", 0.0, 1.0),
+    ("<think>a<answer>B</answer></think>", 0.0, 1.0),
+    ("<think>a</think><answer></answer>", 0.0, 1.0),
+    ("<think> </think><answer>B</answer>", 0.0, 1.0),
+    ("<think>a</think><answer>B", 0.0, 0.75),
+    ("<think>a<answer>B</answer>", 0.0, 0.75),
+    ("<answer>B</answer>", 0.0, 0.5),
     ("<think>a</think><think>a</think><answer>B</answer>", 0.0, 0.5),
     ("<think>a</think><answer>B</answer><answer>B</answer>", 0.0, 0.5),
-    ("<think><think>a</think></think><answer>B</answer>", 0.0, 0.5), ("<think>a", 0.0, 0.25),
-    ("", 0.0, 0.0), ("B", 0.0, 0.0),
+    ("<think><think>a</think></think><answer>B</answer>", 0.0, 0.5),
+    ("<think>a", 0.0, 0.25),
+    ("", 0.0, 0.0),
+    ("B", 0.0, 0.0),
     ("<THINK>a</THINK><answer>B</answer>", 0.0, 0.5),
 ]
 
-REPEATS = [("", 0.0), ("a b", 0.0), ("a b c", 0.0), ("a b c d", 0.0), ("a a a a", -0.5), ("A a a", 0.0),
-           ("a b c a b c", -0.25), (" ".join(["x"] * 102), -0.99)]
+REPEATS = [
+    ("", 0.0),
+    ("a b", 0.0),
+    ("a b c", 0.0),
+    ("a b c d", 0.0),
+    ("a a a a", -0.5),
+    ("A a a", 0.0),
+    ("a b c a b c", -0.25),
+    (" ".join(["x"] * 102), -0.99),
+]
 
 
 def test_the_tables_are_as_large_as_promised():
@@ -139,8 +220,13 @@ def test_repetition(completion, penalty):
 
 def test_only_a_well_formed_answer_is_accurate():
     sample = Sample("B", options=COLOURS)
-    for completion in ("B", "<answer>B", "<answer>B</answer><answer>C</answer>", "",
-                       "<think><answer>B</answer></think>"):
+    for completion in (
+        "B",
+        "<answer>B",
+        "<answer>B</answer><answer>C</answer>",
+        "",
+        "<think><answer>B</answer></think>",
+    ):
         assert accuracy(completion, sample) == 0.0, completion
     assert accuracy("<answer>B</answer>", sample) == 1.0
 
@@ -186,13 +272,16 @@ def test_edit_distance_and_subsequence_equal_their_definitions():
 
 
 @pytest.mark.parametrize("problem_type", sorted(set(ACCURACY) - {"math"}))
-@pytest.mark.parametrize("unit", ["word ", "1", "1,", "1,111,", "1/", "A or ", "<answer>",
-                                  "<think>x</think><answer>", " ", "a\n", "e1"])
+@pytest.mark.parametrize(
+    "unit", ["word ", "1", "1,", "1,111,", "1/", "A or ", "<answer>", "<think>x</think><answer>", " ", "a\n", "e1"]
+)
 def test_100_000_characters_take_less_than_50_ms(problem_type, unit):
     answer = {"multiple choice": "B", "OCR": "word word two", "free-form": "a word"}.get(problem_type, "3")
     text, sample = (unit * 100_000)[:100_000], Sample(answer, problem_type)
-    functions = [functools.partial(score_prediction, text), *(functools.partial(f, text) for n, f in REWARDS.items()
-                                                              if not n.startswith("length"))]
+    functions = [
+        functools.partial(score_prediction, text),
+        *(functools.partial(f, text) for n, f in REWARDS.items() if not n.startswith("length")),
+    ]
     for function in functions:
         assert any(seconds_of(function, sample) < 0.05 for _ in range(10)), function
 
@@ -205,8 +294,16 @@ def seconds_of(function, *args):
 
 
 def test_a_bad_ground_truth_raises_and_names_the_sample():
-    for sample in (Sample("B", "riddle"), Sample("E", options=COLOURS), Sample("A or B"), Sample("many", "numerical"),
-                   Sample("3 or 4", "mra"), Sample("", "OCR"), Sample("?", "free-form"), Sample("far", "regression")):
+    for sample in (
+        Sample("B", "riddle"),
+        Sample("E", options=COLOURS),
+        Sample("A or B"),
+        Sample("many", "numerical"),
+        Sample("3 or 4", "mra"),
+        Sample("", "OCR"),
+        Sample("?", "free-form"),
+        Sample("far", "regression"),
+    ):
         with pytest.raises(ValueError, match="balls.jsonl:7"):
             check_sample(sample)
         with pytest.raises(ValueError, match="balls.jsonl:7"):
@@ -231,8 +328,15 @@ def test_mathematics_off_the_main_thread_and_without_end():
     scores = []
 
     def work():
-        cases = [("1/2", "0.5"), ("\\frac{1}{2}", "$\\frac{2}{4}$"), ("x+1", "1+x"), ("1/2", "0.6"), ("3", ""),
-                 ("3", "9^{9^{9^{9}}}"), ("3", "3")]
+        cases = [
+            ("1/2", "0.5"),
+            ("\\frac{1}{2}", "$\\frac{2}{4}$"),
+            ("x+1", "1+x"),
+            ("1/2", "0.6"),
+            ("3", ""),
+            ("3", "9^{9^{9^{9}}}"),
+            ("3", "3"),
+        ]
         scores.extend(score_prediction(prediction, Sample(answer, "math")) for answer, prediction in cases)
 
     thread = threading.Thread(target=work)
@@ -251,9 +355,22 @@ def test_length_window():
     assert window(0, [400] * 3, [1.0, 0.0, 0.1]) == 0.0, "the only right one of its group gets nothing"
 
 
-@pytest.mark.parametrize(("length", "accurate", "reward"), [
-    (0, 1.0, 1.0), (500, 1.0, 0.75), (1000, 1.0, 0.5), (2000, 1.0, 0.5), (250, 1.0, 0.75 + 0.25 * math.sqrt(0.5)),
-    (0, 0.0, -1.0), (500, 0.0, -0.75), (1000, 0.0, -0.5), (2000, 0.0, -0.5), (0, 0.5, -1.0), (0, 0.6, 1.0)])
+@pytest.mark.parametrize(
+    ("length", "accurate", "reward"),
+    [
+        (0, 1.0, 1.0),
+        (500, 1.0, 0.75),
+        (1000, 1.0, 0.5),
+        (2000, 1.0, 0.5),
+        (250, 1.0, 0.75 + 0.25 * math.sqrt(0.5)),
+        (0, 0.0, -1.0),
+        (500, 0.0, -0.75),
+        (1000, 0.0, -0.5),
+        (2000, 0.0, -0.5),
+        (0, 0.5, -1.0),
+        (0, 0.6, 1.0),
+    ],
+)
 def test_length_cosine(length, accurate, reward):
     assert REWARDS["length_cosine"]("", None, Group([], 0, [length], [accurate])) == pytest.approx(reward)
 
@@ -351,17 +468,28 @@ def test_a_built_in_error_is_raised_not_scored():
         score_group(parse_rewards(["accuracy"]), [RIGHT], Sample("B", "riddle"))
 
 
-@pytest.mark.parametrize(("specs", "message"), [
-    ([], "at least one"), (["speed"], "no reward is called 'speed'; use one of accuracy, format"),
-    ([""], "no reward is called"),
-    (["accuracy:0"], "not 0"), (["accuracy:x"], "must be finite"), (["accuracy:nan"], "must be finite"),
-    (["accuracy:inf"], "must be finite"), (["accuracy:1:2"], "must be finite"),
-    (["accuracy", "accuracy:2"], "is taken"),
-    (["format", "length_window:0.2"], "add accuracy:1"), (["length_cosine"], "add accuracy:1"),
-    (["no.py:f"], "there is no file no.py"),
-    (["MINE:none"], "defines no function 'none'"), (["MINE:number"], "defines no function 'number'"),
-    (["MINE:alone"], "must take"), (["BROKEN:f"], "cannot be imported: SyntaxError"),
-    (["MINE:words", "MINE:words:2"], "is taken")])
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ([], "at least one"),
+        (["speed"], "no reward is called 'speed'; use one of accuracy, format"),
+        ([""], "no reward is called"),
+        (["accuracy:0"], "not 0"),
+        (["accuracy:x"], "must be finite"),
+        (["accuracy:nan"], "must be finite"),
+        (["accuracy:inf"], "must be finite"),
+        (["accuracy:1:2"], "must be finite"),
+        (["accuracy", "accuracy:2"], "is taken"),
+        (["format", "length_window:0.2"], "add accuracy:1"),
+        (["length_cosine"], "add accuracy:1"),
+        (["no.py:f"], "there is no file no.py"),
+        (["MINE:none"], "defines no function 'none'"),
+        (["MINE:number"], "defines no function 'number'"),
+        (["MINE:alone"], "must take"),
+        (["BROKEN:f"], "cannot be imported: SyntaxError"),
+        (["MINE:words", "MINE:words:2"], "is taken"),
+    ],
+)
 def test_a_wrong_reward_flag_names_the_flag_and_the_mend(mine, specs, message):
     specs = [spec.replace("MINE", mine).replace("BROKEN", mine.replace("mine", "broken")) for spec in specs]
     with pytest.raises(ValueError, match="--reward") as error:
@@ -372,15 +500,30 @@ def test_a_wrong_reward_flag_names_the_flag_and_the_mend(mine, specs, message):
 def test_specs(mine):
     rewards = parse_rewards(["format:.5", "repetition:-1", f"{mine}:words:1e-1", "accuracy"])
     assert [(r.name, r.weight, r.user) for r in rewards] == [
-        ("accuracy", 1.0, False), ("format", 0.5, False), ("repetition", -1.0, False), ("words", 0.1, True)]
+        ("accuracy", 1.0, False),
+        ("format", 0.5, False),
+        ("repetition", -1.0, False),
+        ("words", 0.1, True),
+    ]
 
 
 def test_answer_stats():
-    completions = ["<answer>A</answer>", "<answer>(b)</answer>", "<answer>B</answer>", "B", "<answer>A or B</answer>",
-                   "<answer>A</answer><answer>B</answer>", "<answer>Based on</answer>", "<answer>A</answer>"]
+    completions = [
+        "<answer>A</answer>",
+        "<answer>(b)</answer>",
+        "<answer>B</answer>",
+        "B",
+        "<answer>A or B</answer>",
+        "<answer>A</answer><answer>B</answer>",
+        "<answer>Based on</answer>",
+        "<answer>A</answer>",
+    ]
     samples = [Sample("B")] * 7 + [Sample("A", "OCR")]
     assert answer_stats(completions, samples) == {
-        "letters": {"A": 1, "B": 2}, "no_answer": 0.25, "several_answers": 0.25}
+        "letters": {"A": 1, "B": 2},
+        "no_answer": 0.25,
+        "several_answers": 0.25,
+    }
     assert answer_stats([], []) == {"letters": {}, "no_answer": 0.0, "several_answers": 0.0}
     with pytest.raises(ValueError):
         answer_stats(["x"], [])
@@ -389,4 +532,5 @@ def test_answer_stats():
 def test_torch_is_not_imported():
     import subprocess
     import sys
+
     subprocess.run([sys.executable, "-c", "import sys, rewards; assert 'torch' not in sys.modules"], check=True)

@@ -20,7 +20,9 @@ RIGHT, WRONG = "<answer>A</answer>", "<answer>B</answer>"
 
 
 def config_of(*more):
-    return parse_config(["--preset", "demo", "--group_size", "4", "--max_new_tokens", "4", "--prompts_per_rollout", "2", *more])
+    return parse_config(
+        ["--preset", "demo", "--group_size", "4", "--max_new_tokens", "4", "--prompts_per_rollout", "2", *more]
+    )
 
 
 def frames_of(patches, grid):

@@ -73,7 +73,9 @@ def test_any_eos_ends_a_row_and_is_trained(tiny_vl):
     policy, _, tokenizer = tiny_vl
     assert set(policy.spec.eos_ids) == {tokenizer.eos_token_id, tokenizer.pad_token_id}
     policy.spec = replace(policy.spec, eos_ids=tuple(range(0, 390, 9)))
-    rollout = sample(policy, [make_prompt(tokenizer, PROMPT_KINDS["text"])], 16, SamplingSettings(max_new_tokens=9), [3], tokenizer)[0]
+    rollout = sample(
+        policy, [make_prompt(tokenizer, PROMPT_KINDS["text"])], 16, SamplingSettings(max_new_tokens=9), [3], tokenizer
+    )[0]
     assert {True, False} == set(rollout.finished)
     for tokens, finished in zip(rollout.tokens, rollout.finished):
         ends = [token.item() in policy.spec.eos_ids for token in tokens]
@@ -103,7 +105,9 @@ def test_vision_tokens_are_never_sampled_and_masked_alike(tiny):
 
 def test_text_leaves_out_only_the_eos(tiny_vl):
     policy, _, tokenizer = tiny_vl
-    rollout = sample(policy, [make_prompt(tokenizer, PROMPT_KINDS["text"])], 4, SamplingSettings(max_new_tokens=5), [0], tokenizer)[0]
+    rollout = sample(
+        policy, [make_prompt(tokenizer, PROMPT_KINDS["text"])], 4, SamplingSettings(max_new_tokens=5), [0], tokenizer
+    )[0]
     for text, tokens, finished in zip(rollout.texts, rollout.tokens, rollout.finished):
         assert text == tokenizer.decode(tokens[: len(tokens) - finished])
 

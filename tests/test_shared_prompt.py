@@ -28,14 +28,18 @@ def test_packed_logprobs_equal_naive(tiny, kind, lengths):
 
 def test_several_prompts_in_one_row_equal_naive(tiny):
     policy, naive, tokenizer = tiny
-    prompts = [make_prompt(tokenizer, kinds, seed=i, words="a b c"[: 1 + i]) for i, kinds in enumerate(PROMPT_KINDS.values())]
+    prompts = [
+        make_prompt(tokenizer, kinds, seed=i, words="a b c"[: 1 + i]) for i, kinds in enumerate(PROMPT_KINDS.values())
+    ]
     groups = [random_completions(tokenizer, (2 + i, 3), seed=i) for i in range(len(prompts))]
     logprobs, _ = policy(pack(prompts, groups, policy.spec))
     expected = torch.cat([naive_logprobs(naive, policy.spec, p, g) for p, g in zip(prompts, groups)])
     assert (logprobs - expected).abs().max() <= 1e-5
 
 
-def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal=False):
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal=False
+):
     """What flash-attn documents (2.1 on): q (total, H, D), k and v (total, K, D), int32 cumulative lengths; a causal
     mask is aligned to the lower right. One sequence at a time, by explicit masks."""
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and all(x.is_contiguous() for x in (q, k, v))
@@ -74,7 +78,9 @@ def test_flash_attn_is_told_the_same(tiny, kinds, monkeypatch):
     monkeypatch.setattr(attention, "flash_attn_varlen_func", kernel)
     monkeypatch.setattr(attention, "flash_fits", lambda query: True)
     logprobs, ours = outcome()
-    assert calls.count(True) == len(decoder(policy.model).layers) and calls.count(False) == len(vision_tower(policy.model).blocks)
+    assert calls.count(True) == len(decoder(policy.model).layers) and calls.count(False) == len(
+        vision_tower(policy.model).blocks
+    )
     assert (logprobs - expected).abs().max() <= 1e-5
     for name, gradient in gradients.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
@@ -142,7 +148,9 @@ def test_whole_logits_are_never_alive(tiny_vl, monkeypatch):
 def test_sampler_logprobs_equal_scorer(tiny, temperature):
     """Prompts of different kinds and lengths in one batch, rows that end at different times."""
     policy, _, tokenizer = tiny
-    prompts = [make_prompt(tokenizer, kinds, seed=i, words="move " * (i + 1)) for i, kinds in enumerate(PROMPT_KINDS.values())]
+    prompts = [
+        make_prompt(tokenizer, kinds, seed=i, words="move " * (i + 1)) for i, kinds in enumerate(PROMPT_KINDS.values())
+    ]
     settings = SamplingSettings(temperature=temperature, max_new_tokens=40)
     policy.spec = spec_with_frequent_eos(policy.spec)
     rollouts = sample(policy, prompts, 4, settings, list(range(len(prompts))), tokenizer)
@@ -194,7 +202,8 @@ def greedy_reference(model, spec, prompt, count):
         input_ids=prompt.input_ids[None], attention_mask=torch.ones_like(prompt.input_ids)[None],
         mm_token_type_ids=types[None],
         **{name: value for name in PIXEL_FIELDS if (value := getattr(prompt, name)) is not None},
-        max_new_tokens=count, do_sample=False, eos_token_id=list(spec.eos_ids), suppress_tokens=list(spec.never_sampled),
+        max_new_tokens=count, do_sample=False, eos_token_id=list(spec.eos_ids),
+        suppress_tokens=list(spec.never_sampled),
     )  # fmt: skip
     return out[0, len(prompt.input_ids) :].tolist()
 
@@ -222,8 +231,12 @@ def test_one_vision_pass_and_one_prompt_pass_per_group(tiny_vl):
     """What goes through tower and decoder is 1 video and P + G·C tokens, in scoring and in sampling."""
     policy, _, tokenizer = tiny_vl
     patches, tokens = [], []
-    policy.model.model.visual.register_forward_hook(lambda m, args, kw, out: patches.append(args[0].shape[0]), with_kwargs=True)
-    policy.model.model.language_model.layers[0].register_forward_pre_hook(lambda m, args: tokens.append(args[0].shape[0] * args[0].shape[1]))
+    policy.model.model.visual.register_forward_hook(
+        lambda m, args, kw, out: patches.append(args[0].shape[0]), with_kwargs=True
+    )
+    policy.model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda m, args: tokens.append(args[0].shape[0] * args[0].shape[1])
+    )
     prompt = make_prompt(tokenizer, PROMPT_KINDS["video"])
     size = len(prompt.input_ids)
     policy(pack([prompt], [random_completions(tokenizer, (5,) * 8)], policy.spec))

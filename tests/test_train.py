@@ -50,7 +50,15 @@ def run(flags, *more):
 def test_a_run_leaves_everything(flags):
     folder = run(flags)
     names = {p.name for p in folder.iterdir()}
-    assert {"metrics.jsonl", "summary.json", "curve.png", "run.json", "versions.json", "checkpoint-4", "warmup"} <= names
+    assert {
+        "metrics.jsonl",
+        "summary.json",
+        "curve.png",
+        "run.json",
+        "versions.json",
+        "checkpoint-4",
+        "warmup",
+    } <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     phases = [row["phase"] for row in metrics_of(folder)]
     assert phases.count("warmup") == 2 and phases.count("train") == 4 and phases.count("eval") == 3
@@ -118,7 +126,10 @@ def test_other_settings_do_not_go_on_in_the_same_folder(flags, capsys):
     assert train.main([*flags, "--learning_rate", "1", "--reward", "accuracy:1", "format:2", "--filter_groups"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "--learning_rate was 0.0005, is 1.0" in error and "--output" in error
-    assert "--reward was accuracy:1 format:0.5, is accuracy:1 format:2" in error and "--filter_groups was off, is on" in error
+    assert (
+        "--reward was accuracy:1 format:0.5, is accuracy:1 format:2" in error
+        and "--filter_groups was off, is on" in error
+    )
 
 
 def test_eval_reads_the_checkpoint_back_to_the_same_accuracy(flags):
@@ -340,14 +351,20 @@ def test_a_reward_may_not_be_called_like_a_metric(flags, tmp_path):
 def test_resume_no_removes_nothing_before_the_new_run_can_start(flags, capsys):
     folder = run(flags)
     before = sorted(path.name for path in folder.iterdir())
-    for more in (("--model", str(folder / "warmup")), ("--prompt_template", "{problem}<|video_pad|>"), ("--model", "no/such")):
+    for more in (
+        ("--model", str(folder / "warmup")),
+        ("--prompt_template", "{problem}<|video_pad|>"),
+        ("--model", "no/such"),
+    ):
         assert train.main([*flags, "--resume", "no", *more]) == 2
         assert sorted(path.name for path in folder.iterdir()) == before
     assert "--resume no would remove --model" in capsys.readouterr().err
 
 
 def test_a_run_that_could_use_no_sample_fails_each_time_it_is_asked(flags, tmp_path, capsys):
-    (tmp_path / "gone.jsonl").write_text('{"problem": "p", "solution": "<answer>A</answer>", "video": "gone.mp4"}\n' * 2)
+    (tmp_path / "gone.jsonl").write_text(
+        '{"problem": "p", "solution": "<answer>A</answer>", "video": "gone.mp4"}\n' * 2
+    )
     more = ("--data", str(tmp_path / "gone.jsonl"), "--sft_steps", "0", "--output", str(tmp_path / "out"))
     for _ in range(2):
         assert train.main([*flags, *more]) == 2

@@ -165,7 +165,9 @@ def test_a_gradient_that_is_not_finite_is_left_out(setting):
     optimizer = update.make_optimizer(policy, config)
     update.set_learning_rate(optimizer, 1e-3)
     before = [p.detach().clone() for p in policy.parameters()]
-    metrics = update.update(policy, optimizer, update.make_chunks(prompts, rollouts, config, policy, ALONE), config, ALONE)
+    metrics = update.update(
+        policy, optimizer, update.make_chunks(prompts, rollouts, config, policy, ALONE), config, ALONE
+    )
     assert metrics["updates_skipped"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))
 
@@ -226,5 +228,12 @@ def test_a_frozen_tower_runs_once_a_step_for_sampler_reference_and_policy(checkp
     assert (many, none) == (2, 0), "vision passes of the update"
     torch.testing.assert_close(shared, apart, atol=1e-6, rtol=0)
     passes.clear()
-    rollout(policy, prompts, tokenizer, parse_rewards(("accuracy:1",)), config_of("--prompts_per_rollout", "3", "--freeze_vision"), 0)
+    rollout(
+        policy,
+        prompts,
+        tokenizer,
+        parse_rewards(("accuracy:1",)),
+        config_of("--prompts_per_rollout", "3", "--freeze_vision"),
+        0,
+    )
     assert passes == [1], "sampling uses the one pass too"

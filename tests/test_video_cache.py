@@ -179,7 +179,9 @@ def test_processes_that_share_a_small_cache_all_read_what_they_should(tmp_path):
     limit = 3.5 * used(tmp_path / "one")
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
-    processes = [context.Process(target=hammer, args=(tmp_path / "cache", paths, limit / 1e9, results)) for _ in range(3)]
+    processes = [
+        context.Process(target=hammer, args=(tmp_path / "cache", paths, limit / 1e9, results)) for _ in range(3)
+    ]
     for process in processes:
         process.start()
     got = [results.get() for _ in range(180)]

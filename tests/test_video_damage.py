@@ -48,7 +48,8 @@ def make_damaged(folder: Path) -> dict[str, list[str]]:
     """{kind: paths} of 300 files, and of 40 more that nothing is wrong with. What is only odd is "good"."""
     rng, kinds = np.random.default_rng(0), collections.defaultdict(list)
     sources = [
-        Path(make_video(folder / "s0.mp4", 40, 64, 96, 10)), Path(make_video(folder / "s1.mkv", 60, 48, 64, 25, seed=1)),
+        Path(make_video(folder / "s0.mp4", 40, 64, 96, 10)),
+        Path(make_video(folder / "s1.mkv", 60, 48, 64, 25, seed=1)),
         Path(encode(folder / "s2.avi", blocks(30, 64, 64, 2), codec="mpeg4")),
         Path(encode(folder / "s3.webm", blocks(12, 64, 64, 3), codec="libvpx-vp9")),
     ]  # fmt: skip
@@ -79,7 +80,11 @@ def make_damaged(folder: Path) -> dict[str, list[str]]:
         add("good", f"variable_rate_{n}.mp4", Path(encode(folder / "t.mp4", blocks(20, 32, 32, n), times)).read_bytes())
         odd = blocks(6, 2 * n + 31, 33, n)
         add("good", f"odd_size_{n}.mkv", Path(encode(folder / "t.mkv", odd, codec="ffv1")).read_bytes())
-        add("good", f"one_pixel_high_{n}.mkv", Path(encode(folder / "t.mkv", blocks(6, 1, 60 + n), codec="ffv1")).read_bytes())
+        add(
+            "good",
+            f"one_pixel_high_{n}.mkv",
+            Path(encode(folder / "t.mkv", blocks(6, 1, 60 + n), codec="ffv1")).read_bytes(),
+        )
         add("bad", f"strip_{n}.mkv", Path(encode(folder / "t.mkv", blocks(6, 1, 400 + n), codec="ffv1")).read_bytes())
         add("bad", f"huge_{n}.mkv", enormous)
         add("bad", f"sound_{n}.mp4", sound(folder / "sound.mp4"))

@@ -163,7 +163,9 @@ def test_llava_rows_are_written_as_they_were_published(tag, tmp_path):
     for name in ("a.mp4", "sub/b.mp4"):
         (tmp_path / "root" / name).touch()
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert main([str(tmp_path / "train.jsonl"), str(tmp_path / "out.jsonl"), "--video_root", str(tmp_path / "root")]) == 0
+    assert (
+        main([str(tmp_path / "train.jsonl"), str(tmp_path / "out.jsonl"), "--video_root", str(tmp_path / "root")]) == 0
+    )
     question = tag.replace("<video>", "").replace("<image>", "") + "Où?\nA. ici\nB. là\n"
     expected = [
         {"problem": question, "solution": "<answer>B.</answer>", "video": f"{tmp_path}/root/a.mp4",
@@ -185,8 +187,13 @@ def test_conversion_without_any_file_says_what_to_do(tmp_path, capsys):
 
 
 def test_conversion_starts_as_a_module():
-    run = subprocess.run([sys.executable, "-m", "video.convert", "--help"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent.parent, check=False)
+    run = subprocess.run(
+        [sys.executable, "-m", "video.convert", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        check=False,
+    )
     assert run.returncode == 0 and "--video_root" in run.stdout
 
 
@@ -203,8 +210,14 @@ def test_formats_mix_row_by_row_with_images_and_text(tmp_path):
     rows = [row for row, _, _ in FORMATS.values()] + [
         {"problem": "<image><image>Same?", "answer": "A", "images": ["a.png", "b.png"], "videos": []},
         {"problem": "1/2 + 1/2?", "answer": "\\frac{2}{2}"},
-        {"problem": "Which?", "solution": "B", "options": ["red", "blue"], "videos": ["a.mp4", "b.mp4"],
-         "video_start": [0, 1], "video_end": 5},
+        {
+            "problem": "Which?",
+            "solution": "B",
+            "options": ["red", "blue"],
+            "videos": ["a.mp4", "b.mp4"],
+            "video_start": [0, 1],
+            "video_end": 5,
+        },
     ]
     (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, rows)))
     samples = read_samples(tmp_path / "all.jsonl")
@@ -305,7 +318,9 @@ def test_images_that_are_bytes_in_a_parquet_file(tmp_path):
     bare = [{"image": red, "problem": "Which?", "answer": "A"}]
     parquet.write_table(pyarrow.Table.from_pylist(bare), tmp_path / "bare.parquet")
     assert Path(read_samples(tmp_path / "bare.parquet")[0].images[0]).read_bytes() == red
-    odd = [{"images": [red, b"blue.png"], "problem": b"Which?", "answer": b"A", "thumb": red}]  # text as bytes; a column nobody reads
+    odd = [
+        {"images": [red, b"blue.png"], "problem": b"Which?", "answer": b"A", "thumb": red}
+    ]  # text as bytes; a column nobody reads
     parquet.write_table(pyarrow.Table.from_pylist(odd), tmp_path / "odd.parquet")
     sample = read_samples(tmp_path / "odd.parquet")[0]
     assert (sample.problem, sample.answer, sample.images[1]) == ("Which?", "A", str(tmp_path / "blue.png"))

@@ -71,7 +71,9 @@ def test_a_worker_killed_between_calls_loses_none(pool):
 @pytest.mark.timeout(60)
 def test_a_worker_killed_in_a_call_loses_that_one():
     pool = WorkerPool(work, 2, timeout=30)
-    pids = {pool.submit("slow").result() for _ in range(2)} | {f.result() for f in [pool.submit("slow") for _ in range(2)]}
+    pids = {pool.submit("slow").result() for _ in range(2)} | {
+        f.result() for f in [pool.submit("slow") for _ in range(2)]
+    }
     hung = [pool.submit("sleep") for _ in range(2)]
     time.sleep(0.3)
     for pid in pids:
@@ -85,7 +87,7 @@ def test_a_worker_killed_in_a_call_loses_that_one():
 
 @pytest.mark.timeout(60)
 def test_workers_that_end_together_each_give_their_own_exit_code(monkeypatch):
-    """`start` of one process asks after all others, so two threads can read one exit code, of which one gets nothing."""
+    """`start` of one process asks after all others, so two threads can read one exit code: one gets nothing."""
     read, seconds = forkserver.read_signed, random.Random(0)
     monkeypatch.setattr(forkserver, "read_signed", lambda pipe: time.sleep(seconds.uniform(0, 0.2)) or read(pipe))
     pool = WorkerPool(work, 4, timeout=30)
@@ -129,8 +131,9 @@ def test_a_hung_worker_does_not_outlive_a_killed_trainer(tmp_path):
     )
     (tmp_path / "script.py").write_text(code)
     root = str(Path(__file__).parent.parent)
-    trainer = subprocess.Popen([sys.executable, str(tmp_path / "script.py")], stdout=subprocess.PIPE,
-                               env=os.environ | {"PYTHONPATH": root})
+    trainer = subprocess.Popen(
+        [sys.executable, str(tmp_path / "script.py")], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": root}
+    )
     pid = int(trainer.stdout.readline())
     time.sleep(0.3)
     trainer.kill()

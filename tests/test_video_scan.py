@@ -35,7 +35,10 @@ def test_bad_files_are_listed_once_with_reason_and_rows(data, tmp_path, capsys):
     entries = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert sorted(entry["path"] for entry in entries) == bad
     assert all(entry["reason"] and "\n" not in entry["reason"] for entry in entries)
-    assert next(entry for entry in entries if entry["path"].endswith("truncated.mp4"))["rows"] == ["d.jsonl:5", "d.jsonl:10"]
+    assert next(entry for entry in entries if entry["path"].endswith("truncated.mp4"))["rows"] == [
+        "d.jsonl:5",
+        "d.jsonl:10",
+    ]
     out, err = capsys.readouterr()
     assert out.startswith(f"{len(bad)} bad files, in {len(bad) + 1} rows: ")
     assert f"{len(bad) + 4} of {len(bad) + 4} files, {len(bad)} bad" in err
@@ -61,6 +64,11 @@ def test_mistakes_in_the_call_are_one_line(tmp_path, capsys):
 
 
 def test_it_starts_as_a_module():
-    run = subprocess.run([sys.executable, "-m", "video.scan", "--help"], capture_output=True, text=True, check=False,
-                         cwd=Path(__file__).parent.parent)
+    run = subprocess.run(
+        [sys.executable, "-m", "video.scan", "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent.parent,
+    )
     assert run.returncode == 0 and "--max_frames" in run.stdout

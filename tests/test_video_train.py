@@ -33,13 +33,50 @@ def test_every_format_trains_and_evaluates(tmp_path, capsys):
         make_video(tmp_path / video, frames=24, fps=6)
     model = str(build_tiny_model(tmp_path / "model"))
     small = ["--max_new_tokens", "4", "--min_pixels", "784", "--max_pixels", "784", "--nframes", "4", "--device", "cpu"]
-    assert train.main(["--model", model, "--data", str(data), "--output", str(output), "--steps", "5", "--group_size", "2",
-                       "--prompts_per_step", "4", "--eval_samples", "0", "--kl_coef", "0", "--workers", "0", *small]) == 0
+    assert (
+        train.main(
+            [
+                "--model",
+                model,
+                "--data",
+                str(data),
+                "--output",
+                str(output),
+                "--steps",
+                "5",
+                "--group_size",
+                "2",
+                "--prompts_per_step",
+                "4",
+                "--eval_samples",
+                "0",
+                "--kl_coef",
+                "0",
+                "--workers",
+                "0",
+                *small,
+            ]
+        )
+        == 0
+    )
     metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert sum(row.get("skipped", 0) for row in metrics) == 0
     capsys.readouterr()
-    assert eval_script.main(["--ckpt", str(output / "checkpoint-5"), "--data", str(data), "--device", "cpu",
-                            "--output", str(tmp_path / "answers")]) == 0
+    assert (
+        eval_script.main(
+            [
+                "--ckpt",
+                str(output / "checkpoint-5"),
+                "--data",
+                str(data),
+                "--device",
+                "cpu",
+                "--output",
+                str(tmp_path / "answers"),
+            ]
+        )
+        == 0
+    )
     (answers,) = (tmp_path / "answers").glob("predictions*.jsonl")
     records = [json.loads(line) for line in answers.read_text().splitlines()]
     assert len(records) == len(rows) and not any("skipped" in record for record in records)
@@ -55,13 +92,46 @@ def test_images_in_a_parquet_file_train_and_evaluate(tmp_path, checkpoints):
         rows.append({"images": [{"bytes": content.getvalue(), "path": None}], "problem": "<image>Red?", "answer": "A"})
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     small = ["--max_new_tokens", "4", "--device", "cpu", "--workers", "1"]
-    assert train.main(["--model", str(checkpoints["qwen2_vl"]), "--data", str(tmp_path / "d.parquet"), "--steps", "2",
-                       "--output", str(tmp_path / "run"), "--group_size", "2", "--prompts_per_step", "2",
-                       "--eval_samples", "2", "--kl_coef", "0", *small]) == 0
+    assert (
+        train.main(
+            [
+                "--model",
+                str(checkpoints["qwen2_vl"]),
+                "--data",
+                str(tmp_path / "d.parquet"),
+                "--steps",
+                "2",
+                "--output",
+                str(tmp_path / "run"),
+                "--group_size",
+                "2",
+                "--prompts_per_step",
+                "2",
+                "--eval_samples",
+                "2",
+                "--kl_coef",
+                "0",
+                *small,
+            ]
+        )
+        == 0
+    )
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["skipped"] for row in metrics if row["phase"] == "train"] == [0, 0]
-    assert eval_script.main(["--ckpt", str(tmp_path / "run" / "checkpoint-2"), "--data", str(tmp_path / "d.parquet"),
-                            "--output", str(tmp_path / "answers"), *small]) == 0
+    assert (
+        eval_script.main(
+            [
+                "--ckpt",
+                str(tmp_path / "run" / "checkpoint-2"),
+                "--data",
+                str(tmp_path / "d.parquet"),
+                "--output",
+                str(tmp_path / "answers"),
+                *small,
+            ]
+        )
+        == 0
+    )
     (answers,) = (tmp_path / "answers").glob("predictions*.jsonl")
     records = [json.loads(line) for line in answers.read_text().splitlines()]
     assert len(records) == 6 and not any("skipped" in record for record in records)

@@ -1,6 +1,6 @@
 """How long a trainer waits for its data: 720p h264 decoded ahead while a step computes.
 
-    python tests/test_video_wait.py     measures the share of waiting in steps of 2 s
+python tests/test_video_wait.py     measures the share of waiting in steps of 2 s
 """
 
 import sys
@@ -57,5 +57,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         waits, total = measure(Path(folder), videos=4, seconds=20, steps=15, compute=2.0)
         share = sum(waits[1:]) / (sum(waits[1:]) + 2.0 * len(waits[1:]))
-        print(f"waited {waits[0]:.2f} s for the first step, then {sum(waits[1:]):.3f} s in {len(waits) - 1} steps of 2 s: "
-              f"{share:.2%}; longest {max(waits[1:]):.3f} s")
+        print(
+            f"waited {waits[0]:.2f} s for the first step, then {sum(waits[1:]):.3f} s "
+            f"in {len(waits) - 1} steps of 2 s: "
+            f"{share:.2%}; longest {max(waits[1:]):.3f} s"
+        )

@@ -174,8 +174,8 @@ def _with_files(value, folder: Path, is_media: bool = False):
 def _keep(content: bytes, folder: Path) -> str:
     """The absolute path of a file in `folder` that holds `content`.
 
-    Its name is the content's hash: equal images of several rows are one file, and what an earlier run or another process
-    has written is used again.
+    Its name is the content's hash: equal images of several rows are one file, and what an earlier run or another
+    process has written is used again.
     """
     file = folder.absolute() / hashlib.sha256(content).hexdigest()[:32]
     if not file.exists():

@@ -252,8 +252,8 @@ def _longvideobench(row: Row) -> Sample:
 
 
 def _video_mmmu(row: Row) -> Sample:
-    """Video-MMMU: the video has the row's id and lies in a folder of its discipline; of the questions that have an image,
-    the published video shows it at the end. A question without options has a number or a text for an answer."""
+    """Video-MMMU: the video has the row's id and lies in a folder of its discipline; of the questions that have an
+    image, the published video shows it at the end. A question without options has a number or a text for an answer."""
     video = _find(row, row.text("id"), VIDEO_MMMU_FOLDERS)
     row.used |= {"image", "images"}
     options, answer = row.texts("options"), str(row.get("answer"))
