@@ -15,6 +15,7 @@ Phases do not add up: the peak is the largest of rollout, reference and update. 
 COPIES are estimates, the rest is counted; `bench/gpu_check.py` puts measured peaks beside it.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import torch
@@ -174,11 +175,8 @@ def memory_plan(config, counts, shapes):
 
 def most_frames(plan_of, limit):
     """The largest even number of frames whose plan_of(frames)["peak"] is within `limit` bytes; 0 where none is."""
-    low, high = 0, MOST_FRAMES // 2
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if plan_of(2 * middle)["peak"] <= limit else (low, middle - 1)
-    return 2 * low
+    pairs = range(1, MOST_FRAMES // 2 + 1)
+    return 2 * bisect_right(pairs, limit, key=lambda pair: plan_of(2 * pair)["peak"])
 
 
 def shapes_of(config, frames=None):
