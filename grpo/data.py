@@ -1,14 +1,16 @@
 """Which questions a step takes: a function of seed and step, so that the step number is the whole data position."""
 
 import math
+from functools import lru_cache
 
 import torch
 
 
+@lru_cache(maxsize=2)  # a step may begin in one epoch and end in the next
 def epoch_order(count, seed, epoch):
     """A permutation of range(count), another one each epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(count, generator=generator).tolist()
+    return tuple(torch.randperm(count, generator=generator).tolist())
 
 
 def steps_of(epochs, count, prompts_per_step):
@@ -21,14 +23,9 @@ def step_samples(samples, step, prompts_per_step, seed):
 
     No sample is left out or repeated within an epoch, whatever the remainder and the number of processes.
     """
-    start, count, orders = step * prompts_per_step, len(samples), {}
-    chosen = []
-    for slot in range(start, start + prompts_per_step):
-        epoch = slot // count
-        if epoch not in orders:
-            orders[epoch] = epoch_order(count, seed, epoch)
-        chosen.append(samples[orders[epoch][slot % count]])
-    return chosen
+    start, count = step * prompts_per_step, len(samples)
+    slots = (divmod(slot, count) for slot in range(start, start + prompts_per_step))
+    return [samples[epoch_order(count, seed, epoch)[place]] for epoch, place in slots]
 
 
 def hold_out(samples, count, seed):
