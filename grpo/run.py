@@ -1,7 +1,7 @@
 """What surrounds the loop: batches that arrive decoded, logs, evaluation, checkpoints."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -189,36 +189,30 @@ def distinct_keys(samples):
 
 def describe_rollouts(prompts, rollouts, processes):
     """Means over the step's completions, in all processes: rewards and their parts, lengths, what was answered."""
-    samples = [p.sample for p, group in zip(prompts, rollouts) for _ in group.texts]
-    texts = [text for group in rollouts for text in group.texts]
-    stats = answer_stats(texts, samples)
+    accuracies = [group.parts["accuracy"] for group in rollouts if "accuracy" in group.parts]
     columns = {
         "reward": [r for group in rollouts for r in group.rewards],
         "length": [n for group in rollouts for n in group.lengths],
         "cut_share": [not done for group in rollouts for done in group.finished],
-    }
-    for group in rollouts:
-        for name, part in group.parts.items():
-            columns.setdefault(name, []).extend(part)
-    spreads = [torch.tensor(group.rewards).std().item() for group in rollouts]
-    accuracies = [group.parts["accuracy"] for group in rollouts if "accuracy" in group.parts]
-    groups = {
-        "reward_std": spreads,
+        "reward_std": [torch.tensor(group.rewards).std().item() for group in rollouts],
         "rewards_failed": [group.failed for group in rollouts],
         "all_right_share": [min(a) == 1 for a in accuracies],
         "all_wrong_share": [max(a) == 0 for a in accuracies],
     }
-    shares = processes.gather((columns, groups, stats, len(texts)))
-    merged = {}
-    for part in (0, 1):
-        for name in dict.fromkeys(name for share in shares for name in share[part]):
-            values = [value for share in shares for value in share[part].get(name, [])]
-            if values:  # what was not measured is left out, not 0
-                merged[name] = mean(values)
-    count = max(sum(share[3] for share in shares), 1)
-    for name in ("no_answer", "several_answers"):
-        merged[f"{name}_share"] = sum(share[2][name] * share[3] for share in shares) / count
-    letters = sorted({letter for share in shares for letter in share[2]["letters"]})
-    return merged | {
-        f"letter_{letter}": sum(share[2]["letters"].get(letter, 0) for share in shares) / count for letter in letters
+    for group in rollouts:
+        for name, part in group.parts.items():
+            columns.setdefault(name, []).extend(part)
+    texts = [text for group in rollouts for text in group.texts]
+    samples = [p.sample for p, group in zip(prompts, rollouts) for _ in group.texts]
+    merged, all_texts, all_samples = defaultdict(list), [], []
+    for columns, texts, samples in processes.gather((columns, texts, samples)):
+        for name, values in columns.items():
+            merged[name] += values
+        all_texts += texts
+        all_samples += samples
+    answers, count = answer_stats(all_texts, all_samples), max(len(all_texts), 1)
+    return {
+        **{name: mean(values) for name, values in merged.items() if values},  # what was not measured is left out, not 0
+        **{f"{name}_share": answers[name] for name in ("no_answer", "several_answers")},
+        **{f"letter_{letter}": number / count for letter, number in answers["letters"].items()},
     }
