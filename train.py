@@ -28,13 +28,12 @@ from grpo.model import ModelError
 from grpo.plan import plan_text
 from grpo.rollout import rollout
 from grpo.run import opened, prepare
-from grpo.stops import RunError, Stopped, explain_memory, listening, lost_process
+from grpo.stops import RunError, Stopped, listening, lost_process
 from grpo.warmup import warm_up
 from rewards import parse_rewards
 from video.dataset import DataError
 
 
-@explain_memory
 def grpo(run, policy, reference, optimizer):
     """GRPO from the first step that is not done yet to the last."""
     config, first = run.config, run.state["step"]

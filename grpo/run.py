@@ -21,7 +21,7 @@ from grpo.data import step_samples, steps_of
 from grpo.inputs import check_inputs, clear_run, find_checkpoint, made_before, read_data
 from grpo.metrics import RunLog, describe_run
 from grpo.model import read_processor
-from grpo.stops import Stopped, count_bad, explain_memory
+from grpo.stops import RunError, Stopped, count_bad, memory_message
 from rewards import answer_stats
 from video.dataset import DataError
 from video.loader import PromptLoader
@@ -84,8 +84,10 @@ def opened(config, processes, data, signalled, began):
             log.say(f"--prompts_per_step {config.prompts_per_step}: some of {processes.world} processes have none")
         try:
             yield run
-        except Exception:
+        except Exception as error:
             run.saver.join()  # a run that fails keeps the checkpoint that is being written
+            if isinstance(error, torch.OutOfMemoryError):
+                raise RunError(memory_message(run.prompts, config, error)) from error
             raise
 
 
@@ -140,7 +142,6 @@ class Run:
             yield prompts, {"skipped": int(sums["skipped"]), "seconds_waiting": waited}
             asked = time.perf_counter()
 
-    @explain_memory
     def evaluate(self, policy, control=None):
         """`summarise`d accuracy on the held-out samples, greedy; {} where there are none."""
         config, self.prompts = self.config, []

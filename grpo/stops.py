@@ -1,11 +1,9 @@
 """Ends of a run before its last step: signals, a lost process, too little memory, updates that keep failing."""
 
-import functools
 import signal
 import time
 from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
 
 PATIENCE = 3  # seconds; torchrun and a terminal may each deliver the same Ctrl-C
@@ -51,22 +49,9 @@ def lost_process(error):
     return isinstance(error, dist.DistError) or any(w in str(error) for w in words)
 
 
-def explain_memory(function):
-    """Decorates a function whose first argument is the Run: out of memory becomes a RunError that names samples, tokens
-    and flags."""
-
-    @functools.wraps(function)
-    def explained(run, *given, **named):
-        try:
-            return function(run, *given, **named)
-        except torch.OutOfMemoryError as error:
-            raise RunError(_memory_message(run.prompts, run.config, error)) from error
-
-    return explained
-
-
-def _memory_message(prompts, config, error):
-    samples = ", ".join(f"{p.sample.key} ({len(p.input_ids)} tokens)" for p in prompts) or "samples of an evaluation"
+def memory_message(prompts, config, error):
+    """What went out of memory, in samples and tokens, and the flags that help."""
+    samples = ", ".join(f"{p.sample.key} ({len(p.input_ids)} tokens)" for p in prompts) or "weights or an evaluation"
     mends = ["--max_frames", "--max_pixels", "--max_new_tokens", "--group_size"]
     crowded = ("prompts_per_forward", "prompts_per_rollout") if prompts else ("eval_batch",)
     mends += [f"--{name}" for name in crowded if getattr(config, name) > 1]

@@ -63,3 +63,4 @@ def warm_up(policy, run):
         if len(recent) == recent.maxlen and sum(recent) / len(recent) > config.sft_until:
             break
     run.log.stop()
+    run.prompts = []  # what runs out of memory from here on is not these

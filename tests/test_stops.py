@@ -1,6 +1,7 @@
 """Runs that end early: signals, a process that dies, updates that are not finite, too little memory; one line each."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -13,7 +14,7 @@ from processes import command, finish, metrics_of, start, wait_for
 import train
 from grpo import update
 from grpo.checkpoint import checkpoints
-from grpo.stops import RunError, count_bad, explain_memory, lost_process
+from grpo.stops import RunError, count_bad, lost_process, memory_message
 
 ENDLESS = ("--steps", "400", "--save_every", "1000")
 
@@ -89,15 +90,20 @@ def test_out_of_memory_names_samples_tokens_and_flags(world, tmp_path, monkeypat
     assert "more" not in error and "--freeze_vision" in error
 
 
+def test_out_of_memory_before_the_first_step_is_one_line_too(world, tmp_path, monkeypatch, capsys):
+    def full(*given, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(train, "build_policy", full)
+    assert train.main(command(1, tmp_path, world)[2:]) == 2
+    assert "error: out of memory on weights or an evaluation: lower " in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_out_of_memory_in_an_evaluation_names_its_flag():
     config = SimpleNamespace(eval_batch=4, gradient_checkpointing=True, freeze_vision=True)
 
-    @explain_memory
-    def evaluate(run):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    with pytest.raises(RunError, match="an evaluation: lower .*--eval_batch"):
-        evaluate(SimpleNamespace(prompts=[], config=config))
+    message = memory_message([], config, torch.OutOfMemoryError("CUDA out of memory."))
+    assert re.search("an evaluation: lower .*--eval_batch", message)
 
 
 def test_a_lost_process_is_told_from_other_errors():
