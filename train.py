@@ -88,7 +88,7 @@ def train(config, signalled):
         after = run.evaluate(policy)
         run.log.evaluation(config.steps, after)
         if config.lora_merge:
-            run.saver.save_weights(folder / "merged", policy, run.processor, config)
+            run.saver.save_weights(folder / "merged", policy)
         asked = CONTROLS if config.controls and data.held_out else ()
         controls = {control: run.evaluate(policy, control) for control in asked}
         run.saver.wait()
@@ -112,7 +112,7 @@ def supervised(run):
             warm_up(policy, run)
         except Stopped:
             raise Stopped(0) from None  # nothing of it is kept
-        run.saver.save_weights(folder, policy, run.processor, run.config)
+        run.saver.save_weights(folder, policy)
     return folder
 
 

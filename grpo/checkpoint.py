@@ -46,11 +46,12 @@ class Saver:
     """Writes one checkpoint at a time, in a thread. `failed` once one could not be: `wait` then raises the reason.
     `step` is that of the last one begun."""
 
-    def __init__(self, processes, model):
-        """model: folder or hub name that the policy was built from, for the form of what is exported."""
-        self.processes, self.thread, self.error, self.step = processes, None, None, None
+    def __init__(self, processes, processor, config):
+        """config.model is the form of what is exported, config.output the run folder."""
+        self.processes, self.processor, self.config = processes, processor, config
+        self.thread, self.error, self.step = None, None, None
         dtype = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
-        self.empty = empty_model(model, dtype)  # the policy itself is at work while its weights are written
+        self.empty = empty_model(config.model, dtype)  # the policy itself is at work while its weights are written
         # Its own group: what the thread exchanges must not meet what training does.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
@@ -58,38 +59,34 @@ class Saver:
     def failed(self):
         return self.error is not None
 
-    def save(self, folder, step, policy, optimizer, processor, config, state):
+    def save(self, step, policy, optimizer, state):
         """Begins to save what there is after `step` steps, once the checkpoint before is written; returns its folder.
 
         The last config.keep_checkpoints and the best are kept. state: plain values that resuming needs beside weights
         and moments; its "best" is that of `note_if_best`. Raises CheckpointError, where the one before failed.
         """
         self.wait()
-        target, self.step = Path(folder) / f"{PREFIX}{step}", step
-        is_main, state, best = self.processes.is_main, dict(state), state.get("best", {}).get("step")
-        if is_main:
-            steps = {name: int(optimizer.state[p]["step"]) for name, p in _trained(policy)}
-            state = json.dumps({**state, "step": step, "adam_steps": steps})
-        export = _adapters if config.lora_rank else self._whole_model
-        write_model = export(policy, processor, config, is_main)
-        partial = _prepare(target, self._gather, is_main)
+        folder, best = Path(self.config.output), state.get("best", {}).get("step")
+        target, self.step = folder / f"{PREFIX}{step}", step
+        steps = {name: int(optimizer.state[p]["step"]) for name, p in _trained(policy)}
+        state = json.dumps({**state, "step": step, "adam_steps": steps})
+        write_model = self._export(policy, adapters=self.config.lora_rank > 0)
+        partial = self._prepare(target)
         tensors = _training_tensors(policy, optimizer)
         writer = HuggingFaceStorageWriter(str(partial / "training"), _files_of(tensors), save_distributed=True)
         shards = dcp.async_save(
             tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None
         )  # fmt: skip
 
-        def write():
-            shards.result()
-            if is_main:
-                write_model(partial)
-                (partial / "training" / "state.json").write_text(state)
+        def write(partial):
+            write_model(partial)
+            (partial / "training" / "state.json").write_text(state)
 
         def finish():
             try:
-                _publish(target, write, self._gather, is_main)
-                remove = (lambda: _remove_old(folder, config.keep_checkpoints, best)) if is_main else None
-                _together(f"old checkpoints in {folder} could not be removed", remove, self._gather)
+                self._publish(target, write, shards.result)
+                remove = lambda: _remove_old(folder, self.config.keep_checkpoints, best)
+                self._together(f"old checkpoints in {folder} could not be removed", remove)
             except BaseException as error:  # of a thread: raised by `wait`
                 self.error = error if isinstance(error, CheckpointError) else CheckpointError(f"{target}: {error}")
 
@@ -110,38 +107,83 @@ class Saver:
         if error is not None:
             raise error
 
-    def save_weights(self, folder, policy, processor, config):
+    def save_weights(self, folder, policy):
         """Writes a Hugging Face folder of the policy's weights, adapters merged in; every process must call it, and
         none returns before it is written."""
         self.wait()
-        folder, is_main = Path(folder), self.processes.is_main
-        write_model = self._whole_model(policy, processor, config, is_main)
-        partial = _prepare(folder, self._gather, is_main)
-        _publish(folder, (lambda: write_model(partial)) if is_main else None, self._gather, is_main)
+        write = self._export(policy)
+        self._prepare(folder)
+        self._publish(folder, write)
 
-    def _whole_model(self, policy, processor, config, is_main):
-        """Gathers the weights, adapters merged in, on the main process, in the precision they are computed in; returns
-        what writes them into a folder. Every process must call it, the main one alone what it returns."""
-        weights, dtype = {}, self.empty.dtype
+    def _export(self, policy, adapters=False):
+        """Gathers the weights on the main process, in the precision they are computed in; returns what writes them
+        into a folder: the whole model, adapters merged in, or the `adapters` alone. Every process must call it, the
+        main one alone what it returns."""
+        config, dtype, weights = self.config, self.empty.dtype, {}
         for name, value in policy.model.state_dict().items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            if is_main:  # adapters are added in full precision
-                weights[name] = whole.detach().to("cpu", value.dtype if ".lora_" in name else dtype, copy=True)
-        weights = merge(weights, config.lora_alpha / max(config.lora_rank, 1), dtype)
+            if ".lora_" in name or not adapters:
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                if self.processes.is_main:  # adapters are added in full precision
+                    weights[name] = whole.detach().to("cpu", value.dtype if ".lora_" in name else dtype, copy=True)
+        if not adapters:
+            weights = merge(weights, config.lora_alpha / max(config.lora_rank, 1), dtype)
         if policy.model.config.tie_word_embeddings:
             weights.pop("lm_head.weight", None)  # a second copy of the embedding
 
         def write(folder):
-            save_model(self.empty, processor, folder, weights)
+            if adapters:
+                save_adapters(weights, config, folder)
+                self.processor.save_pretrained(folder)
+            else:
+                save_model(self.empty, self.processor, folder, weights)
             save_config(config, folder / "run.json")
 
         return write
 
-    def _gather(self, item):
-        items = [item] * (self.processes.world if self.group else 1)
-        if self.group is not None:
-            dist.all_gather_object(items, item, group=self.group)
-        return items
+    def _prepare(self, folder):
+        """Makes the empty folder that becomes `folder`, once; returns it."""
+        partial = _unfinished(folder)
+
+        def make():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+        self._together(f"{folder} {LOST}", make)
+        return partial
+
+    def _publish(self, folder, write, ready=None):
+        """Has the main process write(folder) under its temporary name, once ready() has returned in all, where there is
+        one; then the folder takes its name."""
+        partial, failure = _unfinished(folder), f"{folder} {LOST}"
+
+        def publish():
+            write(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+
+        try:
+            if ready:
+                self._together(failure, ready, everywhere=True)
+            self._together(failure, publish)
+        except CheckpointError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _together(self, failure, action, everywhere=False):
+        """Runs action() on the main process, or everywhere; where it fails in any, raises CheckpointError, which says
+        `failure` and the reason, in all."""
+        reason = None
+        try:
+            if everywhere or self.processes.is_main:
+                action()
+        except (Exception, dcp.api.CheckpointException) as error:  # whatever it is, the others must hear of it
+            cause = error
+            while isinstance(cause, dcp.api.CheckpointException):
+                cause = next(iter(cause.failures.values()))[0]
+            reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+        reasons = [r for r in self.processes.gather(reason, self.group) if r]
+        if reasons:
+            raise CheckpointError(f"{failure}: {reasons[0]}")
 
 
 def remove_unfinished(folder):
@@ -173,63 +215,6 @@ def _files_of(tensors):
 
 def _unfinished(folder):
     return folder.with_name(folder.name + UNFINISHED)
-
-
-def _prepare(folder, gather, is_main):
-    """Makes the empty folder that becomes `folder`, once; returns it."""
-    partial = _unfinished(folder)
-
-    def make():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-
-    _together(f"{folder} {LOST}", make if is_main else None, gather)
-    return partial
-
-
-def _publish(folder, write, gather, is_main):
-    """Runs write(), where there is one; the folder takes its name only when all processes have written their part."""
-    partial = _unfinished(folder)
-
-    def rename():
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-
-    try:
-        _together(f"{folder} {LOST}", write, gather)
-        _together(f"{folder} {LOST}", rename if is_main else None, gather)
-    except CheckpointError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _together(failure, action, gather):
-    """Runs action(), where there is one; where it fails in any process, raises CheckpointError, which says `failure`
-    and the reason, in all."""
-    reason = None
-    try:
-        if action is not None:
-            action()
-    except (Exception, dcp.api.CheckpointException) as error:  # whatever it is, the others must hear of it
-        cause = error
-        while isinstance(cause, dcp.api.CheckpointException):
-            cause = next(iter(cause.failures.values()))[0]
-        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
-    reasons = [r for r in gather(reason) if r]
-    if reasons:
-        raise CheckpointError(f"{failure}: {reasons[0]}")
-
-
-def _adapters(policy, processor, config, is_main):
-    """As `Saver._whole_model`, of the adapters alone."""
-    write_adapters = save_adapters(policy.model, config, is_main)
-
-    def write(folder):
-        write_adapters(folder)
-        processor.save_pretrained(folder)
-        save_config(config, folder / "run.json")
-
-    return write
 
 
 def _training_tensors(policy, optimizer):

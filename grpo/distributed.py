@@ -40,12 +40,11 @@ class Processes:
         dist.all_reduce(total)
         return dict(zip(sorted(values), total.tolist()))
 
-    def gather(self, item):
-        """[item of rank 0, ...] on every process; items are plain Python values."""
-        items = [None] * self.world
-        if self.world == 1:
-            return [item]
-        dist.all_gather_object(items, item)
+    def gather(self, item, group=None):
+        """[item of rank 0, ...] on every process; items are plain Python values. group: where not the default one."""
+        items = [item] * self.world
+        if self.world > 1:
+            dist.all_gather_object(items, item, group=group)
         return items
 
     def barrier(self):

@@ -5,11 +5,9 @@ reference.
 """
 
 import math
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
 from grpo.model import fill
 from grpo.sampler import prompt_seed
@@ -66,20 +64,12 @@ def without_adapters(policy):
     return reference
 
 
-def save_adapters(model, config, is_main):
-    """Gathers the adapters on the main process; returns what writes adapter_config.json and adapter_model.safetensors
-    into a folder, as `peft.PeftModel.from_pretrained` reads them. Every process must call it."""
-    named = {}
-    for name, parameter in adapters(model):
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        if is_main:
-            named[f"base_model.model.{name.replace('.default', '')}"] = whole.detach().to("cpu", copy=True).contiguous()
-
-    def write(folder):
-        _peft_config(config).save_pretrained(folder)
-        save_file(named, Path(folder) / "adapter_model.safetensors")
-
-    return write
+def save_adapters(weights, config, folder):
+    """Writes {name: tensor} of the adapters as `peft.PeftModel.from_pretrained` reads them: adapter_config.json and
+    adapter_model.safetensors."""
+    _peft_config(config).save_pretrained(folder)
+    named = {f"base_model.model.{name.replace('.default', '')}": w.contiguous() for name, w in weights.items()}
+    save_file(named, folder / "adapter_model.safetensors")
 
 
 def merge(weights, scale, dtype):

@@ -55,7 +55,8 @@ def opened(config, processes, data, signalled, began):
     """Yields the `Run`: processor, decoding workers and logs; closes them. Clears the folder of a run that is to start
     anew, once it is known that it can."""
     state = load_state(data.checkpoint) if data.checkpoint else {"step": 0}
-    processor, saver = read_processor(config.model), Saver(processes, config.model)
+    processor = read_processor(config.model)
+    saver = Saver(processes, processor, config)
     try:
         encoder = PromptEncoder(
             config.model, config.video_settings(), config.prompt_template, config.max_prompt_tokens, config.cache()
@@ -176,7 +177,7 @@ class Run:
     def save(self, step, policy, optimizer):
         """Begins to write a checkpoint of what there is after `step` steps."""
         self.state["seconds"] = time.time() - self.began
-        self.saver.save(self.config.output, step, policy, optimizer, self.processor, self.config, self.state)
+        self.saver.save(step, policy, optimizer, self.state)
 
 
 def distinct_keys(samples):

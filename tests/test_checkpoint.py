@@ -170,9 +170,9 @@ def saved(checkpoints, tmp_path):
     config = parse_config(["--preset", "demo", "--model", str(folder), "--output", str(tmp_path)])
     processor = AutoProcessor.from_pretrained(folder)
     policy = build_policy(folder, config, processor, alone)
-    optimizer, saver = update.make_optimizer(policy, config), Saver(alone, folder)
+    optimizer, saver = update.make_optimizer(policy, config), Saver(alone, processor, config)
     return (
-        lambda step: saver.save(tmp_path, step, policy, optimizer, processor, config, {"a": 1}),
+        lambda step: saver.save(step, policy, optimizer, {"a": 1}),
         policy,
         optimizer,
         saver,
@@ -182,8 +182,8 @@ def saved(checkpoints, tmp_path):
 def test_training_goes_on_while_a_checkpoint_is_written(saved, monkeypatch):
     """What is written is what there was when saving began, and nothing shows under its name before it is whole."""
     save, policy, optimizer, saver = saved
-    go, publish = threading.Event(), checkpoint._publish
-    monkeypatch.setattr(checkpoint, "_publish", lambda *given: go.wait(60) and publish(*given))
+    go, publish = threading.Event(), Saver._publish
+    monkeypatch.setattr(Saver, "_publish", lambda *given: go.wait(60) and publish(*given))
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     folder = save(1)
     with torch.no_grad():
