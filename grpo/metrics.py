@@ -29,7 +29,7 @@ class RunLog:
     """
 
     def __init__(self, folder, is_main, keep):
-        self.folder, self.is_main, self.bar = Path(folder), is_main, None
+        self.folder, self.is_main, self.bar = Path(folder), is_main, tqdm(disable=True)
         if not is_main:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import; only here
@@ -51,13 +51,12 @@ class RunLog:
             (self.folder / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 
     def start(self, title, total, first=0):
-        if self.is_main:
-            self.bar = tqdm(total=total, initial=first, desc=title, dynamic_ncols=True, mininterval=0.5)
+        self.bar = tqdm(
+            total=total, initial=first, desc=title, dynamic_ncols=True, mininterval=0.5, disable=not self.is_main
+        )
 
     def step(self, phase, step, metrics, shown=()):
         """shown: names of the metrics that the progress bar shows."""
-        if not self.is_main:
-            return
         self.write(phase, step, metrics)
         self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown if name in metrics}, refresh=False)
         self.bar.update()
@@ -85,9 +84,7 @@ class RunLog:
 
     def stop(self):
         """Ends the phase's progress bar."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.bar.close()
 
     def close(self):
         self.stop()
