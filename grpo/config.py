@@ -234,13 +234,10 @@ def check(config):
         ):
             if name in limits and not holds(value, limits[name]):
                 raise ConfigError(f"--{item.name} {value}: must be {words} {limits[name]}")
-    rules = (
-        ("{problem}" in config.prompt_template, "--prompt_template must hold {problem}, where the question goes"),
-        (not config.sft_steps or config.sft_data, "--sft_steps needs --sft_data, whose rows have `completions`"),
-    )
-    for holds, message in rules:
-        if not holds:
-            raise ConfigError(message)
+    if "{problem}" not in config.prompt_template:
+        raise ConfigError("--prompt_template must hold {problem}, where the question goes")
+    if config.sft_steps and not config.sft_data:
+        raise ConfigError("--sft_steps needs --sft_data, whose rows have `completions`")
     for name in ("filter_groups", "temporal_bonus"):
         if getattr(config, name) and not any(spec.split(":")[0] == "accuracy" for spec in config.reward):
             raise ConfigError(f"--{name} looks at the accuracy; add accuracy:1 to --reward")
