@@ -42,7 +42,7 @@ def grpo(run, policy, reference, optimizer):
     run.log.start("grpo", config.steps, first)
     for step, (prompts, metrics) in enumerate(batches, start=first):
         began = time.perf_counter()
-        rollouts = rollout(policy, prompts, run.tokenizer, rewards, config, step)
+        rollouts = rollout(policy, prompts, run.processor.tokenizer, rewards, config, step)
         metrics["seconds_sampling"] = time.perf_counter() - began
 
         chunks = update.make_chunks(prompts, rollouts, config, policy, run.processes)

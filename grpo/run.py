@@ -110,10 +110,6 @@ class Run:
     prompts: list = field(default_factory=list)
     bad: int = 0
 
-    @property
-    def tokenizer(self):
-        return self.processor.tokenizer
-
     def batches(self, samples, first, last, per_step, seed, flag="--data"):
         """Yields (prompts of this process, {"skipped", "seconds_waiting"}) for steps first to last - 1.
 
@@ -149,8 +145,8 @@ class Run:
         if not self.data.held_out:
             return {}
         records = predict(
-            policy, self.loader, self.data.held_out, self.tokenizer, self.processes, config.max_new_tokens,
-            config.eval_batch, control=control,
+            policy, self.loader, self.data.held_out, self.processor.tokenizer, self.processes,
+            config.max_new_tokens, config.eval_batch, control=control,
         )  # fmt: skip
         return summarise(records, frozenset(map(kind_of, self.data.train)))
 

@@ -41,7 +41,7 @@ def determined(probabilities, marks, completions):
 def warm_up(policy, run):
     """Trains on the `completions` of run.data.warmup; see the top of this file for when it ends. Nothing of it is saved
     before: a run that is stopped in it begins it again."""
-    config, tokenizer, processes = run.config, run.tokenizer, run.processes
+    config, tokenizer, processes = run.config, run.processor.tokenizer, run.processes
     optimizer, recent = make_optimizer(policy, config), deque(maxlen=10)
     batches = run.batches(
         run.data.warmup, 0, config.sft_steps, config.sft_prompts_per_step, config.seed + 1, flag="--sft_data"
