@@ -27,9 +27,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from grpo.config import Config
 from grpo.plan import (
     GIB,
-    Shapes,
+    TEXT_TOKENS,
+    frames_of,
     head_size,
     lora_count,
     memory_plan,
@@ -195,21 +197,21 @@ def reduction(weights, machine):
     return Cost(bytes=10 * weights + 4 * weights / shard, link=4 * weights * (shard - 1) / shard, network=shared)
 
 
-def step_costs(config, counts, shapes, machine, repeat=False, graph=False):
+def step_costs(config, counts, settings, machine, repeat=False, graph=False):
     """[{phase: Cost}, ...] of one step in order; the phases of one dict overlap. repeat: the prompt G times, as if
     completions were sequences of their own, all else as here; graph: see `decode`."""
-    patches, merged = vision_tokens(config, shapes.frames, shapes.pixels)
-    frame = patches // -(-shapes.frames // config.vision_config.temporal_patch_size)
-    prompt, rows, rank = merged + shapes.text_tokens, shapes.group, shapes.lora_rank
+    patches, merged = vision_tokens(config, frames_of(settings), settings.max_pixels)
+    frame = patches // -(-frames_of(settings) // config.vision_config.temporal_patch_size)
+    prompt, rows, rank = merged + TEXT_TOKENS, settings.group_size, settings.lora_rank
     copies = rows if repeat else 1
-    frozen = shapes.freeze_vision
+    frozen = settings.freeze_vision
     trained = lora_count(config, rank) if rank else counts["all"] - counts["vision"] * frozen
     layers = config.text_config.num_hidden_layers * counts["layer"]
     root, blocks = counts["root"], config.vision_config.depth * counts["block"]
     used = layers if frozen else layers + blocks  # a frozen tower's features are those of sampling
     seen, seen_back = vision(config, copies * patches, frame)
-    scored, with_entropy, scored_back = score(config, rows * shapes.completion, bool(rank))
-    packed = (config, copies, prompt, rows, shapes.completion)
+    scored, with_entropy, scored_back = score(config, rows * settings.max_new_tokens, bool(rank))
+    packed = (config, copies, prompt, rows, settings.max_new_tokens)
     plain, _ = decoder(*packed)
     forward, backward = decoder(*packed, rank, bool(rank))
     first, _ = decoder(config, copies, prompt, 0, 0, rank)
@@ -221,9 +223,9 @@ def step_costs(config, counts, shapes, machine, repeat=False, graph=False):
         {"prefill": first + last_logits(config.text_config, copies)},
         {"decode": decode(*packed, rank, graph)},
     ]
-    if shapes.reference:
+    if settings.kl_coef:
         steps.append({"reference": here + plain + scored, "its gathers": gather(used + root, machine.shard, held=2)})
-    kept = rank and shapes.reference  # with adapters the reference is the policy, whose root stays gathered
+    kept = rank and settings.kl_coef  # with adapters the reference is the policy, whose root stays gathered
     return [
         *steps,
         {"policy forward": here + forward + with_entropy, "its gathers": gathered(used + root * (not kept))},
@@ -257,28 +259,24 @@ def table(head, rows):
     return "\n".join([line(head), "|---|" + "---:|" * (len(head) - 1), *map(line, rows)])
 
 
-def recipe(**changes):
-    """The default recipe's `Shapes`, changed; `width` is set to the machine's."""
-    return Shapes(**{"frames": 16, "pixels": PIXELS, "group": 8, "completion": 256, "width": 1, **changes})
-
-
+# What differs from the default recipe, in the settings of a run.
 VARIATIONS = {
     "the recipe": {},
-    "32 frames": {"frames": 32},
-    "64 frames": {"frames": 64},
-    "128 frames": {"frames": 128},
-    "G 16": {"group": 16},
-    "G 32": {"group": 32},
-    "C 1024": {"completion": 1024},
-    "64 frames, G 16, C 1024": {"frames": 64, "group": 16, "completion": 1024},
+    "32 frames": {"nframes": 32},
+    "64 frames": {"nframes": 64},
+    "128 frames": {"nframes": 128},
+    "G 16": {"group_size": 16},
+    "G 32": {"group_size": 32},
+    "C 1024": {"max_new_tokens": 1024},
+    "64 frames, G 16, C 1024": {"nframes": 64, "group_size": 16, "max_new_tokens": 1024},
     "frozen tower": {"freeze_vision": True},
     "LoRA, rank 16": {"lora_rank": 16, "freeze_vision": True},
 }
 
 
 def phase_table(config, counts, machine):
-    shapes = recipe(width=machine.shard)
-    steps = step_costs(config, counts, shapes, machine)
+    settings = Config(plan=machine.shard)
+    steps = step_costs(config, counts, settings, machine)
     rows = []
     for phases in steps:
         for name, cost in phases.items():
@@ -287,7 +285,7 @@ def phase_table(config, counts, machine):
             amounts = [f"{amount:.1f}" if amount else "" for amount in amounts]
             name = name if name == next(iter(phases)) else f"· {name}"
             rows.append([name, *amounts, f"{1e3 * bound:.1f}", by, f"{1e3 * expected:.0f}", then])
-    graph = step_costs(config, counts, shapes, machine, graph=True)
+    graph = step_costs(config, counts, settings, machine, graph=True)
     for name, which in (("step", steps), ("step with --decode_graph", graph)):
         bound, expected = (1e3 * step_seconds(which, machine, expected) for expected in (False, True))
         rows.append([f"**{name}**", "", "", "", "", f"**{bound:.0f}**", "", f"**{expected:.0f}**", ""])
@@ -298,12 +296,12 @@ def phase_table(config, counts, machine):
 def variation_table(config, counts):
     rows = []
     for name, changes in VARIATIONS.items():
-        plan = memory_plan(config, counts, recipe(width=A100.shard, **changes))
+        plan = memory_plan(config, counts, Config(plan=A100.shard, **changes))
         cells = []
         for machine in MACHINES:
-            shapes = recipe(width=machine.shard, **changes)
+            settings = Config(plan=machine.shard, **changes)
             ours, theirs, graph = (
-                step_seconds(step_costs(config, counts, shapes, machine, *how), machine, True)
+                step_seconds(step_costs(config, counts, settings, machine, *how), machine, True)
                 for how in ((False,), (True,), (False, True))
             )
             cells.append(f"{ours:.1f} ({graph:.1f}) s, {machine.gpus * 3600 / ours:,.0f}, {theirs / ours:.1f}×")
@@ -320,13 +318,13 @@ def token_factor(prompt, group, completion):
 def factor_table(config, counts, machine):
     rows, groups = [], (8, 16, 32)
     for frames in (16, 32, 64, 128):
-        prompt = vision_tokens(config, frames, PIXELS)[1] + recipe().text_tokens
+        prompt = vision_tokens(config, frames, PIXELS)[1] + TEXT_TOKENS
         for completion in (256, 1024):
             cells = []
             for group in groups:
-                shapes = recipe(width=machine.shard, frames=frames, group=group, completion=completion)
+                settings = Config(plan=machine.shard, nframes=frames, group_size=group, max_new_tokens=completion)
                 repeated, once, repeated_graph, once_graph = (
-                    step_costs(config, counts, shapes, machine, repeat, graph)
+                    step_costs(config, counts, settings, machine, repeat, graph)
                     for graph in (False, True)
                     for repeat in (True, False)
                 )

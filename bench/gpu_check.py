@@ -44,7 +44,7 @@ from grpo.model import (
     read_config,
     use_own_attention,
 )
-from grpo.plan import GIB, memory_plan, parameter_counts, published_config, shapes_of, vision_tokens
+from grpo.plan import GIB, memory_plan, parameter_counts, published_config, vision_tokens
 from grpo.policy import Policy
 from video.dataset import Sample
 from video.prompt import Prompt
@@ -196,13 +196,13 @@ def measure(case, tiny):
         meter("reference", lambda: update.add_reference(reference, chunks, 1.0))
         metrics = meter("update", lambda: update.update(policy, optimizer, chunks, settings, processes))
 
-    counts, shapes = parameter_counts(config), shapes_of(settings)
+    counts = parameter_counts(config)
     tokens = settings.group_size * settings.max_new_tokens
     rates = decode_rates(config, policy, prompt, settings, words)
-    costs = {name: cost for phases in step_costs(config, counts, shapes, H100) for name, cost in phases.items()}
+    costs = {name: cost for phases in step_costs(config, counts, settings, H100) for name, cost in phases.items()}
     flops = costs["policy forward"].flops + costs["backward"].flops
     assert vision_tokens(config, frames, settings.max_pixels)[0] == len(prompt.pixel_values_videos)
-    plan = memory_plan(config, counts, shapes)
+    plan = memory_plan(config, counts, settings)
     for phase, parts in plan["phases"].items():
         meter.measured[phase]["planned_gib"] = sum(parts.values()) / GIB
     result = {"model": "tiny" if tiny else name, "ranks": world, "real": world == 1, "phases": meter.measured,

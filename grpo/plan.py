@@ -16,7 +16,7 @@ COPIES are estimates, the rest is counted; `bench/gpu_check.py` puts measured pe
 """
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
@@ -54,22 +54,14 @@ def published_config(name):
     )
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """What memory depends on. frames and pixels: of one video; width: processes that share one copy of the weights."""
+def frames_of(settings):
+    """The most frames of one video of a run."""
+    return settings.nframes or settings.max_frames
 
-    frames: int
-    pixels: int
-    group: int
-    completion: int
-    width: int
-    text_tokens: int = TEXT_TOKENS
-    prompts_per_forward: int = 1
-    prompts_per_rollout: int = 1
-    reference: bool = True
-    checkpointing: bool = True
-    freeze_vision: bool = False
-    lora_rank: int = 0
+
+def copy_width(settings):
+    """How many of a run's settings.plan GPUs share one copy of the weights."""
+    return min(settings.shard_size or settings.plan, settings.plan)
 
 
 def vision_tokens(config, frames, pixels):
@@ -112,22 +104,27 @@ def layer_bytes(hidden, inner, heads, kv):
     return 2 * (27 * hidden + 3 * (heads + 2 * kv) + 4 * inner) + 2 * 3 * inner
 
 
-def memory_plan(config, counts, shapes):
-    """{"tokens": {...}, "phases": {phase: {part: bytes}}, "peak": bytes} for one GPU."""
+def memory_plan(config, counts, settings):
+    """{"tokens": {...}, "phases": {phase: {part: bytes}}, "peak": bytes} for one GPU of a run on settings.plan of them.
+
+    config: the model's; counts: its `parameter_counts`; settings: the run's Config.
+    """
     text, vision = config.text_config, config.vision_config
-    patches, merged = vision_tokens(config, shapes.frames, shapes.pixels)
-    prompt = merged + shapes.text_tokens
-    packed = prompt + shapes.group * shapes.completion
-    trained = counts["all"] - (counts["vision"] if shapes.freeze_vision else 0)
+    width, reference = copy_width(settings), settings.kl_coef > 0
+    patches, merged = vision_tokens(config, frames_of(settings), settings.max_pixels)
+    prompt = merged + TEXT_TOKENS
+    completions = settings.group_size * settings.max_new_tokens
+    packed = prompt + completions
+    trained = counts["all"] - (counts["vision"] if settings.freeze_vision else 0)
     bases = 4 * counts["all"]
-    if shapes.lora_rank:
-        trained, bases = lora_count(config, shapes.lora_rank), 2 * counts["all"]
+    if settings.lora_rank:
+        trained, bases = lora_count(config, settings.lora_rank), 2 * counts["all"]
         bases += 4 * trained
-    own_reference = shapes.reference and not shapes.lora_rank
+    own_reference = reference and not settings.lora_rank
     always = {
-        "masters": bases / shapes.width,
-        "moments": 8 * trained / shapes.width,
-        "reference": 2 * counts["all"] / shapes.width if own_reference else 0,
+        "masters": bases / width,
+        "moments": 8 * trained / width,
+        "reference": 2 * counts["all"] / width if own_reference else 0,
         "overhead": OVERHEAD,
     }
     kv_heads, size = text.num_key_value_heads, head_size(text)
@@ -138,30 +135,30 @@ def memory_plan(config, counts, shapes):
     block = layer_bytes(wide, inner, wide, wide)
     in_use = 2 * (counts["layer"] * 2 + counts["root"])
     pixels = 4 * patches * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    rows, kept = shapes.prompts_per_forward, shapes.prompts_per_rollout
+    rows, kept = settings.prompts_per_forward, settings.prompts_per_rollout
     saved = {"text": text.num_hidden_layers * 2 * text.hidden_size, "vision": vision.depth * 2 * wide}
-    if not shapes.checkpointing:
+    if not settings.gradient_checkpointing:
         saved = {"text": text.num_hidden_layers * layer, "vision": vision.depth * block}
-    if shapes.freeze_vision:
+    if settings.freeze_vision:
         saved["vision"] = 0
-    logits = COPIES * 4 * min(LOGITS_PER_CHUNK, shapes.group * shapes.completion * rows * text.vocab_size)
-    sharded = shapes.width > 1 or not shapes.lora_rank  # one process that trains adapters computes with the base itself
+    logits = COPIES * 4 * min(LOGITS_PER_CHUNK, completions * rows * text.vocab_size)
+    sharded = width > 1 or not settings.lora_rank  # one process that trains adapters computes with the base itself
     phases = {
         "rollout": {
             "gathered weights": 2 * counts["all"] * sharded,
             "KV cache": 2 * 2 * text.num_hidden_layers * kv_heads * size * packed * kept,
             "activations": max(layer * prompt, block * patches) * kept + pixels * kept,
-            "logits": 40 * kept * shapes.group * text.vocab_size,
+            "logits": 40 * kept * settings.group_size * text.vocab_size,
         },
         "reference": {
             "gathered weights": in_use * sharded,
-            "activations": (max(layer * packed, block * patches) + pixels) * rows if shapes.reference else 0,
-            "logits": logits if shapes.reference else 0,
+            "activations": (max(layer * packed, block * patches) + pixels) * rows if reference else 0,
+            "logits": logits if reference else 0,
         },
         "update": {
-            "gradients": 4 * trained / shapes.width,
+            "gradients": 4 * trained / width,
             "gathered weights": in_use * sharded,
-            "reduction": 0 if shapes.lora_rank else 6 * (counts["root"] + counts["layer"]),
+            "reduction": 0 if settings.lora_rank else 6 * (counts["root"] + counts["layer"]),
             "activations": (
                 saved["text"] * packed + saved["vision"] * patches + max(layer * packed, block * patches) + pixels
             ) * rows,
@@ -179,17 +176,6 @@ def most_frames(plan_of, limit):
     return 2 * bisect_right(pairs, limit, key=lambda pair: plan_of(2 * pair)["peak"])
 
 
-def shapes_of(config, frames=None):
-    """The largest `Shapes` of a run on config.plan GPUs; `frames`, where given, in place of the settings' own."""
-    return Shapes(
-        frames=frames or config.nframes or config.max_frames, pixels=config.max_pixels, group=config.group_size,
-        completion=config.max_new_tokens, width=min(config.shard_size or config.plan, config.plan),
-        prompts_per_forward=config.prompts_per_forward, prompts_per_rollout=config.prompts_per_rollout,
-        reference=config.kl_coef > 0, checkpointing=config.gradient_checkpointing, freeze_vision=config.freeze_vision,
-        lora_rank=config.lora_rank,
-    )  # fmt: skip
-
-
 def plan_text(config):
     """What `--plan` prints: tokens, memory by phase and part, whether it fits, and how many frames would.
 
@@ -199,18 +185,19 @@ def plan_text(config):
         model = published_config(config.model)
     except ModelError as error:
         raise ConfigError(str(error)) from error
-    counts = parameter_counts(model)
-    plan_of = lambda frames: memory_plan(model, counts, shapes_of(config, frames))
-    plan, shapes, limit = plan_of(None), shapes_of(config), config.gpu_memory * GIB
+    counts, limit = parameter_counts(model), config.gpu_memory * GIB
+    plan = memory_plan(model, counts, config)
+    plan_of = lambda frames: memory_plan(model, counts, replace(config, nframes=frames))
     names = list(dict.fromkeys(name for parts in plan["phases"].values() for name in parts))
     row = lambda name, cells: f"{name:<18}" + "".join(f"{cell:>12}" for cell in cells)
     part = lambda phase, name: f"{plan['phases'][phase].get(name, 0) / GIB:.2f}"
     fits = "fits" if plan["peak"] <= limit else "does not fit"
     return "\n".join(
         [
-            f"{config.model}: {counts['all'] / 1e9:.2f}B parameters on {config.plan} GPUs, {shapes.width} to a copy",
-            f"{shapes.frames} frames of {shapes.pixels} pixels, G {shapes.group}, C {shapes.completion}: "
-            + ", ".join(f"{count} {name}" for name, count in plan["tokens"].items()),
+            f"{config.model}: {counts['all'] / 1e9:.2f}B parameters on {config.plan} GPUs, "
+            f"{copy_width(config)} to a copy",
+            f"{frames_of(config)} frames of {config.max_pixels} pixels, G {config.group_size}, "
+            f"C {config.max_new_tokens}: " + ", ".join(f"{count} {name}" for name, count in plan["tokens"].items()),
             row("GiB on each GPU", plan["phases"]),
             *(row(name, [part(phase, name) for phase in plan["phases"]]) for name in names),
             row("sum", [f"{sum(parts.values()) / GIB:.2f}" for parts in plan["phases"].values()]),

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from grpo.attention import DecodeLayout, PackedLayout
+from grpo.config import Config
 from grpo.distributed import Processes, gathered, shard
 from grpo.model import FAMILIES, ModelSpec, checkpoint_activations, materialise, use_own_attention
 from grpo.policy import Policy
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _spec = importlib.util.spec_from_file_location("cost_model", ROOT / "bench/cost_model.py")
 cost_model = sys.modules["cost_model"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(cost_model)
-Cost, recipe, lora_count = cost_model.Cost, cost_model.recipe, cost_model.lora_count
+Cost, lora_count = cost_model.Cost, cost_model.lora_count
 LINEAR = ("mm", "addmm", "convolution", "convolution_backward")
 # Moves next to nothing, beside what returns its input's own memory.
 VIEWS = {"empty_like", "empty", "slice_backward", "select_backward", "index_fill_"}
@@ -263,11 +264,11 @@ def test_vision_passes(seven):
     config, counts = seven
     tower = lambda copies: [part.flops for part in cost_model.vision(config, copies * 4 * 1568, 784)]
     step = lambda repeat=False, **changes: flops(
-        cost_model.step_costs(config, counts, recipe(width=4, **changes), cost_model.A100, repeat)
+        cost_model.step_costs(config, counts, Config(plan=4, **changes), cost_model.A100, repeat)
     )
     forward, backward = tower(1)
     assert step() - step(freeze_vision=True) == 2 * forward + backward
-    assert step() - step(reference=False) > forward
+    assert step() - step(kl_coef=0.0) > forward
     prompts = lambda copies: (
         cost_model.decoder(config, copies, 1824, 0, 0)[0]
         + 2 * cost_model.decoder(config, copies, 1824, 8, 256)[0]
@@ -282,7 +283,7 @@ def test_links_by_hand(seven):
     4 bytes for gradients; 2 nodes of 8 send each shard's half twice."""
     config, counts = seven
     n, root = counts["all"], counts["root"]
-    steps = cost_model.step_costs(config, counts, recipe(width=4), cost_model.A100)
+    steps = cost_model.step_costs(config, counts, Config(plan=4), cost_model.A100)
     link = sum(cost.link for phases in steps for cost in phases.values())
     assert link == pytest.approx(0.75 * (2 * (3 * n + n - root) + 4 * n))
     assert cost_model.reduction(n, cost_model.A100).network == 0
@@ -335,7 +336,7 @@ def test_optimizer_bytes_by_hand():
     moments read, parameter and moments written."""
     config = cost_model.published_config(cost_model.MODELS["2B"])
     counts = cost_model.parameter_counts(config)
-    steps = cost_model.step_costs(config, counts, recipe(width=4), cost_model.A100)
+    steps = cost_model.step_costs(config, counts, Config(plan=4), cost_model.A100)
     assert steps[-1]["optimizer"].bytes == 4 * (1 + 2 + 4 + 3) * counts["all"] / 4
 
 

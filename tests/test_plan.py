@@ -1,5 +1,7 @@
 """The memory plan against independent counts: meta models, tensors in memory, and by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import FAMILIES, make_prompt, random_completions
@@ -7,13 +9,12 @@ from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 import train
 from grpo.attention import PackedLayout
-from grpo.config import parse_config
+from grpo.config import Config, parse_config
 from grpo.model import FAMILIES as CLASSES
 from grpo.model import decoder, load_model, model_spec, read_config, use_own_attention
 from grpo.packing import pack
 from grpo.plan import (
     GIB,
-    Shapes,
     head_size,
     layer_bytes,
     lora_count,
@@ -22,7 +23,6 @@ from grpo.plan import (
     parameter_counts,
     plan_text,
     published_config,
-    shapes_of,
 )
 from grpo.policy import Policy
 from grpo.update import make_optimizer
@@ -48,7 +48,8 @@ def test_published_parameter_counts(seven):
 
 def test_tokens_by_hand(seven):
     """16 frames of 196·28² pixels: 8 time steps of 196 merged tokens, 4 patches each."""
-    tokens = memory_plan(*seven, Shapes(16, 196 * 28 * 28, 8, 256, 4))["tokens"]
+    settings = Config(nframes=16, max_pixels=196 * 28 * 28, group_size=8, max_new_tokens=256, plan=4)
+    tokens = memory_plan(*seven, settings)["tokens"]
     assert tokens["video tokens"] == 8 * 196 and tokens["patches"] == 4 * 8 * 196
     assert tokens["packed tokens"] == tokens["prompt tokens"] + 8 * 256
 
@@ -57,15 +58,15 @@ def test_the_recipe_fits_72_gib():
     config = parse_config(["--plan", "4"])
     model = published_config(config.model)
     counts = parameter_counts(model)
-    plan_of = lambda frames: memory_plan(model, counts, shapes_of(config, frames))
-    plan = plan_of(None)
+    plan_of = lambda frames: memory_plan(model, counts, replace(config, nframes=frames))
+    plan = memory_plan(model, counts, config)
     assert 40 * GIB < plan["peak"] <= 72 * GIB
     most = most_frames(plan_of, 80 * GIB)
     assert most > 16 and plan_of(most)["peak"] <= 80 * GIB < plan_of(most + 2)["peak"]
     assert "fits --gpu_memory 80" in plan_text(config)
 
 
-def test_parts_against_tensors_in_memory(checkpoints):
+def test_parts_against_tensors_in_memory(checkpoints, monkeypatch):
     """Masters, moments, gradients, KV cache and saved layer inputs of a tiny fp32 model, byte for byte where exact."""
     folder = checkpoints["qwen2_vl"]
     processor = AutoProcessor.from_pretrained(folder)
@@ -78,8 +79,9 @@ def test_parts_against_tensors_in_memory(checkpoints):
     policy(packed)[0].sum().backward()
 
     # 8 frames of 4 x 6 patches of 14²; what is left of the prompt is text.
-    shapes = Shapes(8, 4 * 6 * 14 * 14, 3, 5, 1, text_tokens=len(prompt.input_ids) - 24)
-    plan = memory_plan(config, parameter_counts(config), shapes)
+    monkeypatch.setattr("grpo.plan.TEXT_TOKENS", len(prompt.input_ids) - 24)
+    settings = Config(nframes=8, max_pixels=4 * 6 * 14 * 14, group_size=3, max_new_tokens=5, plan=1)
+    plan = memory_plan(config, parameter_counts(config), settings)
     assert plan["tokens"]["packed tokens"] == packed.input_ids.shape[1]
     assert plan["tokens"]["patches"] == len(packed.pixels)
     update = plan["phases"]["update"]
@@ -123,13 +125,14 @@ def test_layer_bytes_against_what_autograd_keeps(name):
 
 
 def test_each_saving_lowers_the_peak(seven):
-    base = dict(frames=16, pixels=196 * 28 * 28, group=8, completion=256, width=4)
-    peak = lambda **changes: memory_plan(*seven, Shapes(**{**base, **changes}))["peak"]
-    assert peak(width=8) < peak() < peak(checkpointing=False)
-    assert peak(reference=False) == pytest.approx(peak() - 2 * seven[1]["all"] / 4)
-    assert peak(freeze_vision=True) < peak() and peak(frames=32) > peak()
+    base = Config(nframes=16, max_pixels=196 * 28 * 28, group_size=8, max_new_tokens=256, plan=4)
+    peak = lambda **changes: memory_plan(*seven, replace(base, **changes))["peak"]
+    assert peak(plan=8) < peak() < peak(gradient_checkpointing=False)
+    assert peak(plan=8, shard_size=4) == peak()
+    assert peak(kl_coef=0.0) == pytest.approx(peak() - 2 * seven[1]["all"] / 4)
+    assert peak(freeze_vision=True) < peak() and peak(nframes=32) > peak()
     assert peak(lora_rank=16) < peak() / 2
-    assert peak(width=1, lora_rank=16) < 24 * GIB, "7B by adapters on one 24 GiB card"
+    assert peak(plan=1, lora_rank=16) < 24 * GIB, "7B by adapters on one 24 GiB card"
 
 
 def test_lora_count_by_hand(seven):
@@ -152,4 +155,4 @@ def test_both_families_are_planned_from_config_alone(checkpoints, family):
     config = read_config(checkpoints[family])
     counts = parameter_counts(config)
     assert counts["all"] == sum(p.numel() for p in load_model(checkpoints[family]).parameters())
-    assert memory_plan(config, counts, Shapes(8, 28 * 28 * 4, 4, 16, 2))["peak"] > 0
+    assert memory_plan(config, counts, Config(nframes=8, max_pixels=28 * 28 * 4, plan=2))["peak"] > 0
