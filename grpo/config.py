@@ -176,7 +176,8 @@ class OneLineParser(argparse.ArgumentParser):
 def parse_config(arguments=None):
     """Returns the checked Config of a command line: defaults, then the preset, then the flags given.
 
-    An unknown flag or a value of the wrong type exits with code 2; a wrong value raises ConfigError.
+    An unknown flag, a value of the wrong type or none of a flag's choices exits with code 2; a wrong value raises
+    ConfigError.
     """
     parser = OneLineParser(
         description="Trains Qwen2-VL or Qwen2.5-VL on video questions with GRPO.", usage="%(prog)s [--FLAG VALUE ...]",
@@ -187,11 +188,8 @@ def parse_config(arguments=None):
             section = parser.add_argument_group(item.metadata["section"])
         add_flag(section, item, PRESETS[Config.preset].get(item.name, item.default))
     given = vars(parser.parse_args(arguments))
-    preset = given.get("preset", Config.preset)
-    if preset not in PRESETS:
-        raise ConfigError(f"--preset {preset}: unknown; presets are {', '.join(PRESETS)}")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    config = Config(**{**PRESETS[preset], **given})
+    config = Config(**{**PRESETS[given.get("preset", Config.preset)], **given})
     check(config)
     config.freeze_vision |= config.lora_rank > 0  # adapters are the decoder's
     return config
@@ -216,8 +214,7 @@ def add_flag(parser, item, default):
     elif kind is tuple:
         parser.add_argument(f"--{name}", nargs="+", **options)
     else:
-        metavar = f"{{{','.join(choices)}}}" if choices else name.upper()
-        parser.add_argument(f"--{name}", type=kind, metavar=metavar, **options)
+        parser.add_argument(f"--{name}", type=kind, choices=choices, **options)
 
 
 def check(config):
@@ -227,7 +224,6 @@ def check(config):
         if value is None:
             continue
         for name, holds, words in (
-            ("choices", lambda v, c: v in c, "one of"),
             ("least", lambda v, c: v >= c, "at least"),
             ("above", lambda v, c: v > c, "above"),
             ("most", lambda v, c: v <= c, "at most"),
