@@ -143,27 +143,26 @@ def update(policy, optimizer, made, config, processes):
             (loss * processes.world).backward()  # a sharded gradient is averaged over processes; the loss is a sum
             for name, value in {"loss": loss.detach() * totals["tokens"], "entropy": entropy.sum(), **parts}.items():
                 sums[name] += value
-        applied, norm = apply_gradients(policy, optimizer, config.grad_clip)
+        norm = apply_gradients(policy, optimizer, config.grad_clip)
         sums = processes.sum({name: float(value) for name, value in sums.items()})
         means = {name: value / max(totals["tokens"], 1) for name, value in sums.items()}
         if number == 0:
             metrics = means | {"grad_norm": norm, "updates_skipped": 0}
         metrics["clip_low_share"], metrics["clip_high_share"] = means["clip_low_share"], means["clip_high_share"]
-        metrics["updates_skipped"] += not applied
+        metrics["updates_skipped"] += not math.isfinite(norm)
     return metrics
 
 
 def apply_gradients(policy, optimizer, grad_clip):
-    """Clips the gradient's norm and steps; an update whose norm is not finite is left out. Returns (applied, norm)."""
+    """Clips the gradient's norm and steps; an update whose norm is not finite is left out. Returns the norm."""
     for parameter in policy.parameters():
         if parameter.requires_grad and parameter.grad is None:  # a tower that saw text alone
             parameter.grad = torch.zeros_like(parameter)
     norm = clip_gradients(policy, grad_clip)
-    applied = math.isfinite(norm)
-    if norm > 0 and applied:  # all groups skipped or without signal: no step, on one process as on several
+    if 0 < norm < math.inf:  # all groups skipped or without signal: no step, on one process as on several
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return applied, norm
+    return norm
 
 
 def supervised_step(policy, optimizer, prompts, targets, config, processes):

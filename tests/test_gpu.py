@@ -97,8 +97,8 @@ def test_an_update_as_the_recipe_runs_it(checkpoints):
         packed = pack([make_prompt(processor.tokenizer, [("video", (4, 4, 6))])], [[torch.arange(5)]], policy.spec)
         policy(packed.to(DEVICE))[0].sum().backward()
         before = [p.detach().clone() for p in policy.parameters()]
-        applied, norm = update.apply_gradients(policy, optimizer, 1.0)
-        assert applied and norm > 0
+        norm = update.apply_gradients(policy, optimizer, 1.0)
+        assert 0 < norm < float("inf")
         assert {p.dtype for p in policy.parameters()} == {torch.float32}
         assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters()))
     finally:
