@@ -152,8 +152,7 @@ def answer(variants, samples, config, temperature, predictions, processes):
                     policy = None  # the memory of the other checkpoint
                     processor = AutoProcessor.from_pretrained(folder)
                     # No masters here: what is computed in is what is held, half the memory and the same numbers.
-                    dtype = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
-                    policy, loaded = build_policy(folder, config, processor, processes, dtype), folder
+                    policy, loaded = build_policy(folder, config, processor, processes, processes.dtype), folder
                 save = functools.partial(predictions.add, place)
                 with Progress(variant.name, len(samples) - len(done), processes, save) as progress:
                     records[variant] = predict(

@@ -20,9 +20,8 @@ from grpo.policy import Policy
 def build_policy(path, config, processor, processes, master=torch.float32, adapters=False):
     """The sharded Policy of a checkpoint folder, computed in bf16 on a GPU: its weights held in `master`, or, with
     adapters, frozen in what they are computed in."""
-    compute = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
     trained = adapters or master is torch.float32
-    model = empty_model(path, compute if adapters else master)
+    model = empty_model(path, processes.dtype if adapters else master)
     if config.freeze_vision:
         vision_tower(model).requires_grad_(False)
     if adapters:
@@ -31,7 +30,7 @@ def build_policy(path, config, processor, processes, master=torch.float32, adapt
             processes = replace(processes, mesh=None)
     if config.gradient_checkpointing and trained:
         checkpoint_activations(model, vision=not config.freeze_vision)
-    policy = distributed.shard(Policy(model, model_spec(model, processor.tokenizer)), processes, compute)
+    policy = distributed.shard(Policy(model, model_spec(model, processor.tokenizer)), processes, processes.dtype)
     materialise(model, processes.device)
     load_weights(model, path)
     if adapters:
@@ -49,8 +48,7 @@ def build_reference(path, policy, config, processor, processes):
         return None
     if config.lora_rank:
         return lora.without_adapters(policy)
-    dtype = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
-    reference = build_policy(path, config, processor, processes, dtype).requires_grad_(False)
+    reference = build_policy(path, config, processor, processes, processes.dtype).requires_grad_(False)
     if reference.sharded:  # the root would stay gathered until a backward that never comes
         reference.set_reshard_after_forward(True, recurse=False)
     return reference

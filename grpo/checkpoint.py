@@ -15,7 +15,6 @@ import threading
 from itertools import accumulate
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -50,8 +49,8 @@ class Saver:
         """config.model is the form of what is exported, config.output the run folder."""
         self.processes, self.processor, self.config = processes, processor, config
         self.thread, self.error, self.step = None, None, None
-        dtype = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
-        self.empty = empty_model(config.model, dtype)  # the policy itself is at work while its weights are written
+        # An empty one, for the policy itself is at work while its weights are written.
+        self.empty = empty_model(config.model, processes.dtype)
         # Its own group: what the thread exchanges must not meet what training does.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
 

@@ -32,6 +32,11 @@ class Processes:
     def is_main(self):
         return self.rank == 0
 
+    @property
+    def dtype(self):
+        """What models are computed in."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
     def sum(self, values):
         """{name: number} summed over processes; every process must pass the same names."""
         if self.world == 1:
