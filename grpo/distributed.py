@@ -77,10 +77,8 @@ def start(device="auto", shard_size=0):
     if kind == "cpu" and world == 1:
         return Processes(0, 1, device, None)
     backend = "nccl" if kind == "cuda" else "gloo"
-    if world == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        dist.init_process_group(backend, timeout=PATIENCE)
+    store = dist.HashStore() if world == 1 else None  # None: torchrun's
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     shape, names = ((world,), ("shard",)) if size == world else ((world // size, size), ("replicate", "shard"))
     return Processes(rank, world, device, init_device_mesh(kind, shape, mesh_dim_names=names))
 
