@@ -97,7 +97,6 @@ class Saver:
         """Waits until what is being written exists, or could not be."""
         if self.thread is not None:
             self.thread.join()
-        self.thread = None
 
     def wait(self):
         """As `join`, but raises CheckpointError where it could not be."""
