@@ -13,12 +13,6 @@ from rewards import accuracy, score_group, temporal_bonus
 from video.prompt import shuffle_frames
 
 
-def sampling_settings(config):
-    return SamplingSettings(
-        config.temperature, config.top_k, config.top_p, config.max_new_tokens, config.decode_graph
-    )
-
-
 def rollout(policy, prompts, tokenizer, rewards, config, step):
     """Returns one scored `Rollout` for each prompt: config.group_size completions, rewards, advantages.
 
@@ -46,6 +40,9 @@ def rollout(policy, prompts, tokenizer, rewards, config, step):
 def sample_groups(policy, prompts, size, tokenizer, config, step, shuffle=False):
     """One `Rollout` of `size` completions for each prompt; shuffle: with its frames out of order. Both draws are fixed
     by the run's seed, the step and the prompt's key."""
+    settings = SamplingSettings(
+        config.temperature, config.top_k, config.top_p, config.max_new_tokens, config.decode_graph
+    )
     rollouts = []
     for batch in batched(prompts, config.prompts_per_rollout):
         seeds = [prompt_seed(config.seed, step, prompt.sample.key + "/shuffled" * shuffle) for prompt in batch]
@@ -53,7 +50,7 @@ def sample_groups(policy, prompts, size, tokenizer, config, step, shuffle=False)
             batch = [shuffle_frames(prompt, str(seed)) for prompt, seed in zip(batch, seeds)]
         features = features_of(policy, batch) if config.freeze_vision else None
         joined = torch.cat(features) if features else None
-        made = sample(policy, batch, size, sampling_settings(config), seeds, tokenizer, joined)
+        made = sample(policy, batch, size, settings, seeds, tokenizer, joined)
         for group, own in zip(made, features or []):
             group.features = own
         rollouts += made
