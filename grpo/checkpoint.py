@@ -184,13 +184,6 @@ class Saver:
             raise CheckpointError(f"{failure}: {reasons[0]}")
 
 
-def remove_unfinished(folder):
-    """Removes what a run that was killed while saving has left in its folder."""
-    for unfinished in ("checkpoint-*", "warmup", "merged"):
-        for path in Path(folder).glob(f"{unfinished}{UNFINISHED}"):
-            shutil.rmtree(path)
-
-
 def _remove_old(folder, keep, best):
     for old in checkpoints(folder)[:-keep]:
         if old.name != f"{PREFIX}{best}":

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from grpo.checkpoint import checkpoints
+from grpo.checkpoint import UNFINISHED, checkpoints
 from grpo.config import ConfigError, as_typed, demo_paths, load_config
 from grpo.data import hold_out
 from rewards import check_sample
@@ -63,10 +63,12 @@ def on_this_machine(model):
         return False
 
 
-def clear_run(folder):
-    """Removes what an earlier run left in its folder, and nothing else."""
-    own = [c.name for c in checkpoints(folder)] + ["warmup", "merged", "events.out.tfevents.*", "run.json"]
-    own += ["versions.json", "summary.json", "metrics.jsonl", "curve.png"]
+def clear_run(folder, anew):
+    """Removes what a run that was killed while saving has left in its folder; `anew`: all that a run leaves there."""
+    own = [name + UNFINISHED for name in ("checkpoint-*", "warmup", "merged")]
+    if anew:
+        own += [c.name for c in checkpoints(folder)] + ["warmup", "merged", "events.out.tfevents.*", "run.json"]
+        own += ["versions.json", "summary.json", "metrics.jsonl", "curve.png"]
     for name in own:
         for path in Path(folder).glob(name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -15,7 +15,7 @@ from demo.build import build_demo
 from evaluation.evaluate import kind_of, mean, predict, summarise
 from evaluation.report import show_rollouts
 from grpo import distributed
-from grpo.checkpoint import Saver, load_state, note_if_best, remove_unfinished
+from grpo.checkpoint import Saver, load_state, note_if_best
 from grpo.config import Config, ConfigError
 from grpo.data import step_samples, steps_of
 from grpo.inputs import check_inputs, clear_run, find_checkpoint, made_before, read_data
@@ -65,9 +65,7 @@ def opened(config, processes, data, signalled, began):
         raise ConfigError(str(error)) from error
     processes.barrier()  # until here, others may read what is removed now
     if processes.is_main and (Path(config.output) / "run.json").exists():
-        remove_unfinished(config.output)
-        if config.resume == "no":
-            clear_run(config.output)
+        clear_run(config.output, anew=config.resume == "no")
     processes.barrier()
     warmed = (Path(config.output) / "warmup").exists()
     log = RunLog(config.output, processes.is_main, partial(made_before, state["step"], config.steps, warmed))
