@@ -151,8 +151,8 @@ def answer(variants, samples, config, temperature, predictions, processes):
                 if loaded != folder:
                     policy = None  # the memory of the other checkpoint
                     processor = AutoProcessor.from_pretrained(folder)
-                    # No masters here: what is computed in is what is held, half the memory and the same numbers.
-                    policy, loaded = build_policy(folder, config, processor, processes, processes.dtype), folder
+                    # No masters: what is computed in is what is held, half the memory and the same numbers.
+                    policy, loaded = build_policy(folder, config, processor, processes, trained=False), folder
                 save = functools.partial(predictions.add, place)
                 with Progress(variant.name, len(samples) - len(done), processes, save) as progress:
                     records[variant] = predict(

@@ -17,11 +17,10 @@ from grpo.model import (
 from grpo.policy import Policy
 
 
-def build_policy(path, config, processor, processes, master=torch.float32, adapters=False):
-    """The sharded Policy of a checkpoint folder, computed in bf16 on a GPU: its weights held in `master`, or, with
-    adapters, frozen in what they are computed in."""
-    trained = adapters or master is torch.float32
-    model = empty_model(path, processes.dtype if adapters else master)
+def build_policy(path, config, processor, processes, trained=True, adapters=False):
+    """The sharded Policy of a checkpoint folder, computed in bf16 on a GPU: its weights held as fp32 masters where they
+    are trained, else, as beneath adapters, in what they are computed in."""
+    model = empty_model(path, torch.float32 if trained and not adapters else processes.dtype)
     if config.freeze_vision:
         vision_tower(model).requires_grad_(False)
     if adapters:
@@ -48,7 +47,7 @@ def build_reference(path, policy, config, processor, processes):
         return None
     if config.lora_rank:
         return lora.without_adapters(policy)
-    reference = build_policy(path, config, processor, processes, processes.dtype).requires_grad_(False)
+    reference = build_policy(path, config, processor, processes, trained=False).requires_grad_(False)
     if reference.sharded:  # the root would stay gathered until a backward that never comes
         reference.set_reshard_after_forward(True, recurse=False)
     return reference
