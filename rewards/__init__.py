@@ -14,7 +14,6 @@ import importlib.util
 import inspect
 import math as _math
 import numbers
-import queue
 import sys
 import threading
 import time
@@ -164,39 +163,30 @@ def score_group(rewards: list[Reward], completions: list[str], sample, lengths: 
 
 def _run_user(function: Callable, calls: list[tuple], seconds: float) -> tuple[list[float], dict[int, str]]:
     """The value of each call, 0.0 where it failed, and the failures' messages by index."""
-    done: queue.SimpleQueue = queue.SimpleQueue()
+    values: dict[int, float] = {}
+    errors = dict.fromkeys(range(len(calls)), f"no result within {seconds:g} s")
 
     def work(i: int) -> None:
         try:
             value = function(*calls[i])
-            if inspect.isawaitable(value):
-                value = asyncio.run(_finish(value))
+            if inspect.iscoroutine(value):
+                value = asyncio.run(value)
             if not isinstance(value, numbers.Real) or not _math.isfinite(value):
                 raise TypeError(f"returned {value!r}, not a finite number")
-            done.put((i, float(value), None))
+            values[i] = float(value)
         # The one place that swallows errors: another's code must not end a run of days. Counted, and shown by the loop.
         except (Exception, SystemExit) as error:
-            done.put((i, 0.0, f"{type(error).__name__}: {error}"))
+            errors[i] = f"{type(error).__name__}: {error}"
 
-    for i in range(len(calls)):
-        threading.Thread(target=work, args=(i,), daemon=True).start()
-    values, errors = [0.0] * len(calls), dict.fromkeys(range(len(calls)), f"no result within {seconds:g} s")
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
     deadline = time.monotonic() + seconds
-    for _ in calls:
-        try:
-            i, values_i, error = done.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            break
-        values[i] = values_i
-        if error is None:
-            del errors[i]
-        else:
-            errors[i] = error
-    return values, errors
-
-
-async def _finish(awaitable):
-    return await awaitable
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    in_time = values.copy()  # a late thread still writes into `values`
+    part = [in_time.get(i, 0.0) for i in range(len(calls))]
+    return part, {i: error for i, error in errors.items() if i not in in_time}
 
 
 def _weight(spec: str, text: str) -> float:
