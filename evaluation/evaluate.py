@@ -19,11 +19,10 @@ from grpo.sampler import SamplingSettings, prompt_seed, sample
 from rewards import answer_text, choice_letter, score_prediction
 from video.dataset import Sample
 from video.frames import SampleError
-from video.prompt import Skipped
+from video.prompt import FRAME_CONTROLS, Skipped
 
 NO_VIDEO = "no video"
-# What each control does to the frames (`video.prompt.control_frames`).
-CONTROLS = {"shuffled": "shuffle", "reversed": "reverse", "blank": "blank", NO_VIDEO: None}
+CONTROLS = (*FRAME_CONTROLS, NO_VIDEO)
 
 
 def predict(policy, loader, samples, tokenizer, processes, max_new_tokens, batch, temperature=0.0, seed=0, control=None,
@@ -45,7 +44,7 @@ def predict(policy, loader, samples, tokenizer, processes, max_new_tokens, batch
     settings = SamplingSettings(temperature=temperature, max_new_tokens=max_new_tokens)
     made = {}
     with gathered(policy) as plain:
-        for encoded in encode(loader, own, CONTROLS.get(control)):
+        for encoded in encode(loader, own, control if control in FRAME_CONTROLS else None):
             prompts = [p for p in encoded if not isinstance(p, Skipped)]
             seeds = [prompt_seed(seed, control or "", p.sample.key) for p in prompts]
             features = shared_features(plain, prompts)

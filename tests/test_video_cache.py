@@ -202,7 +202,7 @@ def test_prompts_are_the_same_with_a_cache(tmp_path, decoded):
     encoder = PromptEncoder(folder, SMALL, cache=FrameCache(tmp_path / "cache"))
     encoder(sample)
     count = len(decoded)
-    for control in (None, "reverse"):
+    for control in (None, "reversed"):
         prompt = encoder(sample, control)
         same = torch.equal(prompt.pixel_values_videos, plain.pixel_values_videos)
         assert same == (control is None) and prompt.seconds_per_grid == plain.seconds_per_grid

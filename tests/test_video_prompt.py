@@ -12,7 +12,7 @@ import video.prompt
 from demo.tiny import build_tiny_model
 from video.dataset import Sample
 from video.frames import SampleError, VideoSettings, read_image, read_video
-from video.prompt import PromptEncoder, PromptTooLong, control_frames, shuffle_frames, shuffled_order
+from video.prompt import FRAME_CONTROLS, PromptEncoder, PromptTooLong, shuffle_frames, shuffled_order
 
 FACTOR = 28
 
@@ -152,14 +152,10 @@ def test_controls_change_frames_as_named():
     frames = torch.arange(8 * 3 * 2 * 2, dtype=torch.uint8).view(8, 3, 2, 2)
     kept = frames.clone()
     order = shuffled_order(8, "d.jsonl:1/0")
-    assert torch.equal(control_frames(frames, "shuffle", "d.jsonl:1/0"), frames[order])
-    assert control_frames(frames, "reverse", "")[:, 0, 0, 0].tolist() == [84, 72, 60, 48, 36, 24, 12, 0]
-    assert control_frames(frames, "freeze", "")[:, 0, 0, 0].tolist() == [48] * 8
-    assert control_frames(frames, "blank", "").unique().tolist() == [128]
-    assert control_frames(frames, None, "") is frames
+    assert torch.equal(FRAME_CONTROLS["shuffled"](frames, "d.jsonl:1/0"), frames[order])
+    assert FRAME_CONTROLS["reversed"](frames, "")[:, 0, 0, 0].tolist() == [84, 72, 60, 48, 36, 24, 12, 0]
+    assert FRAME_CONTROLS["blank"](frames, "").unique().tolist() == [128]
     assert torch.equal(frames, kept)
-    with pytest.raises(ValueError, match="'sideways' is none of"):
-        control_frames(frames, "sideways", "")
 
 
 def test_shuffles_are_permutations_fixed_by_the_key_and_never_the_identity():
@@ -173,7 +169,7 @@ def test_shuffles_are_permutations_fixed_by_the_key_and_never_the_identity():
 def test_controls_reach_the_patches_and_leave_the_text(encoder, media):
     sample = Sample("d.jsonl:1", "What?", "A", videos=media[0][:1], images=media[1][:1])
     plain = encoder(sample)
-    for control in ("shuffle", "reverse", "freeze", "blank"):
+    for control in FRAME_CONTROLS:
         changed = encoder(sample, control)
         assert torch.equal(changed.input_ids, plain.input_ids)
         assert not torch.equal(changed.pixel_values_videos, plain.pixel_values_videos), control
@@ -186,7 +182,7 @@ def test_shuffling_patches_equals_shuffling_frames_before_they_are_cut(encoder, 
     n_videos, n_images = CASES[case]
     sample = Sample("d.jsonl:1", "What?", "A", videos=media[0][:n_videos], images=media[1][:n_images])
     prompt = encoder(sample)
-    shuffled, expected = shuffle_frames(prompt, sample.key), encoder(sample, "shuffle")
+    shuffled, expected = shuffle_frames(prompt, sample.key), encoder(sample, "shuffled")
     assert torch.equal(shuffled.pixel_values_videos, expected.pixel_values_videos)
     assert not torch.equal(shuffled.pixel_values_videos, prompt.pixel_values_videos)
     assert shuffled.pixel_values is prompt.pixel_values and shuffled.input_ids is prompt.input_ids

@@ -4,6 +4,7 @@ The model's own processor does no more here than normalise and cut (do_resize=Fa
 were chosen and resized once, in frames.py.
 """
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 
@@ -30,7 +31,6 @@ TEMPLATE = (
     "{problem}\n\nThink first, inside <think> </think>, "
     "then give the final answer (the option) inside <answer> </answer>."
 )
-CONTROLS = ("shuffle", "reverse", "blank", "freeze")
 GREY = 128  # a blank frame: the middle of the range, so near the mean after normalising
 
 
@@ -85,27 +85,17 @@ def shuffled_order(count: int, key: str) -> list[int]:
     return order
 
 
-def control_frames(frames: torch.Tensor, control: str | None, key: str) -> torch.Tensor:
-    """Frames (T, 3, H, W) changed to test what the model uses: the order, the direction of time, any pixel, motion.
-
-    "shuffle" permutes whole frames, so it also breaks the pairs that share a temporal patch; "reverse" turns time
-    round; "blank" is grey; "freeze" repeats the middle frame, which of all frames tells least about the way.
-    """
-    if control is None:
-        return frames
-    if control == "shuffle":
-        return frames[shuffled_order(len(frames), key)]
-    if control == "reverse":
-        return frames.flip(0)
-    if control == "blank":
-        return torch.full_like(frames, GREY)
-    if control == "freeze":
-        return frames[len(frames) // 2].expand_as(frames)
-    raise ValueError(f"control {control!r} is none of {CONTROLS}")
+# What a control makes of a video's frames (T, 3, H, W), to test what the model uses: their order, the direction of
+# time, any pixel. Whole frames are shuffled, which also breaks the pairs that share a temporal patch.
+FRAME_CONTROLS: dict[str, Callable[[torch.Tensor, str], torch.Tensor]] = {
+    "shuffled": lambda frames, key: frames[shuffled_order(len(frames), key)],
+    "reversed": lambda frames, key: frames.flip(0),
+    "blank": lambda frames, key: torch.full_like(frames, GREY),
+}
 
 
 def shuffle_frames(prompt: Prompt, key: str) -> Prompt:
-    """`prompt` with the frames of each of its videos permuted: what the control "shuffle" gives for a sample of `key`.
+    """`prompt` with the frames of each of its videos permuted: what the control "shuffled" gives for a sample of `key`.
 
     Nothing is decoded: a patch (3 colours, 2 frames, 14 x 14 pixels) is taken apart, and put together of other frames.
     """
@@ -157,7 +147,7 @@ class PromptEncoder:
         return type(self), (self.processor_path, self.settings, self.template, self.max_prompt_tokens, self.cache)
 
     def __call__(self, sample: Sample, control: str | None = None) -> Prompt:
-        """The prompt of `sample`; `control` changes its frames (see `control_frames`; "blank" greys images as well).
+        """The prompt of `sample`; `control` names a change of its frames (FRAME_CONTROLS; "blank" greys images too).
 
         Raises VideoError for a file that cannot be read, PromptTooLong (found before any frame is decoded) and
         SampleError for a question that holds the model's special tokens.
@@ -171,7 +161,7 @@ class PromptEncoder:
         read = read_video if self.cache is None else self.cache.read
         for number, (path, clip) in enumerate(with_clips(sample)):
             frames, rate = read(path, self.settings, self.factor, clip)
-            videos.append(control_frames(frames, control, f"{sample.key}/{number}"))
+            videos.append(FRAME_CONTROLS[control](frames, f"{sample.key}/{number}") if control else frames)
             rates.append(rate)
         inputs = {}
         if images:
