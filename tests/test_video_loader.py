@@ -22,7 +22,7 @@ def samples(*texts):
 
 def test_order_is_kept_and_workers_use_one_thread():
     group = samples("slow", "", "", "slow", "", "")
-    with PromptLoader(Misbehaving(), workers=2, timeout=30, ahead=1) as loader:
+    with PromptLoader(Misbehaving(), workers=2, timeout=30) as loader:
         batches = list(loader.batches([group[:3], [], group[3:]]))
         assert [[prompt.sample.key for prompt in batch] for batch in batches] == [
             [sample.key for sample in group[:3]],
@@ -37,7 +37,7 @@ def test_order_is_kept_and_workers_use_one_thread():
 @pytest.mark.timeout(120)
 def test_dead_hanging_and_raising_samples_are_skipped_and_the_rest_arrives():
     group = samples("", "die", "", "sleep", "raise", "", "die", "")
-    with PromptLoader(Misbehaving(), workers=1, timeout=1.0, ahead=2) as loader:
+    with PromptLoader(Misbehaving(), workers=1, timeout=1.0) as loader:
         first, second = loader.batches([group, group[:1]])
     assert [type(item) for item in first] == [Prompt, Skipped, Prompt, Skipped, Skipped, Prompt, Skipped, Prompt]
     assert first[1] == Skipped("d.jsonl:2", "2.mp4", "its worker died (exit code 17)")
@@ -72,7 +72,7 @@ def test_no_more_than_ahead_batches_are_taken_in_advance():
             taken.append(number)
             yield samples("")
 
-    with PromptLoader(Misbehaving(), workers=1, ahead=2) as loader:
+    with PromptLoader(Misbehaving(), workers=1) as loader:
         batches = loader.batches(source())
         next(batches)
         assert len(taken) == 3  # the one asked for, and 2 ahead
@@ -84,7 +84,7 @@ def test_no_more_than_ahead_batches_are_taken_in_advance():
 def test_stopping_early_and_errors_leave_no_process():
     pids = []
     with pytest.raises(KeyError):
-        with PromptLoader(Misbehaving(), workers=2, ahead=3) as loader:
+        with PromptLoader(Misbehaving(), workers=2) as loader:
             batches = loader.batches([samples(""), samples("sleep", "sleep", "sleep"), samples("sleep")])
             pids.append(next(batches)[0].input_ids[1].item())
             raise KeyError("the training step failed")
@@ -97,9 +97,7 @@ def test_stopping_early_and_errors_leave_no_process():
     assert_gone(pids)
 
 
-@pytest.mark.parametrize(
-    "options,flag", [({"workers": -1}, "--workers"), ({"timeout": 0}, "--decode_timeout"), ({"ahead": 0}, "--ahead")]
-)
+@pytest.mark.parametrize("options,flag", [({"workers": -1}, "--workers"), ({"timeout": 0}, "--decode_timeout")])
 def test_options_out_of_range_name_the_flag(options, flag):
     with pytest.raises(ValueError, match=flag):
         PromptLoader(Misbehaving(), **options)

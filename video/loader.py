@@ -16,6 +16,7 @@ from video.prompt import Prompt, Skipped
 
 Encoder = Callable[[Sample, str | None], Prompt]
 
+AHEAD = 2  # batches
 GIVE_UP_AFTER = 50  # samples, all skipped for one kind of reason before any could be used: the set-up is at fault
 SCAN = "python -m video.scan --data ... lists all such files"
 ADVICE = {  # kind of reason -> what to do where nothing else happens
@@ -28,7 +29,7 @@ ADVICE = {  # kind of reason -> what to do where nothing else happens
 
 
 class PromptLoader(AbstractContextManager):
-    """Encodes batches of samples in order, at most `ahead` batches before they are asked for.
+    """Encodes batches of samples in order, at most AHEAD batches before they are asked for.
 
     Where the first `give_up_after` samples are all skipped, and for the same kind of reason, it raises DataError with
     advice for that kind: a wrong --video_root, say, and a run that went on would train on nothing. None: it never does.
@@ -38,16 +39,13 @@ class PromptLoader(AbstractContextManager):
     it needs the usual `if __name__ == "__main__":`. Use it as a context manager, or call close().
     """
 
-    def __init__(self, encoder: Encoder, workers: int = 2, timeout: float = 60.0, ahead: int = 2,
+    def __init__(self, encoder: Encoder, workers: int = 2, timeout: float = 60.0,
                  give_up_after: int | None = GIVE_UP_AFTER):
-        for holds, message in (
-            (workers >= 0, "--workers must be 0 or more"),
-            (timeout > 0, "--decode_timeout must be above 0 seconds"),
-            (ahead >= 1, "--ahead must be 1 or more"),
-        ):
-            if not holds:
-                raise ValueError(message)
-        self.encoder, self.timeout, self.ahead = encoder, timeout, ahead
+        if workers < 0:
+            raise ValueError("--workers must be 0 or more")
+        if not timeout > 0:
+            raise ValueError("--decode_timeout must be above 0 seconds")
+        self.encoder, self.timeout = encoder, timeout
         self.give_up_after = give_up_after
         self._kinds, self._seen = set(), 0  # of the samples so far: kinds of reasons, None for a sample that was used
         self._pool = None
@@ -65,7 +63,7 @@ class PromptLoader(AbstractContextManager):
         source, pending = iter(groups), deque()
         try:
             while True:
-                while len(pending) <= self.ahead and (group := next(source, None)) is not None:
+                while len(pending) <= AHEAD and (group := next(source, None)) is not None:
                     pending.append([(sample, self._pool.submit(sample, control)) for sample in group])
                 if not pending:
                     return
