@@ -66,7 +66,7 @@ def plan(samples, encoder, size):
     """
     order = lambda s: (
         -_vision_tokens(encoder, s.videos, s.images, s.clips),
-        _media(s),
+        s.media,
         repr(s.clips),
         len(s.problem),
         s.key,
@@ -90,14 +90,10 @@ def _ask(encoder, first, sample):
         return replace(first, key=sample.key)
     if first.sample.key == sample.key:
         return first
-    text = torch.tensor(encoder.tokenizer(encoder.text(sample), add_special_tokens=False)["input_ids"])
-    vision = torch.tensor([encoder.image_token_id, encoder.video_token_id])
-    # Media come before the question, so two prompts about the same media differ after the last placeholder alone.
-    start, stop = (int(torch.isin(ids, vision).nonzero().max()) + 1 for ids in (first.input_ids, text))
-    ids = torch.cat([first.input_ids[:start], text[stop:]])
-    if len(ids) > encoder.max_prompt_tokens:
-        path = _media(sample)[0]
-        return Skipped(sample.key, path, f"prompt of {len(ids)} tokens is over --max_prompt_tokens")
+    try:
+        ids = encoder.expand(sample, encoder.text_ids(sample), first.image_grid_thw, first.video_grid_thw)
+    except SampleError as error:
+        return Skipped(sample.key, error.path, error.reason)
     return replace(first, sample=sample, input_ids=ids)
 
 
@@ -117,10 +113,6 @@ def _pixels(prompt):
     return tuple(map(id, tensors)) if any(t is not None for t in tensors) else (id(prompt),)
 
 
-def _media(sample):
-    return (*sample.videos, *sample.images)
-
-
 def _shared_media(encoder):
     """A function from a sample to what it shares with its neighbours: its media, or nothing but itself where it has
     none, or where its question cannot be asked and must not take others down with it."""
@@ -130,7 +122,7 @@ def _shared_media(encoder):
             encoder.text(sample)
         except SampleError:
             return (sample.key,)
-        return (sample.videos, sample.images, sample.clips) if _media(sample) else (sample.key,)
+        return (sample.videos, sample.images, sample.clips) if sample.media else (sample.key,)
 
     return key
 

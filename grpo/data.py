@@ -33,8 +33,8 @@ def hold_out(samples, count, seed):
     shares one with a held-out sample is left out of both."""
     rows = list({sample.key: sample for sample in samples}.values())  # a weight repeats rows
     held = [rows[i] for i in epoch_order(len(rows), seed, 10**6)[:count]]
-    media = {m for sample in held for m in (sample.key, *sample.videos, *sample.images)}
-    train = [s for s in samples if media.isdisjoint((s.key, *s.videos, *s.images))]
+    media = {m for sample in held for m in (sample.key, *sample.media)}
+    train = [s for s in samples if media.isdisjoint((s.key, *s.media))]
     return train, held
 
 

@@ -129,7 +129,7 @@ def test_questions_about_one_video_share_its_frames_and_vision_pass(parts, demo,
     monkeypatch.setattr(
         loader, "encoder", lambda sample, control: decoded.append(sample.key) or encoder(sample, control)
     )
-    for name in ("text", "tokenizer", "planned_tokens", "image_token_id", "video_token_id", "max_prompt_tokens"):
+    for name in ("text", "text_ids", "expand", "planned_tokens"):
         setattr(loader.encoder, name, getattr(encoder, name))
     monkeypatch.setattr(policy, "vision_features", lambda packed: passes.append(len(packed.grids)) or tower(packed))
     together = predict(policy, loader, samples, tokenizer, ALONE, 8, batch=6)

@@ -47,7 +47,7 @@ def convert(
     """(rows written to `target`, missing files of the rows left out). Raises DataError where no row is left."""
     written, missing = [], []
     for sample in read_samples(source, video_root):
-        gone = [path for path in (*sample.videos, *sample.images) if not os.path.exists(path)]
+        gone = [path for path in sample.media if not os.path.exists(path)]
         if gone and not keep_missing:
             missing.append(gone[0])
         else:

@@ -88,7 +88,7 @@ def read_skip_list(path: str | Path) -> dict[str, str]:
 
 def leave_out(samples: list[Sample], listed: dict[str, str]) -> tuple[list[Sample], list[Sample]]:
     """(samples that use no file of `listed`, those that use one), each in order."""
-    bad = {s.key for s in samples if any(os.path.abspath(path) in listed for path in (*s.videos, *s.images))}
+    bad = {s.key for s in samples if any(os.path.abspath(path) in listed for path in s.media)}
     return [s for s in samples if s.key not in bad], [s for s in samples if s.key in bad]
 
 

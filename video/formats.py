@@ -68,6 +68,11 @@ class Sample:
     clips: tuple[Clip, ...] = ()  # one for each of `videos`; () where all are taken whole
     meta: dict = field(default_factory=dict)  # the row's other fields
 
+    @property
+    def media(self) -> tuple[str, ...]:
+        """All its files, or folders of frames."""
+        return self.videos + self.images
+
 
 class Row:
     """A row while it is read: its fields by type, and which of them were used."""

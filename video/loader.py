@@ -113,5 +113,4 @@ def _encode(encoder: Encoder, sample: Sample, control: str | None) -> Prompt | S
 
 
 def _skipped(sample: Sample, reason: str, kind: str) -> Skipped:
-    media = (*sample.videos, *sample.images)
-    return Skipped(sample.key, media[0] if media else "", " ".join(reason.split())[:300], kind)
+    return Skipped(sample.key, next(iter(sample.media), ""), " ".join(reason.split())[:300], kind)

@@ -4,7 +4,7 @@ The model's own processor does no more here than normalise and cut (do_resize=Fa
 were chosen and resized once, in frames.py.
 """
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 
@@ -152,8 +152,8 @@ class PromptEncoder:
         Raises VideoError for a file that cannot be read, PromptTooLong (found before any frame is decoded) and
         SampleError for a question that holds the model's special tokens.
         """
-        ids = self.tokenizer(self.text(sample), add_special_tokens=False)["input_ids"]
-        self._check_length(sample, len(ids), self.planned_tokens(sample))
+        ids = self.text_ids(sample)
+        self._check_length(sample, len(ids) - len(sample.media) + self.planned_tokens(sample))
         images = [read_image(path, self.settings, self.factor) for path in sample.images]
         if control == "blank":
             images = [torch.full_like(image, GREY) for image in images]
@@ -170,21 +170,34 @@ class PromptEncoder:
             cut = self.video_processor
             inputs |= cut(videos=videos, do_resize=False, do_sample_frames=False, return_tensors="pt")
         image_grid, video_grid = inputs.get("image_grid_thw"), inputs.get("video_grid_thw")
-        counts = {
-            self.image_token_id: _merged(image_grid, self.image_processor.merge_size),
-            self.video_token_id: _merged(video_grid, self.video_processor.merge_size),
-        }
-        vision = sum(map(sum, counts.values()))
-        self._check_length(sample, len(ids), vision)  # a header may lie about the number of frames
         return Prompt(
             sample=sample,
-            input_ids=torch.tensor(_expand(ids, counts)),
+            input_ids=self.expand(sample, ids, image_grid, video_grid),
             pixel_values=inputs.get("pixel_values"),
             image_grid_thw=image_grid,
             pixel_values_videos=inputs.get("pixel_values_videos"),
             video_grid_thw=video_grid,
             seconds_per_grid=[self.video_processor.temporal_patch_size / rate for rate in rates],
         )
+
+    def text_ids(self, sample: Sample) -> list[int]:
+        """The token ids of `text`: one for each image and video."""
+        return self.tokenizer(self.text(sample), add_special_tokens=False)["input_ids"]
+
+    def expand(self, sample: Sample, ids: list[int], image_grid: torch.Tensor | None, video_grid: torch.Tensor | None):
+        """(P,) int64: `text_ids` with the placeholder of each image and video repeated for each of its merged patches.
+
+        The grids are those of its images and videos, in patches. Raises PromptTooLong.
+        """
+        counts = {
+            self.image_token_id: _merged(image_grid, self.image_processor.merge_size),
+            self.video_token_id: _merged(video_grid, self.video_processor.merge_size),
+        }
+        expanded = []
+        for token in ids:
+            expanded.extend([token] * next(counts[token]) if token in counts else [token])
+        self._check_length(sample, len(expanded))  # after planning as well: a header may lie about the number of frames
+        return torch.tensor(expanded)
 
     def text(self, sample: Sample) -> str:
         """The chat text of `sample` with one placeholder for each image and video, ready to be completed."""
@@ -220,24 +233,12 @@ class PromptEncoder:
             total += steps * (height // self.factor) * (width // self.factor)
         return total
 
-    def _check_length(self, sample: Sample, text_tokens: int, vision_tokens: int) -> None:
-        """`text_tokens` counts each image and video as one placeholder."""
-        media = (*sample.videos, *sample.images)
-        length = text_tokens - len(media) + vision_tokens
+    def _check_length(self, sample: Sample, length: int) -> None:
         if length > self.max_prompt_tokens:
-            path = media[0] if media else ""
+            path = next(iter(sample.media), "")
             raise PromptTooLong(path, f"prompt of {length} tokens is over --max_prompt_tokens {self.max_prompt_tokens}")
 
 
-def _merged(grid: torch.Tensor | None, merge_size: int) -> list[int]:
+def _merged(grid: torch.Tensor | None, merge_size: int) -> Iterator[int]:
     """How many tokens each image or video of a grid takes."""
-    return [] if grid is None else (grid.prod(dim=1) // merge_size**2).tolist()
-
-
-def _expand(ids: list[int], counts: dict[int, list[int]]) -> list[int]:
-    """Each placeholder in `ids` repeated: the n-th one of a token counts[token][n] times."""
-    left = {token: iter(numbers) for token, numbers in counts.items()}
-    expanded = []
-    for token in ids:
-        expanded.extend([token] * next(left[token]) if token in left else [token])
-    return expanded
+    return iter([] if grid is None else (grid.prod(dim=1) // merge_size**2).tolist())
