@@ -6,7 +6,6 @@ were chosen and resized once, in frames.py.
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -141,7 +140,6 @@ class PromptEncoder:
         for token in self.special_tokens:
             if token in self.template:
                 raise ValueError(f"--prompt_template must not hold {token}: the chat template adds special tokens")
-        self._chat = lru_cache(maxsize=64)(self._render_chat)
 
     def __reduce__(self) -> tuple:
         return type(self), (self.processor_path, self.settings, self.template, self.max_prompt_tokens, self.cache)
@@ -200,23 +198,18 @@ class PromptEncoder:
         return torch.tensor(expanded)
 
     def text(self, sample: Sample) -> str:
-        """The chat text of `sample` with one placeholder for each image and video, ready to be completed."""
+        """The chat text of `sample` with one placeholder for each image and video, ready to be completed.
+
+        The system prompt is the default of the model's own chat template.
+        """
         problem = MARKS.sub("", sample.problem).strip()
         for token in self.special_tokens:
             if token in problem:
                 raise SampleError("", f"the question holds the special token {token}; remove it from {sample.key}")
         question = self.template.replace("{problem}", problem)
-        before, after = self._chat(len(sample.images), len(sample.videos))
-        return before + question + after
-
-    def _render_chat(self, n_images: int, n_videos: int) -> tuple[str, str]:
-        """What the model's chat template puts before and after the question. The default system prompt is its own."""
-        mark = "\u2063question\u2063"  # invisible separators: no template holds or trims them
-        content = [{"type": "image"}] * n_images + [{"type": "video"}] * n_videos + [{"type": "text", "text": mark}]
-        messages = [{"role": "user", "content": content}]
-        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        before, after = text.split(mark)
-        return before, after
+        content = [{"type": "image"}] * len(sample.images) + [{"type": "video"}] * len(sample.videos)
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def planned_tokens(self, sample: Sample) -> int:
         """Vision tokens of `sample` by arithmetic on file headers: no frame is decoded."""
