@@ -16,7 +16,8 @@ from grpo.data import batched
 from grpo.distributed import gathered
 from grpo.policy import features_of
 from grpo.sampler import SamplingSettings, prompt_seed, sample
-from rewards import answer_text, choice_letter, score_prediction
+from rewards import score_prediction
+from rewards.answer import answer_text, choice_letter
 from video.dataset import Sample
 from video.frames import SampleError
 from video.prompt import FRAME_CONTROLS, Skipped

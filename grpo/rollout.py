@@ -9,7 +9,8 @@ from grpo.data import batched
 from grpo.distributed import gathered
 from grpo.policy import features_of
 from grpo.sampler import SamplingSettings, prompt_seed, sample
-from rewards import accuracy, score_group, temporal_bonus
+from rewards import accuracy, score_group
+from rewards.temporal import temporal_bonus
 from video.prompt import shuffle_frames
 
 

@@ -22,7 +22,7 @@ from grpo.inputs import check_inputs, clear_run, find_checkpoint, made_before, r
 from grpo.metrics import RunLog, describe_run
 from grpo.model import read_processor
 from grpo.stops import RunError, Stopped, count_bad, memory_message
-from rewards import answer_stats
+from rewards.diagnostics import answer_stats
 from video.dataset import DataError
 from video.loader import PromptLoader
 from video.prompt import PromptEncoder, Skipped

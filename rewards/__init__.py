@@ -21,9 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rewards.answer import answer_text, answers_given, choice_letter, choice_letters
+from rewards.answer import answer_text
 from rewards.choice import choice
-from rewards.diagnostics import answer_stats
 from rewards.format import format
 from rewards.length import length_cosine, length_window
 from rewards.math import math
@@ -32,12 +31,7 @@ from rewards.ocr import ocr
 from rewards.regression import regression
 from rewards.repetition import repetition
 from rewards.tag_count import tag_count
-from rewards.temporal import temporal_bonus
 from rewards.text import rouge
-
-__all__ = ["ACCURACY", "REWARDS", "Group", "GroupScore", "Reward", "accuracy", "answer_stats", "answer_text",
-           "answers_given", "check_sample", "choice_letter", "choice_letters", "parse_rewards", "score_group",
-           "score_prediction", "temporal_bonus"]
 
 # problem_type -> f(prediction, sample), in [0, 1]. The prediction is the content of the answer tag.
 ACCURACY: dict[str, Callable] = {"multiple choice": choice, "numerical": numeric, "mra": mean_relative_accuracy,
@@ -81,13 +75,13 @@ def score_prediction(prediction: str | None, sample) -> float:
     Evaluation calls it with `answer_text(completion, strict=False)`. ValueError for a type that no file here scores, or
     for a ground truth that does not fit its type.
     """
-    if sample.problem_type not in ACCURACY:
-        raise ValueError(f"{_name(sample)}: unknown problem_type {sample.problem_type!r}; known: {', '.join(ACCURACY)}")
     try:
+        if sample.problem_type not in ACCURACY:
+            raise ValueError(f"unknown problem_type {sample.problem_type!r}; known: {', '.join(ACCURACY)}")
         # None is scored as "", which is wrong in every type, so that an unfit ground truth shows all the same.
         score = ACCURACY[sample.problem_type](prediction or "", sample)
     except ValueError as error:
-        raise ValueError(f"{_name(sample)}: {error}") from error
+        raise ValueError(f"sample {sample.key!r}: {error}") from error
     return 0.0 if prediction is None else score
 
 
@@ -228,8 +222,3 @@ def _module(path: str):
     module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)  # for dataclasses
     module_spec.loader.exec_module(module)
     return module
-
-
-def _name(sample) -> str:
-    """How to point at a sample in an error: its key, or the beginning of its question."""
-    return f"sample {getattr(sample, 'key', None) or sample.problem[:60]!r}"

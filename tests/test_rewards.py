@@ -15,14 +15,14 @@ from rewards import (
     REWARDS,
     Group,
     accuracy,
-    answer_stats,
     check_sample,
     parse_rewards,
     score_group,
     score_prediction,
-    temporal_bonus,
 )
+from rewards.diagnostics import answer_stats
 from rewards.numeric import parse_number
+from rewards.temporal import temporal_bonus
 from rewards.text import edit_distance, lcs_length
 
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from rewards import answer_text, answers_given, choice_letter, choice_letters
+from rewards.answer import answer_text, answers_given, choice_letter, choice_letters
 
 COLOURS = ("red", "blue", "green", "white")
 LABELLED = ("A. red", "B) blue", "(C) green", "D: white")
