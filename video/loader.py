@@ -36,7 +36,7 @@ class PromptLoader(AbstractContextManager):
 
     `workers` 0 encodes in this process, when a batch is asked for: no limit of time and no protection then. `timeout`
     is in seconds a sample. Workers start at once, so that they are ready when the model has loaded. A script that uses
-    it needs the usual `if __name__ == "__main__":`. Use it as a context manager, or call close().
+    it needs the usual `if __name__ == "__main__":`. Use it as a context manager.
     """
 
     def __init__(self, encoder: Encoder, workers: int = 2, timeout: float = 60.0,
@@ -45,12 +45,9 @@ class PromptLoader(AbstractContextManager):
             raise ValueError("--workers must be 0 or more")
         if not timeout > 0:
             raise ValueError("--decode_timeout must be above 0 seconds")
-        self.encoder, self.timeout = encoder, timeout
-        self.give_up_after = give_up_after
+        self.encoder, self.timeout, self.give_up_after = encoder, timeout, give_up_after
         self._kinds, self._seen = set(), 0  # of the samples so far: kinds of reasons, None for a sample that was used
-        self._pool = None
-        if workers:
-            self._pool = WorkerPool(partial(_encode, encoder), workers, timeout)
+        self._pool = WorkerPool(partial(_encode, encoder), workers, timeout) if workers else None
 
     def batches(
         self, groups: Iterable[list[Sample]], control: str | None = None
@@ -73,13 +70,10 @@ class PromptLoader(AbstractContextManager):
                 if not future.running():
                     future.cancel()
 
-    def close(self) -> None:
+    def __exit__(self, *_) -> None:
         """Ends the workers. (The server that forked them is shared by all loaders, and ends with this process.)"""
         if self._pool is not None:
             self._pool.close()
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
     def _checked(self, batch: list[Prompt | Skipped]) -> list[Prompt | Skipped]:
         """`batch`, unless it shows that no sample at all can be used."""
