@@ -122,8 +122,6 @@ def test_errors_are_those_of_the_reader_and_leave_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--frame_cache .*cannot be written to"):
         FrameCache(tmp_path / "file")
-    with pytest.raises(ValueError, match="--frame_cache_gb"):
-        FrameCache(tmp_path, 0)
 
 
 def used(folder):

@@ -142,8 +142,6 @@ def test_templates_are_checked(folder):
     assert (
         PromptEncoder(folder, SMALL, "Q: {problem}").text(Sample("k", "why", "A")).count("user\nQ: why<|im_end|>") == 1
     )
-    with pytest.raises(ValueError, match="--prompt_template must hold"):
-        PromptEncoder(folder, SMALL, "no place")
     with pytest.raises(ValueError, match="must not hold <.video_pad.>"):
         PromptEncoder(folder, SMALL, "<|video_pad|>{problem}")
 

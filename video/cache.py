@@ -30,8 +30,6 @@ class FrameCache:
     """
 
     def __init__(self, folder: str | Path, gigabytes: float = 20.0):
-        if not gigabytes > 0:
-            raise DataError("--frame_cache_gb must be above 0")
         self.folder, self.limit = Path(folder), int(gigabytes * 1e9)
         self._unmeasured = self.limit  # bytes written since the folder was measured: measure at the first write
         try:

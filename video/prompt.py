@@ -123,8 +123,6 @@ class PromptEncoder:
         self, processor_path: str, settings: VideoSettings, template: str = TEMPLATE, max_prompt_tokens: int = 8192,
         cache: FrameCache | None = None,
     ):
-        if "{problem}" not in template:
-            raise ValueError('--prompt_template must hold "{problem}", where the question goes')
         self.processor_path, self.settings = str(processor_path), settings
         self.template, self.max_prompt_tokens, self.cache = template, max_prompt_tokens, cache
         processor = AutoProcessor.from_pretrained(self.processor_path)
