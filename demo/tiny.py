@@ -10,9 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
     Qwen2_5_VLProcessor,
-    Qwen2VLConfig,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
@@ -89,7 +87,7 @@ def build_tiny_model(
         vision_config |= {"hidden_size": 32, "intermediate_size": 64, "depth": 2,
                           "out_hidden_size": text_config["hidden_size"], "fullatt_block_indexes": [1],
                           "window_size": 56, "tokens_per_second": 2}  # fmt: skip
-    config = {"qwen2_vl": Qwen2VLConfig, "qwen2_5_vl": Qwen2_5_VLConfig}[family](
+    config = FAMILIES[family].config_class(
         text_config=text_config, vision_config=vision_config | (vision or {}), tie_word_embeddings=tie,
         image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
         vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
