@@ -119,12 +119,9 @@ def find_samples(folder, config, arguments):
 def make_variants(arguments, folder, against):
     modes = ("think", "direct") if arguments.mode == "both" else (arguments.mode,)
     label = lambda mode, name: f"{mode} {name}".strip() if len(modes) > 1 else name or mode
-    own = [Variant(label(mode, c or ""), folder, mode, c) for mode in modes for c in (None, *_controls(arguments))]
+    controls = (None, *CONTROLS) if arguments.controls else (None,)
+    own = [Variant(label(mode, c or ""), folder, mode, c) for mode in modes for c in controls]
     return own + [Variant(label(mode, "against"), against, mode, None) for mode in modes if against]
-
-
-def _controls(arguments):
-    return CONTROLS if arguments.controls else ()
 
 
 def ask(samples, mode, config):

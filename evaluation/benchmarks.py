@@ -5,6 +5,7 @@ benchmark asks a language model to judge free text (MMVU's open-ended questions;
 text), ROUGE stands in: only the multiple-choice part of those two compares with published numbers.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,9 +77,7 @@ def benchmark_score(name, summary):
     """
     if not BENCHMARKS[name].macro:
         return summary["overall"]
-    families = {}
+    families = defaultdict(list)
     for kind, share in summary["kinds"].items():
-        families.setdefault("object_rel_direction" if kind.startswith("object_rel_direction") else kind, []).append(
-            share
-        )
+        families["object_rel_direction" if kind.startswith("object_rel_direction") else kind].append(share)
     return mean([mean(shares) for shares in families.values()])
