@@ -7,12 +7,10 @@ Rows get `problem`, `solution` (for a choice, `<answer>`, the first two characte
 rows of other formats keep what else they have. As there, rows whose file is missing are left out.
 """
 import argparse
-import json
 import os
 import sys
-from pathlib import Path
 
-from video.dataset import read_samples
+from video.dataset import read_samples, write_rows
 from video.formats import CLIP_FIELDS, MARKS, MULTIPLE_CHOICE, DataError, Sample
 
 
@@ -51,13 +49,11 @@ def convert(
         if gone and not keep_missing:
             missing.append(gone[0])
         else:
-            written.append(json.dumps(to_row(sample), ensure_ascii=False, default=str) + "\n")
+            written.append(to_row(sample))
     if not written:
         raise DataError(f"{source}: the files of all {len(missing)} rows are missing, the first {missing[0]}; "
                         "give --video_root, or --keep_missing to write the rows all the same")
-    partial = Path(f"{target}.part")
-    partial.write_text("".join(written), encoding="utf-8")
-    os.replace(partial, target)
+    write_rows(target, written)
     return len(written), missing
 
 

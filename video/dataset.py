@@ -86,6 +86,14 @@ def read_skip_list(path: str | Path) -> dict[str, str]:
     return listed
 
 
+def write_rows(path: str | Path, rows: Iterable[dict]) -> None:
+    """Writes a .jsonl file, which is there whole or not at all."""
+    partial = Path(f"{path}.part")
+    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+    partial.write_text("".join(lines), encoding="utf-8")
+    os.replace(partial, path)
+
+
 def leave_out(samples: list[Sample], listed: dict[str, str]) -> tuple[list[Sample], list[Sample]]:
     """(samples that use no file of `listed`, those that use one), each in order."""
     bad = {s.key for s in samples if any(os.path.abspath(path) in listed for path in s.media)}

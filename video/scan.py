@@ -6,15 +6,13 @@
 A file counts as bad where training would skip it: the same frames are decoded, in worker processes with a time limit.
 """
 import argparse
-import json
 import os
 import sys
 import time
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 
-from video.dataset import read_mixture
+from video.dataset import read_mixture, write_rows
 from video.formats import WHOLE, DataError, Sample
 from video.frames import VideoSettings, read_image, read_video
 from video.loader import PromptLoader
@@ -81,9 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = VideoSettings(**{item.name: getattr(given, item.name) for item in fields(VideoSettings)})
         samples = read_mixture(given.data, given.video_root)
         bad = scan(samples, settings, given.workers, given.decode_timeout, lambda line: print(line, file=sys.stderr))
-        partial = Path(f"{given.output}.part")
-        partial.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad), encoding="utf-8")
-        os.replace(partial, given.output)
+        write_rows(given.output, bad)
     except (DataError, ValueError, OSError) as error:
         print(f"video.scan: error: {error}", file=sys.stderr)
         return 2
