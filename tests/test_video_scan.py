@@ -41,7 +41,7 @@ def test_bad_files_are_listed_once_with_reason_and_rows(data, tmp_path, capsys):
     ]
     out, err = capsys.readouterr()
     assert out.startswith(f"{len(bad)} bad files, in {len(bad) + 1} rows: ")
-    assert f"{len(bad) + 4} of {len(bad) + 4} files, {len(bad)} bad" in err
+    assert f"{len(bad) + 4}/{len(bad) + 4} [" in err and f"bad={len(bad)}]" in err
     kept, left_out = leave_out(read_mixture(str(path)), read_skip_list(tmp_path / "bad.jsonl"))
     assert len(kept) == 5 and len(left_out) == len(bad) + 1
 

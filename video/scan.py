@@ -8,9 +8,10 @@ A file counts as bad where training would skip it: the same frames are decoded, 
 import argparse
 import os
 import sys
-import time
 from dataclasses import fields
 from functools import partial
+
+from tqdm import tqdm
 
 from video.dataset import read_mixture, write_rows
 from video.formats import WHOLE, DataError, Sample
@@ -45,22 +46,19 @@ def files_of(samples: list[Sample]) -> list[Sample]:
     ]
 
 
-def scan(samples: list[Sample], settings: VideoSettings, workers: int, timeout: float, show=print) -> list[dict]:
-    """{"path", "reason", "rows"} of each file that cannot be used; `show` gets a line of progress now and then."""
-    files, bad, began, shown = files_of(samples), {}, time.monotonic(), 0.0
+def scan(samples: list[Sample], settings: VideoSettings, workers: int, timeout: float) -> list[dict]:
+    """{"path", "reason", "rows"} of each file that cannot be used. A progress bar counts files and bad ones."""
+    files, bad = files_of(samples), {}
     batches = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
-    done = 0
-    with PromptLoader(partial(read_files, settings), workers, timeout, give_up_after=None) as loader:
+    loader = PromptLoader(partial(read_files, settings), workers, timeout, give_up_after=None)
+    with loader, tqdm(total=len(files), unit="file", mininterval=1) as bar:
         for batch, outcomes in zip(batches, loader.batches(batches)):
             for file, outcome in zip(batch, outcomes):
                 if isinstance(outcome, Skipped):
                     entry = bad.setdefault(file.key, {"path": file.key, "reason": outcome.reason, "rows": []})
                     entry["rows"] += file.meta["rows"]
-            done += len(batch)
-            seconds = time.monotonic() - began
-            if seconds - shown > 1 or done == len(files):
-                shown = seconds
-                show(f"{done} of {len(files)} files, {len(bad)} bad, {done / max(seconds, 1e-9):.1f} a second")
+            bar.set_postfix(bad=len(bad), refresh=False)
+            bar.update(len(batch))
     return list(bad.values())
 
 
@@ -78,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = VideoSettings(**{item.name: getattr(given, item.name) for item in fields(VideoSettings)})
         samples = read_mixture(given.data, given.video_root)
-        bad = scan(samples, settings, given.workers, given.decode_timeout, lambda line: print(line, file=sys.stderr))
+        bad = scan(samples, settings, given.workers, given.decode_timeout)
         write_rows(given.output, bad)
     except (DataError, ValueError, OSError) as error:
         print(f"video.scan: error: {error}", file=sys.stderr)
