@@ -183,11 +183,9 @@ class Progress:
 
 def compare(variants, records):
     """{mode: `evaluation.evaluate.paired`} of --ckpt and --against; {} without the latter."""
-    plain = [v for v in variants if v.control is None]
-    ours, theirs = (
-        {v.mode: records[v] for v in plain if same == (v.folder == variants[0].folder)} for same in (True, False)
-    )
-    return {mode: paired(ours[mode], theirs[mode]) for mode in theirs}
+    plain = {(v.folder, v.mode): records[v] for v in variants if v.control is None}
+    ours = variants[0].folder
+    return {mode: paired(plain[ours, mode], theirs) for (folder, mode), theirs in plain.items() if folder != ours}
 
 
 def evaluate(arguments):

@@ -7,7 +7,7 @@ ones, name the opposite direction on reversed ones, and guess on a blank video, 
 import math
 from collections import defaultdict
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 
 import torch
@@ -26,7 +26,7 @@ NO_VIDEO = "no video"
 CONTROLS = (*FRAME_CONTROLS, NO_VIDEO)
 
 
-def predict(policy, loader, samples, tokenizer, processes, max_new_tokens, batch, temperature=0.0, seed=0, control=None,
+def predict(policy, loader, samples, tokenizer, processes, max_new_tokens, batch, temperature=0.0, control=None,
             done=None, report=None):  # fmt: skip
     """Returns one record for each sample, in their order, on every process.
 
@@ -47,7 +47,7 @@ def predict(policy, loader, samples, tokenizer, processes, max_new_tokens, batch
     with gathered(policy) as plain:
         for encoded in encode(loader, own, control if control in FRAME_CONTROLS else None):
             prompts = [p for p in encoded if not isinstance(p, Skipped)]
-            seeds = [prompt_seed(seed, control or "", p.sample.key) for p in prompts]
+            seeds = [prompt_seed(0, control or "", p.sample.key) for p in prompts]
             features = shared_features(plain, prompts)
             rollouts = sample(plain, prompts, 1, settings, seeds, tokenizer, features) if prompts else []
             texts = iter([r.texts[0] for r in rollouts])
@@ -79,7 +79,8 @@ def plan(samples, encoder, size):
 def encode(loader, batches, control):
     """Yields the Prompts or Skips of each batch. Of questions about one video only the shortest goes to the loader; the
     others share its frames. So a shuffled order, too, is one for the video."""
-    groups = [[list(group) for _, group in groupby(batch, _shared_media(loader.encoder))] for batch in batches]
+    shared = partial(_shared_media, loader.encoder)
+    groups = [[list(group) for _, group in groupby(batch, shared)] for batch in batches]
     firsts = ([group[0] for group in batch] for batch in groups)
     for batch, encoded in zip(groups, loader.batches(firsts, control)):
         yield [_ask(loader.encoder, first, s) for group, first in zip(batch, encoded) for s in group]
@@ -114,18 +115,14 @@ def _pixels(prompt):
     return tuple(map(id, tensors)) if any(t is not None for t in tensors) else (id(prompt),)
 
 
-def _shared_media(encoder):
-    """A function from a sample to what it shares with its neighbours: its media, or nothing but itself where it has
-    none, or where its question cannot be asked and must not take others down with it."""
-
-    def key(sample):
-        try:
-            encoder.text(sample)
-        except SampleError:
-            return (sample.key,)
-        return (sample.videos, sample.images, sample.clips) if sample.media else (sample.key,)
-
-    return key
+def _shared_media(encoder, sample):
+    """What a sample shares with its neighbours: its media, or nothing but itself where it has none, or where its
+    question cannot be asked and must not take others down with it."""
+    try:
+        encoder.text(sample)
+    except SampleError:
+        return (sample.key,)
+    return (sample.videos, sample.images, sample.clips) if sample.media else (sample.key,)
 
 
 @lru_cache(maxsize=2**16)
