@@ -303,7 +303,7 @@ def ours(case, folder, meter, ready):
         chunks = update.make_chunks([prompt], [group], config, policy, alone)
         score(reference, chunks, config.temperature)
         train(policy, optimizer, chunks, config, alone)
-        return {"prompt_tokens": prompt.n_tokens, "completion_tokens": sum(group.lengths)}
+        return {"prompt_tokens": len(prompt.input_ids), "completion_tokens": sum(group.lengths)}
 
     return step
 

@@ -59,7 +59,6 @@ def test_prompt_equals_the_processor_called_in_full(encoder, folder, media, case
         return_tensors="pt",
     )
     assert prompt.input_ids.tolist() == expected["input_ids"][0].tolist()
-    assert prompt.n_tokens == len(prompt.input_ids)
     for name in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
         ours = getattr(prompt, name)
         assert (ours is None) == (name not in expected), name
@@ -99,8 +98,8 @@ def test_seconds_per_grid_is_two_sampled_frames(folder, media):
 
 def test_too_long_is_refused_from_metadata_alone(folder, media, monkeypatch):
     sample = Sample("d.jsonl:1", "What?", "A", videos=media[0], images=media[1])
-    length = PromptEncoder(folder, SMALL)(sample).n_tokens
-    assert PromptEncoder(folder, SMALL, max_prompt_tokens=length)(sample).n_tokens == length  # never cut
+    length = len(PromptEncoder(folder, SMALL)(sample).input_ids)
+    assert len(PromptEncoder(folder, SMALL, max_prompt_tokens=length)(sample).input_ids) == length  # never cut
 
     def decoded(*_):
         raise AssertionError("a frame was decoded")
@@ -120,7 +119,7 @@ def test_too_long_is_refused_from_metadata_alone(folder, media, monkeypatch):
 def test_a_header_that_lies_about_length_is_found_after_decoding(folder, media, monkeypatch):
     sample = Sample("d.jsonl:1", "What?", "A", videos=media[0][1:])
     settings = VideoSettings(fps=10, max_frames=16, min_pixels=784, max_pixels=784)
-    limit = PromptEncoder(folder, settings)(sample).n_tokens - 1
+    limit = len(PromptEncoder(folder, settings)(sample).input_ids) - 1
     monkeypatch.setattr(video.prompt, "probe", lambda path, clip: (4, 10.0, 64, 96))
     with pytest.raises(PromptTooLong):
         PromptEncoder(folder, settings, max_prompt_tokens=limit)(sample)

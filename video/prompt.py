@@ -59,11 +59,6 @@ class Prompt:
     video_grid_thw: torch.Tensor | None  # (videos, 3) int64
     seconds_per_grid: list[float]  # one a video: seconds between two time steps; Qwen2.5-VL's time scale
 
-    @property
-    def n_tokens(self) -> int:
-        """P, vision tokens included."""
-        return len(self.input_ids)
-
     # Between processes tensors go as numpy arrays, by value: torch would share memory through file descriptors, which
     # run out, and which die with a worker that is killed.
     def __getstate__(self) -> dict:
