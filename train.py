@@ -129,6 +129,9 @@ def main(arguments=None):
         distributed.stop()
         if not int(os.environ.get("RANK", 0)):
             print(f"train.py: {stop}; the same command goes on from there", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("train.py: ended at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     except (CheckpointError, ConfigError, DataError, FloatingPointError, ModelError, RunError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2

@@ -78,7 +78,7 @@ def test_the_same_seed_gives_the_same_metrics(flags):
     assert other != first
 
 
-def test_a_run_that_stopped_goes_on_as_if_it_had_not(flags, monkeypatch):
+def test_a_run_that_stopped_goes_on_as_if_it_had_not(flags, monkeypatch, capsys):
     whole = metrics_of(run(flags))
     weights = load_file(Path(flags[6]) / "checkpoint-4" / "model.safetensors")
     save = Saver.save
@@ -90,8 +90,9 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(flags, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Saver, "save", die_at_two)
-    with pytest.raises(KeyboardInterrupt):
-        train.main([*flags, "--resume", "no"])
+    assert train.main([*flags, "--resume", "no"]) == 130
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "ended at once" in error and "the same command goes on" in error
     monkeypatch.setattr(Saver, "save", save)
     assert metrics_of(run(flags)) == whole
     resumed = load_file(Path(flags[6]) / "checkpoint-4" / "model.safetensors")
@@ -107,8 +108,7 @@ def test_a_run_that_stopped_after_its_warm_up_does_not_repeat_it(flags, monkeypa
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Saver, "save_weights", die)
-    with pytest.raises(KeyboardInterrupt):
-        train.main([*flags, "--resume", "no"])
+    assert train.main([*flags, "--resume", "no"]) == 130
     assert [row["phase"] for row in metrics_of(flags[6])] == ["warmup"] * 2
     monkeypatch.setattr(train, "warm_up", None)
     assert metrics_of(run(flags)) == whole
