@@ -128,9 +128,10 @@ def main(arguments=None):
     except Stopped as stop:
         distributed.stop()
         if not int(os.environ.get("RANK", 0)):
-            print(f"train.py: {stop}; the same command goes on from there", file=sys.stderr)
+            command = "the same command" + " without --resume no" * (config.resume == "no")
+            print(f"train.py: {stop}; {command} goes on from there", file=sys.stderr)
     except KeyboardInterrupt:
-        print("train.py: ended at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("train.py: ended at once, without saving", file=sys.stderr)
         return 130
     except (CheckpointError, ConfigError, DataError, FloatingPointError, ModelError, RunError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)

@@ -165,19 +165,20 @@ def summarise(records, trained=None):
     """{"overall": share, "trained": share, "kinds": {kind: share}, "opposite": share or None, "unparsed": share,
     "count", "skipped", "intervals": {"overall" or kind: 95% Wilson interval}, "counts": {kind: questions}}.
 
-    "trained" is of the kinds that the run trains on, given by name; None: of all. Shares are of the readable samples;
-    an answer that could not be parsed counts as wrong.
+    "trained" is of the kinds that the run trains on, given by name; of all where None is given, or where no question is
+    of such a kind. Shares are of the readable samples; an answer that could not be parsed counts as wrong.
     """
     read = [r for r in records if "skipped" not in r]
     kinds = defaultdict(list)
     for record in read:
         kinds[record["kind"]].append(record["score"])
     kinds = dict(sorted(kinds.items()))
+    trained = kinds.keys() & (trained or kinds.keys()) or kinds.keys()
     scores = [r["score"] for r in read]
     opposites = [r["opposite"] for r in read if r["opposite"] is not None]
     return {
         "overall": mean(scores),
-        "trained": mean([r["score"] for r in read if trained is None or r["kind"] in trained]),
+        "trained": mean([r["score"] for r in read if r["kind"] in trained]),
         "kinds": {kind: mean(own) for kind, own in kinds.items()},
         "opposite": mean(opposites) if opposites else None,
         "unparsed": mean([r["prediction"] is None for r in read]),

@@ -179,17 +179,24 @@ def parse_config(arguments=None):
     An unknown flag, a value of the wrong type or none of a flag's choices exits with code 2; a wrong value raises
     ConfigError.
     """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", nargs="?")
+    asked = first.parse_known_args(arguments)[0].preset
+    preset = asked if asked in PRESETS else Config.preset
     parser = OneLineParser(
         description="Trains Qwen2-VL or Qwen2.5-VL on video questions with GRPO.", usage="%(prog)s [--FLAG VALUE ...]",
-        allow_abbrev=False, epilog=f"In brackets: the values of --preset {Config.preset}.",
+        allow_abbrev=False, epilog=f"In brackets: the values of --preset {preset}.",
     )  # fmt: skip
     for item in dataclasses.fields(Config):
         if "section" in item.metadata:
             section = parser.add_argument_group(item.metadata["section"])
-        add_flag(section, item, PRESETS[Config.preset].get(item.name, item.default))
+        add_flag(section, item, {"preset": preset, **PRESETS[preset]}.get(item.name, item.default))
     given = vars(parser.parse_args(arguments))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    config = Config(**{**PRESETS[given.get("preset", Config.preset)], **given})
+    values = PRESETS[preset]
+    if given.keys() & {"fps", "min_frames", "max_frames"}:  # a flag counts more than the preset's --nframes
+        values = {name: value for name, value in values.items() if name != "nframes"}
+    config = Config(**{**values, **given})
     check(config)
     config.freeze_vision |= config.lora_rank > 0  # adapters are the decoder's
     return config

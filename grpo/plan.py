@@ -61,7 +61,7 @@ def frames_of(settings):
 
 def copy_width(settings):
     """How many of a run's settings.plan GPUs share one copy of the weights."""
-    return min(settings.shard_size or settings.plan, settings.plan)
+    return settings.shard_size or settings.plan
 
 
 def vision_tokens(config, frames, pixels):
@@ -181,6 +181,8 @@ def plan_text(config):
 
     Raises ConfigError where config.json cannot be had.
     """
+    if config.plan % copy_width(config):
+        raise ConfigError(f"--shard_size {config.shard_size}: must divide the number of GPUs, {config.plan}")
     try:
         model = published_config(config.model)
     except ModelError as error:

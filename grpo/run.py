@@ -79,6 +79,9 @@ def opened(config, processes, data, signalled, began):
             f"{config.model} on {processes.world} x {processes.device.type}: {len(data.train)} questions to train on, "
             f"{len(data.held_out)} held out, {config.steps} steps"
         )
+        if data.checkpoint:
+            done = f"{state['step']} of {config.steps} steps are done"
+            log.say(f"goes on from {data.checkpoint}, {done}; --resume no, or another --output, starts anew")
         if config.prompts_per_step < processes.world:
             log.say(f"--prompts_per_step {config.prompts_per_step}: some of {processes.world} processes have none")
         try:
@@ -150,8 +153,12 @@ class Run:
 
     def report(self, step, prompts, rollouts, metrics):
         """Logs a step. Raises RunError after config.max_bad_updates steps in a row whose update was left out."""
+        failures = defaultdict(list)
         for name, message in [item for group in rollouts for item in group.errors.items()]:
-            self.log.say(f"step {step}: reward {name} failed, scored 0: {message}", everywhere=True)
+            failures[name].append(message)
+        for name, messages in failures.items():
+            where = f"{len(messages)} of {len(rollouts)} groups"
+            self.log.say(f"step {step}: reward {name} failed in {where}, scored 0: {messages[0]}", everywhere=True)
         metrics = metrics | describe_rollouts(prompts, rollouts, self.processes)
         if self.processes.is_main and self.config.show_every and step % self.config.show_every == 0:
             show_rollouts(self.log.board, step, prompts, rollouts, self.processor)

@@ -55,6 +55,7 @@ def memory_message(prompts, config, error):
     mends = ["--max_frames", "--max_pixels", "--max_new_tokens", "--group_size"]
     crowded = ("prompts_per_forward", "prompts_per_rollout") if prompts else ("eval_batch",)
     mends += [f"--{name}" for name in crowded if getattr(config, name) > 1]
+    mends += [] if prompts else ["for weights take more processes, or set --lora_rank"]
     mends += [] if config.gradient_checkpointing else ["or set --gradient_checkpointing"]
     mends += [] if config.freeze_vision else ["or set --freeze_vision"]
     return f"out of memory on {samples}: lower {', '.join(mends)}; see --plan ({str(error).splitlines()[0]})"

@@ -169,7 +169,7 @@ def _run_user(function: Callable, calls: list[tuple], seconds: float) -> tuple[l
                 raise TypeError(f"returned {value!r}, not a finite number")
             values[i] = float(value)
         # The one place that swallows errors: another's code must not end a run of days. Counted, and shown by the loop.
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             errors[i] = f"{type(error).__name__}: {error}"
 
     threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(len(calls))]

@@ -42,6 +42,21 @@ def test_help_shows_the_values_a_flag_takes_and_the_default_presets_own(shown):
         assert control in entry(shown, "controls")
 
 
+def test_help_with_a_preset_shows_its_values(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--help", "--preset", "demo"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "[0.0005]" in entry(shown, "learning_rate") and "[demo]" in entry(shown, "preset")
+    assert "the values of --preset demo" in shown
+
+
+@pytest.mark.parametrize("flag", ["fps", "min_frames", "max_frames"])
+def test_a_frame_flag_counts_more_than_the_presets_nframes(flag):
+    assert parse_config(["--preset", "demo"]).nframes == 8
+    assert parse_config(["--preset", "demo", f"--{flag}", "4"]).nframes is None
+    assert parse_config(["--preset", "demo", f"--{flag}", "4", "--nframes", "6"]).nframes == 6
+
+
 def test_help_comes_in_sections(shown):
     at = [shown.index(f" {name}: --") for name in ("what is trained", "sampling", "rewards", "loss", "optimiser",
                                                    "warm-up", "video", "memory and speed", "output")]  # fmt: skip

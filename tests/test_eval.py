@@ -118,6 +118,13 @@ def test_summary_counts_the_unparsed_as_wrong_and_the_unreadable_not_at_all():
     }
 
 
+def test_accuracy_is_of_the_kinds_trained_on_or_of_all_where_none_was_asked():
+    row = {"opposite": None, "prediction": "A"}
+    rows = [{"kind": "a", "score": 1.0, **row}, {"kind": "b", "score": 0.0, **row}]
+    assert summarise(rows, {"a", "c"})["trained"] == 1.0
+    assert summarise(rows, {"c"})["trained"] == summarise(rows)["trained"] == summarise(rows)["overall"] == 0.5
+
+
 def test_questions_about_one_video_share_its_frames_and_vision_pass(parts, demo, monkeypatch):
     policy, loader, tokenizer = parts
     about = {}

@@ -91,8 +91,7 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(flags, monkeypatch, capsys)
 
     monkeypatch.setattr(Saver, "save", die_at_two)
     assert train.main([*flags, "--resume", "no"]) == 130
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "ended at once" in error and "the same command goes on" in error
+    assert "ended at once, without saving" in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.setattr(Saver, "save", save)
     assert metrics_of(run(flags)) == whole
     resumed = load_file(Path(flags[6]) / "checkpoint-4" / "model.safetensors")
@@ -114,11 +113,13 @@ def test_a_run_that_stopped_after_its_warm_up_does_not_repeat_it(flags, monkeypa
     assert metrics_of(run(flags)) == whole
 
 
-def test_a_finished_run_is_only_reported(flags):
+def test_a_finished_run_is_only_reported(flags, capsys):
     folder = run(flags)
     before = metrics_of(folder)
+    capsys.readouterr()
     run(flags)
     assert metrics_of(folder) == before
+    assert f"goes on from {folder}/checkpoint-4, 4 of 4 steps are done; --resume no" in capsys.readouterr().out
 
 
 def test_other_settings_do_not_go_on_in_the_same_folder(flags, capsys):
@@ -193,7 +194,9 @@ def test_a_sample_that_comes_twice_in_a_step_is_sampled_anew():
 def test_a_failing_reward_is_shown_and_counted(flags, tmp_path, capsys):
     (tmp_path / "bad.py").write_text("def f(completion, sample):\n    raise KeyError('boom')\n")
     folder = run(flags, "--sft_steps", "0", "--steps", "1", "--reward", "accuracy:1", f"{tmp_path}/bad.py:f:0.5")
-    assert "reward f failed, scored 0: KeyError: 'boom'" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.count("reward f failed") == 1, "one line a step, however many groups"
+    assert "step 0: reward f failed in 4 of 4 groups, scored 0: KeyError: 'boom'" in shown
     assert next(row for row in metrics_of(folder) if row["phase"] == "train")["rewards_failed"] == 4
 
 

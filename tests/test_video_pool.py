@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from video_helpers import assert_gone
 
+import video.pool
 from video.pool import WorkerDied, WorkerPool, WorkersDoNotStart
 
 
@@ -97,6 +98,30 @@ def test_workers_that_end_together_each_give_their_own_exit_code(monkeypatch):
             with pytest.raises(WorkerDied, match="exit code 7"):
                 call.result(timeout=30)
     pool.close()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("failures", [2, 3])
+def test_a_start_that_the_system_refuses_is_tried_again_and_then_an_error(failures, monkeypatch, capfd):
+    """Where the server that forks was killed, or no file can be opened any more."""
+    start, left = video.pool._Worker, [OSError("Too many open files"), EOFError(), OSError(), EOFError()]
+    del left[failures + 1 :]  # one at once, the others when the call comes
+
+    def starting(pool):
+        if left:
+            raise left.pop(0)
+        return start(pool)
+
+    monkeypatch.setattr(video.pool, "_Worker", starting)
+    pool = WorkerPool(work, 1, timeout=30)
+    if failures < video.pool.STARTS:
+        assert pool.submit("").result(timeout=50) != os.getpid()
+    else:
+        with pytest.raises(WorkersDoNotStart):
+            pool.submit("").result(timeout=50)
+        assert pool.submit("").result(timeout=50) != os.getpid(), "the next call has its own attempts"
+    pool.close()
+    assert "could not be started: OSError: Too many open files" in capfd.readouterr().err
 
 
 @pytest.mark.timeout(60)

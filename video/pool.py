@@ -64,7 +64,7 @@ class WorkerPool:
         """One thread: starts a worker, hands it calls one by one, replaces it when it dies or overruns."""
         worker = None
         while not self._close.closed:
-            worker = worker or _Worker(self)
+            worker = worker or self._start()
             if (task := self._tasks.get()) is None:
                 break
             future, args = task
@@ -72,10 +72,12 @@ class WorkerPool:
                 continue
             try:
                 for _ in range(STARTS):
-                    if worker.begin(args):
+                    worker = worker or self._start()
+                    if worker and worker.begin(args):
                         break
-                    worker.end()
-                    worker = _Worker(self)
+                    if worker:
+                        worker.end()
+                    worker = None
                 else:
                     raise WorkersDoNotStart("worker processes end before they take a call; see their error above")
                 failed, value = worker.finish()
@@ -83,12 +85,20 @@ class WorkerPool:
                     raise value
                 future.set_result(value)
             except Exception as error:
-                if isinstance(error, (TimeoutError, WorkerDied, WorkersDoNotStart)):
+                if worker and isinstance(error, (TimeoutError, WorkerDied, WorkersDoNotStart)):
                     worker.end()
                     worker = None
                 future.set_exception(error)
         if worker:
             worker.end()
+
+    def _start(self) -> "_Worker | None":
+        """A new worker; None, with the reason printed, where the system cannot start one just now."""
+        try:
+            return _Worker(self)
+        except Exception as error:  # or this thread would end, and its calls would wait for ever
+            print(f"a worker process could not be started: {type(error).__name__}: {error}", file=sys.stderr)
+            return None
 
 
 class _Worker:

@@ -10,6 +10,7 @@ import os
 import sys
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -74,6 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--{item.name}", type=kind, default=item.default, help=f"As in train.py [{item.default}].")
     given = parser.parse_args(arguments)
     try:
+        if not Path(given.output).absolute().parent.is_dir():
+            raise DataError(f"--output {given.output}: there is no such folder; make it first")
         settings = VideoSettings(**{item.name: getattr(given, item.name) for item in fields(VideoSettings)})
         samples = read_mixture(given.data, given.video_root)
         bad = scan(samples, settings, given.workers, given.decode_timeout)
