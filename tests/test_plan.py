@@ -148,6 +148,9 @@ def test_plan_is_printed_before_anything_loads(capsys, monkeypatch):
         assert words in shown
     assert train.main(["--plan", "4", "--model", "no/such"]) == 2
     assert "--model no/such" in capsys.readouterr().err
+    for size in ("3", "8"):  # what training itself refuses
+        assert train.main(["--plan", "4", "--shard_size", size]) == 2
+        assert f"--shard_size {size}: must divide the number of GPUs, 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -415,6 +415,7 @@ async def judge(completion, sample):
     return completion == sample.answer
 def raises(completion, sample): return 1 / completion.count("x")
 def leaves(completion, sample): raise SystemExit(3)
+def breaks(completion, sample): raise KeyboardInterrupt("now")
 def infinite(completion, sample): return float("inf")
 def text(completion, sample): return "1"
 def slow(completion, sample): time.sleep(0.2); return 1.0
@@ -449,6 +450,7 @@ def test_a_failing_user_reward_costs_that_completion_and_is_counted(mine):
     assert (score.total, score.failed) == ([1.0, 0.0, 2.0], 1)
     assert score.errors == {"raises": "ZeroDivisionError: division by zero"}
     assert user(mine, "leaves", ["y"], reward_timeout=5).errors == {"leaves": "SystemExit: 3"}
+    assert user(mine, "breaks", ["y"], reward_timeout=5).errors == {"breaks": "KeyboardInterrupt: now"}
     assert user(mine, "infinite", ["y", "z"]).failed == 2
     assert "returned '1', not a finite number" in user(mine, "text", ["y"]).errors["text"]
 

@@ -96,7 +96,9 @@ def test_out_of_memory_before_the_first_step_is_one_line_too(world, tmp_path, mo
 
     monkeypatch.setattr(train, "build_policy", full)
     assert train.main(command(1, tmp_path, world)[2:]) == 2
-    assert "error: out of memory on weights or an evaluation: lower " in capsys.readouterr().err.splitlines()[-1]
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "error: out of memory on weights or an evaluation: lower " in error
+    assert "for weights take more processes, or set --lora_rank" in error
 
 
 def test_out_of_memory_in_an_evaluation_names_its_flag():

@@ -15,6 +15,7 @@ from demo.synthetic import DemoSpec, make_demo_set
 from grpo.checkpoint import Saver
 from grpo.config import METRICS, PRESETS, Config, ConfigError, load_config, parse_config, save_config
 from grpo.data import step_samples, steps_of
+from grpo.stops import Stopped
 
 ROOT = Path(__file__).parent.parent
 TIMES = ("seconds", "seconds_waiting", "seconds_sampling")
@@ -96,6 +97,16 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(flags, monkeypatch, capsys)
     assert metrics_of(run(flags)) == whole
     resumed = load_file(Path(flags[6]) / "checkpoint-4" / "model.safetensors")
     assert weights.keys() == resumed.keys() and all(torch.equal(weights[k], resumed[k]) for k in weights)
+
+
+def test_the_hint_after_a_stop_is_a_command_that_goes_on(flags, monkeypatch, capsys):
+    def stop(*_):
+        raise Stopped(2)
+
+    monkeypatch.setattr(train, "train", stop)
+    for more, words in (((), "the same command"), (("--resume", "no"), "the same command without --resume no")):
+        assert train.main([*flags, *more]) == 0
+        assert f"stopped before step 2; {words} goes on from there" in capsys.readouterr().err
 
 
 def test_a_run_that_stopped_after_its_warm_up_does_not_repeat_it(flags, monkeypatch):

@@ -59,8 +59,10 @@ def test_clips_of_a_file_are_read_apart(data):
 def test_mistakes_in_the_call_are_one_line(tmp_path, capsys):
     assert main(["--data", str(tmp_path / "none.jsonl")]) == 2
     assert main(["--data", str(tmp_path / "none.jsonl"), "--fps", "0"]) == 2
+    assert main(["--data", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "no" / "bad.jsonl")]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and "no such file" in lines[0] and "--fps must be above 0" in lines[1]
+    assert len(lines) == 3 and "no such file" in lines[0] and "--fps must be above 0" in lines[1]
+    assert "--output" in lines[2] and "no such folder" in lines[2], "known before anything is read"
 
 
 def test_it_starts_as_a_module():
