@@ -52,8 +52,8 @@ class PackedLayout:
     """One row `[prompt | c_1 | ... | c_G]` per group, groups one after another; no padding between them.
 
     groups: for each group (P, (C_1, ..., C_G)). A prompt attends causally to itself; a completion to its prompt and,
-    causally, to itself. With `keep_prompt_kv`, the prompts' keys and values stay in `prompt_kv[layer][group]`, each
-    (K, P, D): what decoding continues from.
+    causally, to itself. With `keep_prompt_kv`, the prompts' keys, in fp32, and values stay in
+    `prompt_kv[layer][group]`, each (K, P, D): what decoding continues from.
     """
 
     def __init__(self, groups, device="cpu", keep_prompt_kv=False):
@@ -107,7 +107,7 @@ class PackedLayout:
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
         if self.prompt_kv is not None:
             spans = [slice(start, start + size) for start, (size, _) in zip(self.starts, self.groups)]
-            self.prompt_kv[layer] = [(key[s].transpose(0, 1), value[s].transpose(0, 1)) for s in spans]
+            self.prompt_kv[layer] = [(key[s].transpose(0, 1).float(), value[s].transpose(0, 1)) for s in spans]
         attend = self._attend_flash if flash_fits(query) else self._attend_buckets
         return attend(query, key, value, scaling).transpose(0, 1)[None]
 
@@ -147,6 +147,9 @@ class DecodeLayout:
     prompt next to each other. Own keys and values live in buffers of `capacity` tokens a row, of which `length` are
     taken, also to be read from the device as `at` (1,). `keep_rows` drops finished rows, and prompts with no row left.
     `static`: every step attends to whole buffers, their rest masked, so that all steps have the same shapes.
+
+    Keys are kept in fp32, so that scores are: Qwen2's keys have biases of several hundred, so its scores are in the
+    thousands, which bf16 rounds by 8 to 32. Kernels such as flash-attn's keep scores in fp32 too.
     """
 
     def __init__(self, prompt_kv, prompt_of_row, capacity, static=False):
@@ -209,14 +212,14 @@ class DecodeLayout:
         """query (R, H, 1, D), key and value (R, K, 1, D) -> (R, H, 1, D). Two products with keys, one softmax."""
         for buffer, new in ((self.own_k[layer], key), (self.own_v[layer], value)):
             if self.static:
-                buffer.index_copy_(2, self.at, new)
+                buffer.index_copy_(2, self.at, new.to(buffer.dtype))
             else:
                 buffer[:, :, self.length] = new[:, :, 0]
         seen = len(self.places) if self.static else self.length + 1
         own_k, own_v = self.own_k[layer][:, :, :seen], self.own_v[layer][:, :, :seen]
         rows, heads, _, size = query.shape
         repeats = heads // key.shape[1]
-        query = query.view(rows, -1, repeats, size) * scaling
+        query = query.view(rows, -1, repeats, size).float() * scaling
         to_prompt = self._to_grid(query) @ self.prompt_k[layer].transpose(2, 3)
         if self.hidden is not None:
             to_prompt = to_prompt.masked_fill(self.hidden[:, None, None], float("-inf"))
@@ -224,7 +227,7 @@ class DecodeLayout:
         if self.static:
             to_own = to_own.masked_fill(self.places > self.at, float("-inf"))
         weights = torch.cat([self._to_rows(to_prompt, repeats), to_own], dim=-1)
-        weights = weights.softmax(-1, dtype=torch.float32).to(value.dtype)
+        weights = weights.softmax(-1).to(value.dtype)
         to_prompt, to_own = weights.split([to_prompt.shape[-1], seen], dim=-1)
         out = self._to_rows(self._to_grid(to_prompt) @ self.prompt_v[layer], repeats)
         return (out + to_own @ own_v).reshape(rows, heads, 1, size)

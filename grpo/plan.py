@@ -5,7 +5,7 @@ All sizes are bytes on one GPU. n parameters over S processes that share one cop
     masters, gradients   b4 n/S each                  moments  2 b4 n/S             reference  b2 n/S
     gathered (rollout)   b2 n: all weights at once    gathered (else)  the root (embedding, head) and two blocks in bf16
     reduction            the root's gradient in bf16 and, before it is scattered, in fp32, and one block's
-    KV cache             2 b2 · layers · key/value heads · head size · (P + G C) for each prompt of a rollout
+    KV cache             (b4 + b2) · layers · key/value heads · head size · (P + G C) for each prompt of a rollout
     activations          saved inputs of each decoder layer (P + G C tokens) and vision block (patches), and one of
                          them recomputed with its gradient; without checkpointing, all of them
     logits               COPIES fp32 buffers of one chunk of `grpo.policy.LOGITS_PER_CHUNK` numbers
@@ -146,7 +146,7 @@ def memory_plan(config, counts, settings):
     phases = {
         "rollout": {
             "gathered weights": 2 * counts["all"] * sharded,
-            "KV cache": 2 * 2 * text.num_hidden_layers * kv_heads * size * packed * kept,
+            "KV cache": (4 + 2) * text.num_hidden_layers * kv_heads * size * packed * kept,
             "activations": max(layer * prompt, block * patches) * kept + pixels * kept,
             "logits": 40 * kept * settings.group_size * text.vocab_size,
         },

@@ -92,7 +92,8 @@ def test_parts_against_tensors_in_memory(checkpoints, monkeypatch):
     assert update["moments"] == sizes(moments)
 
     _, prompt_kv = policy.prefill(pack([prompt], [[]], policy.spec))
-    measured = sizes(t for pairs in prompt_kv.values() for pair in pairs for t in pair) / 2  # fp32 here, bf16 planned
+    keys, values = (sizes(pair[i] for pairs in prompt_kv.values() for pair in pairs) for i in (0, 1))
+    measured = keys + values / 2  # values are fp32 here, bf16 planned
     share = len(prompt.input_ids) / plan["tokens"]["packed tokens"]
     assert plan["phases"]["rollout"]["KV cache"] * share == pytest.approx(measured)
 
