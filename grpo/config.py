@@ -75,7 +75,7 @@ class Config:
     learning_rate: float = flag(1e-6, "Peak learning rate of AdamW.", above=0.0)
     lr_schedule: str = flag("linear", "Decay after warm-up.", choices=("linear", "cosine", "constant"))
     lr_warmup_steps: int = flag(0, "Steps of linear warm-up.", least=0)
-    weight_decay: float = flag(0.0, "Weight decay of AdamW.", least=0.0)
+    weight_decay: float = flag(0.0, "Weight decay of AdamW, on all but norms and biases.", least=0.0)
     adam_beta2: float = flag(0.999, "Second beta of AdamW.", above=0.0, most=0.9999999)
     grad_clip: float = flag(1.0, "Largest norm of the gradient.", above=0.0)
     max_bad_updates: int = flag(10, "Stop after so many steps in a row whose gradient was not finite.", least=1)

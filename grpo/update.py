@@ -34,10 +34,14 @@ def schedule(optimizer, step, config):
 
 
 def make_optimizer(policy, config):
-    """AdamW over the trained parameters, whose own precision (fp32) is that of the masters."""
+    """AdamW over the trained parameters, the fp32 masters. Norms and biases, all that is one row of numbers, are not
+    decayed, as in Hugging Face's Trainer."""
     trained = [p for p in policy.parameters() if p.requires_grad]
-    settings = {"betas": (0.9, config.adam_beta2), "weight_decay": config.weight_decay}
-    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True, **settings)
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, config.adam_beta2), fused=True)
     start_moments(optimizer)
     return optimizer
 

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import PROMPT_KINDS, load_pair, make_prompt, random_completions
+from conftest import FAMILIES, PROMPT_KINDS, load_pair, make_prompt, random_completions
+from transformers.trainer_pt_utils import get_parameter_names
 
 from grpo import model as models
 from grpo import update
@@ -195,6 +196,24 @@ def test_supervised_step_weighs_prompts_equally(setting):
 def chunks_of(policy, prompts, targets):
     groups = [Rollout(t, [torch.zeros(len(x)) for x in t], [], [], advantages=torch.zeros(len(t))) for t in targets]
     return update.make_chunks(prompts, groups, config_of("--prompts_per_forward", "1"), policy, ALONE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weight_decay_leaves_out_what_hugging_faces_trainer_leaves_out(checkpoints, family):
+    """One step of gradients that are 0 moves decayed weights alone: by the rate times the decay."""
+    policy, naive, _ = load_pair(checkpoints[family])
+    optimizer = update.make_optimizer(policy, config_of("--weight_decay", "0.1"))
+    update.set_learning_rate(optimizer, 0.5)
+    for parameter in policy.parameters():
+        parameter.data.fill_(1.0)
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    values = {name: p.unique().tolist() for name, p in policy.model.named_parameters()}
+    # Trainer goes by torch's LayerNorm and by names, which miss the RMSNorms of Qwen2.5-VL's tower ("norm1", "ln_q").
+    norms = list({type(module) for module in naive.modules() if type(module).__name__.endswith("Norm")})
+    decayed = set(get_parameter_names(naive, norms, ["bias"]))
+    assert {name for name, value in values.items() if value == [pytest.approx(0.95)]} == decayed
+    assert {name for name, value in values.items() if value == [1.0]} == values.keys() - decayed
 
 
 def test_schedules_by_hand():
