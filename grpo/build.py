@@ -1,5 +1,6 @@
 """Policy and reference of a checkpoint folder: loaded, sharded, checkpointed, compiled, as the Config says."""
 
+import gc
 from dataclasses import replace
 
 import torch
@@ -20,13 +21,14 @@ from grpo.policy import Policy
 def build_policy(path, config, processor, processes, trained=True, adapters=False):
     """The sharded Policy of a checkpoint folder, computed in bf16 on a GPU: its weights held as fp32 masters where they
     are trained, else, as beneath adapters, in what they are computed in."""
+    gc.collect()  # FSDP ties modules into cycles: a policy that was let go would keep its weights beside the new ones
     model = empty_model(path, torch.float32 if trained and not adapters else processes.dtype)
     if config.freeze_vision:
         vision_tower(model).requires_grad_(False)
     if adapters:
         lora.add_adapters(model, config)
-        if processes.world == 1:  # nothing to share: sharding would only make a second copy of weights
-            processes = replace(processes, mesh=None)
+    if processes.world == 1 and (adapters or not trained):  # alone, gathering would only make a second copy of weights
+        processes = replace(processes, mesh=None)
     if config.gradient_checkpointing and trained:
         checkpoint_activations(model, vision=not config.freeze_vision)
     policy = distributed.shard(Policy(model, model_spec(model, processor.tokenizer)), processes, processes.dtype)
