@@ -6,17 +6,12 @@ group)` (see `Group`). It is called once for each completion. `sample` has `answ
 file, and name it:
 
     --reward accuracy:1 format:0.5 my_file.py:my_function:0.3
+
+The file runs in a process of its own (see `rewards.user`), and can import the files beside it.
 """
 
-import asyncio
 import functools
-import importlib.util
-import inspect
 import math as _math
-import numbers
-import sys
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +27,7 @@ from rewards.regression import regression
 from rewards.repetition import repetition
 from rewards.tag_count import tag_count
 from rewards.text import rouge
+from rewards.user import RewardFile, arguments_needed
 
 # problem_type -> f(prediction, sample), in [0, 1]. The prediction is the content of the answer tag.
 ACCURACY: dict[str, Callable] = {"multiple choice": choice, "numerical": numeric, "mra": mean_relative_accuracy,
@@ -50,7 +46,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Reward:
-    """One entry of `--reward`: its function, how much it weighs, and whether it is the user's own."""
+    """One entry of `--reward`: its function, how much it weighs, and whether it is the user's own.
+
+    A built-in `function` takes what a reward takes; a user's takes a list of such calls and the seconds they may last.
+    """
 
     name: str
     weight: float
@@ -114,8 +113,11 @@ def parse_rewards(specs: list[str]) -> list[Reward]:
         if not is_file and name not in REWARDS:
             raise ValueError(f"--reward {spec}: no reward is called {name!r}; use one of {', '.join(REWARDS)}, "
                              "or FILE.py:FUNCTION for your own")
-        function = _load(spec, file + ".py", name) if is_file else REWARDS[name]
-        rewards.append(Reward(name, _weight(spec, weight), function, _wants_group(spec, function), bool(is_file)))
+        if is_file:
+            function, needed = _user_function(spec, file + ".py", name)
+        else:
+            function, needed = REWARDS[name], arguments_needed(REWARDS[name])
+        rewards.append(Reward(name, _weight(spec, weight), function, needed == 3, bool(is_file)))
     names = [reward.name for reward in rewards]
     for reward, spec in zip(rewards, specs):
         if names.count(reward.name) > 1 or (reward.user and reward.name in REWARDS):
@@ -131,10 +133,10 @@ def score_group(rewards: list[Reward], completions: list[str], sample, lengths: 
 
     total[i] = sum over rewards r of r.weight * parts[r.name][i]. `lengths` are in tokens; the length rewards need them.
 
-    A user's reward may be slow or fail: it gets `reward_timeout` seconds for the group, all completions at once, each
-    in a thread. One that raises, is late or returns no finite number scores 0, is counted in `failed`, and its first
-    message is kept. A thread cannot be killed: a late one runs on, unheard, and does not hold up the end of the
-    program. An error in a built-in reward is a bug or a bad sample, and is raised.
+    A user's reward may be slow or fail: it gets `reward_timeout` seconds for the group, all completions at once. A call
+    that raises, is late, ends its process or returns no finite number scores 0, is counted in `failed`, and the first
+    failure's message is kept. Each call gets a copy of the sample: what it changes there nobody else sees. An error in
+    a built-in reward is a bug or a bad sample, and is raised.
     """
     score = GroupScore(total=[0.0] * len(completions))
     for reward in rewards:
@@ -144,7 +146,7 @@ def score_group(rewards: list[Reward], completions: list[str], sample, lengths: 
         calls = [(completion, sample, replace(group, index=i)) if reward.wants_group else (completion, sample)
                  for i, completion in enumerate(completions)]
         if reward.user:
-            part, errors = _run_user(reward.function, calls, reward_timeout)
+            part, errors = reward.function(calls, reward_timeout)
             score.failed += len(errors)
             if errors:
                 score.errors[reward.name] = errors[min(errors)]
@@ -153,34 +155,6 @@ def score_group(rewards: list[Reward], completions: list[str], sample, lengths: 
         score.parts[reward.name] = part
         score.total = [total + reward.weight * value for total, value in zip(score.total, part)]
     return score
-
-
-def _run_user(function: Callable, calls: list[tuple], seconds: float) -> tuple[list[float], dict[int, str]]:
-    """The value of each call, 0.0 where it failed, and the failures' messages by index."""
-    values: dict[int, float] = {}
-    errors = dict.fromkeys(range(len(calls)), f"no result within {seconds:g} s")
-
-    def work(i: int) -> None:
-        try:
-            value = function(*calls[i])
-            if inspect.iscoroutine(value):
-                value = asyncio.run(value)
-            if not isinstance(value, numbers.Real) or not _math.isfinite(value):
-                raise TypeError(f"returned {value!r}, not a finite number")
-            values[i] = float(value)
-        # The one place that swallows errors: another's code must not end a run of days. Counted, and shown by the loop.
-        except BaseException as error:
-            errors[i] = f"{type(error).__name__}: {error}"
-
-    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    deadline = time.monotonic() + seconds
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    in_time = values.copy()  # a late thread still writes into `values`
-    part = [in_time.get(i, 0.0) for i in range(len(calls))]
-    return part, {i: error for i, error in errors.items() if i not in in_time}
 
 
 def _weight(spec: str, text: str) -> float:
@@ -193,32 +167,20 @@ def _weight(spec: str, text: str) -> float:
     return weight
 
 
-def _wants_group(spec: str, function: Callable) -> bool:
-    """Whether the function takes the group as its third argument."""
-    parameters = inspect.signature(function).parameters.values()
-    needed = sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
-    if needed not in (2, 3):
-        raise ValueError(f"--reward {spec}: the function must take (completion, sample) or (completion, sample, group)")
-    return needed == 3
-
-
-def _load(spec: str, path: str, name: str) -> Callable:
-    """The function `name` of the user's file."""
+def _user_function(spec: str, path: str, name: str) -> tuple[Callable, int]:
+    """(f(calls, seconds) as `RewardFile.call`, number of arguments of a call) of the function in the user's file."""
     if not Path(path).is_file():
         raise ValueError(f"--reward {spec}: there is no file {path}")
+    file = _reward_file(str(Path(path).resolve()))
     try:
-        function = getattr(_module(str(Path(path).resolve())), name, None)
-    except Exception as error:  # whatever the user's file raises at import
-        raise ValueError(f"--reward {spec}: {path} cannot be imported: {type(error).__name__}: {error}") from error
-    if callable(function):
-        return function
-    raise ValueError(f"--reward {spec}: {path} defines no function {name!r}")
+        functions = file.functions()
+    except ImportError as error:
+        raise ValueError(f"--reward {spec}: {path} cannot be imported: {error}") from error
+    if name not in functions:
+        raise ValueError(f"--reward {spec}: {path} defines no function {name!r}")
+    if functions[name] not in (2, 3):
+        raise ValueError(f"--reward {spec}: the function must take (completion, sample) or (completion, sample, group)")
+    return functools.partial(file.call, name), functions[name]
 
 
-@functools.cache
-def _module(path: str):
-    """The file as a module, executed once however many rewards it holds."""
-    module_spec = importlib.util.spec_from_file_location("reward_file_" + Path(path).stem, path)
-    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)  # for dataclasses
-    module_spec.loader.exec_module(module)
-    return module
+_reward_file = functools.cache(RewardFile)  # imported once, however many rewards it holds

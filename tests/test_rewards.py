@@ -3,13 +3,21 @@
 import functools
 import importlib.util
 import math
+import os
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
+from video_helpers import assert_gone
 
+import rewards
+import video.formats
 from rewards import (
     ACCURACY,
     REWARDS,
@@ -406,7 +414,9 @@ def test_group_rewards_see_the_raw_accuracy_and_the_lengths():
 
 
 MINE = """
-import asyncio, threading, time
+import asyncio, os, re, threading, time
+from beside import SHARE
+limit, calls = asyncio.Semaphore(4), []
 def words(completion, sample): return len(completion.split())
 def rank(completion, sample, group):
     return group.index + sum(group.accuracy) + len(group.completions) + len(group.lengths)
@@ -421,19 +431,38 @@ def text(completion, sample): return "1"
 def slow(completion, sample): time.sleep(0.2); return 1.0
 def hangs(completion, sample): threading.Event().wait() if completion == "x" else None; return 1.0
 def alone(completion): return 0.0
+def held(completion, sample): return bool(re.match(r"(a+)+$", completion))
+def ends(completion, sample): os._exit(3) if completion == "x" else time.sleep(0.1); return 1.0
+async def leaves_loop(completion, sample): raise SystemExit(3)
+async def limited(completion, sample):
+    async with limit:
+        await asyncio.sleep(0.1)
+    return 1.0
+def long(completion, sample): raise ValueError("line\\n" * 500)
+def changes(completion, sample):
+    sample.meta.setdefault("seen", []).append(completion)
+    return len(sample.meta["seen"])
+def neighbour(completion, sample): return SHARE
+def count(completion, sample): calls.append(completion); return len(calls)
+def pid(completion, sample): return os.getpid()
 number = 3
 """
 
 
-@pytest.fixture
-def mine(tmp_path):
-    (tmp_path / "mine.py").write_text(MINE)
-    (tmp_path / "broken.py").write_text("1 +")
-    return f"{tmp_path}/mine.py"
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mine")
+    (folder / "mine.py").write_text(MINE)
+    (folder / "beside.py").write_text("SHARE = 0.25")
+    (folder / "broken.py").write_text("1 +")
+    return f"{folder}/mine.py"
+
+
+SAMPLE = video.formats.Sample("balls.jsonl:7", "Which?", "x")
 
 
 def user(mine, name, completions, **options):
-    return score_group(parse_rewards([f"{mine}:{name}:2"]), completions, Sample("x"), **options)
+    return score_group(parse_rewards([f"{mine}:{name}:2"]), completions, SAMPLE, **options)
 
 
 def test_a_user_reward_is_called_for_each_completion(mine):
@@ -442,7 +471,7 @@ def test_a_user_reward_is_called_for_each_completion(mine):
     assert user(mine, "judge", ["y", "x"]).total == [0.0, 2.0]
     assert user(mine, "rank", ["y", "x"]).parts == {"rank": [2.0, 3.0]}
     both = parse_rewards([f"{mine}:rank", "accuracy"])
-    assert score_group(both, [RIGHT, RIGHT], Sample("B"), lengths=[5, 6]).parts["rank"] == [6.0, 7.0]
+    assert score_group(both, [RIGHT, RIGHT], replace(SAMPLE, answer="B"), lengths=[5, 6]).parts["rank"] == [6.0, 7.0]
 
 
 def test_a_failing_user_reward_costs_that_completion_and_is_counted(mine):
@@ -463,6 +492,86 @@ def test_slow_user_rewards_run_together_and_late_ones_count_as_failed(mine):
     score = user(mine, "hangs", ["a", "x", "b"], reward_timeout=0.3)
     assert 0.2 < time.monotonic() - start < 2
     assert (score.total, score.failed, score.errors) == ([2.0, 0.0, 2.0], 1, {"hangs": "no result within 0.3 s"})
+
+
+def test_a_user_reward_that_never_lets_go_of_the_interpreter_is_killed(mine):
+    """In a thread of this process it would hold up every other thread, the time limit and the signals."""
+    heard, began = [], time.monotonic()
+    before = signal.signal(signal.SIGALRM, lambda *_: heard.append(time.monotonic() - began))
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    score = user(mine, "held", ["a" * 40 + "b"], reward_timeout=1.0)
+    signal.signal(signal.SIGALRM, before)
+    assert (score.total, score.failed, score.errors) == ([0.0], 1, {"held": "no result within 1 s"})
+    assert heard and heard[0] < 0.9 and time.monotonic() - began < 5
+    assert user(mine, "held", ["a", "ab"]).parts == {"held": [1.0, 0.0]}, "the next group is scored as ever"
+
+
+def test_a_user_reward_that_ends_its_process_costs_a_zero(mine):
+    score = user(mine, "ends", ["a", "x"], reward_timeout=20)
+    assert (score.total, score.failed) == ([0.0, 0.0], 2)
+    assert score.errors == {"ends": "its process ended with exit code 3"}
+    assert user(mine, "ends", ["a", "b"]).total == [2.0, 2.0]
+    assert user(mine, "leaves_loop", ["a", "b"]).errors == {"leaves_loop": "SystemExit: 3"}
+    assert user(mine, "judge", ["x"]).total == [2.0], "the event loop goes on"
+    (pid,) = user(mine, "pid", ["a"]).parts["pid"]
+    os.kill(int(pid), signal.SIGKILL)
+    time.sleep(0.1)
+    score = user(mine, "words", ["a b"])
+    assert (score.total, score.failed) == ([4.0], 0), "killed between two calls: it costs neither of them"
+
+
+def test_a_user_file_keeps_its_state_and_its_neighbours(mine):
+    assert user(mine, "neighbour", ["a"]).parts["neighbour"] == [0.25]
+    first = user(mine, "count", ["a"]).parts["count"][0]
+    assert user(mine, "count", ["a"]).parts["count"] == [first + 1]
+    start = time.monotonic()
+    for _ in range(2):  # a semaphore serves one event loop in its life
+        score = user(mine, "limited", ["a"] * 8)
+        assert (score.total, score.errors) == ([2.0] * 8, {})
+    assert 0.4 <= time.monotonic() - start < 1.4, "four at a time"
+
+
+def test_a_user_reward_gets_a_copy_of_the_sample(mine):
+    assert user(mine, "changes", ["a", "b", "c"]).parts == {"changes": [1.0, 1.0, 1.0]}
+    assert SAMPLE.meta == {}
+
+
+def test_a_message_of_a_user_reward_is_one_line_of_300_characters(mine):
+    assert user(mine, "long", ["a"]).errors == {"long": ("ValueError: " + "line " * 500)[:300]}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("while True: pass", "no result within 0.7 s"),
+        ("import os; os._exit(4)", "its process ended with exit code 4"),
+        ("raise SystemExit('no\\nkey')", "SystemExit: no key"),
+    ],
+)
+def test_a_user_file_that_hangs_or_ends_at_import_is_one_line(text, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr(rewards.user, "IMPORT_SECONDS", 0.7 if "while" in text else 30)
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ValueError) as error:
+        parse_rewards([f"{tmp_path}/mine.py:f"])
+    assert str(error.value) == f"--reward {tmp_path}/mine.py:f: {tmp_path}/mine.py cannot be imported: {reason}"
+
+
+@pytest.mark.parametrize(
+    "body", ["time.sleep(600)", pytest.param("re.match('(a+)+$', 'a' * 40 + 'b')", marks=pytest.mark.slow)]
+)
+def test_no_process_of_a_user_reward_outlives_a_killed_trainer(body, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        f"import os, re, time\ndef f(completion, sample): print(os.getpid()); {body}; return 1.0\n"
+    )
+    code = "import rewards; rewards.score_group(rewards.parse_rewards(['mine.py:f']), ['a'], None, reward_timeout=1)"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    trainer = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, env=environment)
+    pid = int(trainer.stdout.readline())
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    time.sleep(1 if "sleep" in body else 8)
+    assert_gone([pid])
 
 
 def test_a_built_in_error_is_raised_not_scored():
@@ -493,7 +602,7 @@ def test_a_built_in_error_is_raised_not_scored():
     ],
 )
 def test_a_wrong_reward_flag_names_the_flag_and_the_mend(mine, specs, message):
-    specs = [spec.replace("MINE", mine).replace("BROKEN", mine.replace("mine", "broken")) for spec in specs]
+    specs = [spec.replace("MINE", mine).replace("BROKEN", mine.replace("mine.py", "broken.py")) for spec in specs]
     with pytest.raises(ValueError, match="--reward") as error:
         parse_rewards(specs)
     assert message in str(error.value)
@@ -532,7 +641,4 @@ def test_answer_stats():
 
 
 def test_torch_is_not_imported():
-    import subprocess
-    import sys
-
     subprocess.run([sys.executable, "-c", "import sys, rewards; assert 'torch' not in sys.modules"], check=True)
