@@ -34,6 +34,8 @@ from grpo.config import Config, ConfigError, OneLineParser, add_flag, check, loa
 from grpo.inputs import check_answers, split_data
 from grpo.metrics import quiet_libraries
 from grpo.model import ModelError, read_processor
+from grpo.selfcheck import choose_fast_paths
+from grpo.stops import RunError
 from video.dataset import DataError, read_samples
 from video.loader import PromptLoader
 from video.prompt import PromptEncoder
@@ -41,7 +43,7 @@ from video.prompt import PromptEncoder
 # Flags of training that also say how to evaluate; without them the checkpoint's own values hold.
 SHARED = ("fps", "nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "prompt_template",
           "max_prompt_tokens", "max_new_tokens", "eval_batch", "workers", "threads", "decode_timeout",
-          "device")  # fmt: skip
+          "device", "decode_graph")  # fmt: skip
 DIRECT = "Answer with the letter of the option only."
 DIRECT_BY_TYPE = dict.fromkeys(("numerical", "mra", "regression", "math"), "Answer with a number only.")
 DIRECT_BY_TYPE |= dict.fromkeys(("OCR", "free-form"), "Answer with a word or a short phrase only.")
@@ -150,6 +152,8 @@ def answer(variants, samples, config, temperature, predictions, processes):
                     processor = AutoProcessor.from_pretrained(folder)
                     # No masters: what is computed in is what is held, half the memory and the same numbers.
                     policy, loaded = build_policy(folder, config, processor, processes, trained=False), folder
+                    say = print if processes.is_main else lambda line: None
+                    choose_fast_paths(policy, loader, asked, config, processes, processor.tokenizer, say)
                 save = functools.partial(predictions.add, place)
                 with Progress(variant.name, len(samples) - len(done), processes, save) as progress:
                     records[variant] = predict(
@@ -270,7 +274,7 @@ def main(arguments=None):
     quiet_libraries()
     try:
         evaluate(make_parser().parse_args(arguments))
-    except (ConfigError, DataError, ModelError) as error:
+    except (ConfigError, DataError, ModelError, RunError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         return 2
     return 0

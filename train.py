@@ -70,6 +70,7 @@ def train(config, signalled):
     with opened(config, processes, data, signalled, began) as run:
         start = supervised(run) if config.sft_steps else config.model
         policy = build_policy(start, config, run.processor, processes, adapters=config.lora_rank > 0)
+        run.choose_fast_paths(policy)
         reference = build_reference(start, policy, config, run.processor, processes)
         optimizer = update.make_optimizer(policy, config)
         if data.checkpoint:
@@ -108,6 +109,7 @@ def supervised(run):
     folder = Path(run.config.output) / "warmup"
     if not run.processes.gather(folder.exists())[0]:
         policy = build_policy(run.config.model, run.config, run.processor, run.processes)
+        run.choose_fast_paths(policy)
         try:
             warm_up(policy, run)
         except Stopped:

@@ -46,6 +46,7 @@ from grpo.model import (
 )
 from grpo.plan import GIB, memory_plan, parameter_counts, published_config, vision_tokens
 from grpo.policy import Policy
+from grpo.selfcheck import using
 from video.dataset import Sample
 from video.prompt import Prompt
 
@@ -134,9 +135,10 @@ def decode_rates(config, policy, prompt, settings, words):
     cost = decode(config, 1, len(prompt.input_ids), settings.group_size, whole)
 
     def seconds(length, graph):
-        sampling = sampler.SamplingSettings(max_new_tokens=length, graph=graph)
+        sampling = sampler.SamplingSettings(max_new_tokens=length)
         began = time.perf_counter()
-        with distributed.gathered(policy) as plain:  # its end waits for the device: tokens are copied to the host
+        # Its end waits for the device: tokens are copied to the host.
+        with distributed.gathered(policy) as plain, using({"decoding graph"} if graph else ()):
             sampler.sample(plain, [prompt], settings.group_size, sampling, [1], words)
         return time.perf_counter() - began
 

@@ -3,8 +3,8 @@
 Extra keyword arguments of a transformers forward reach the attention function. `layout` is such an argument: an object
 that knows how the tokens of this forward are arranged and attends accordingly.
 
-flash-attn's kernel for sequences of unequal length is used where it imports and fits (a GPU, half precision: not yet
-run on one); everywhere else torch's scaled_dot_product_attention, over batches of equal shape.
+flash-attn's kernel for sequences of unequal length is used if `grpo.selfcheck` finds it right and faster (a GPU, half
+precision: not yet run on one); else torch's scaled_dot_product_attention, over batches of equal shape.
 
 Shapes: H query heads, K key/value heads (H a multiple of K), D head size, P prompt tokens, C completion tokens,
 G completions, L tokens of a packed row, R rows that still decode.
@@ -20,11 +20,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 
-try:
-    from flash_attn import flash_attn_varlen_func
-except ImportError:
-    flash_attn_varlen_func = None
-
+# Names of the fast paths in use, of `grpo.selfcheck.FAST_PATHS`.
+IN_USE = set()
 TEXT_ATTENTION = "grpo_shared_prompt"
 # The vision towers hand `cu_seq_lens_q` to any implementation with "flash" in its name, instead of looping over frames.
 VISION_ATTENTION = "grpo_batched_flash"
@@ -32,7 +29,14 @@ VISION_ATTENTION = "grpo_batched_flash"
 
 def flash_fits(query):
     """Whether flash-attn's kernel can take this query."""
-    return flash_attn_varlen_func is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    return "flash-attn" in IN_USE and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+
+
+def flash_attention(*given, **named):
+    """flash-attn's kernel, imported when it is first used: what a broken build raises, it raises here."""
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(*given, **named)
 
 
 class Bucket(NamedTuple):
@@ -115,7 +119,7 @@ class PackedLayout:
         index, *lengths = self.segments
         seen = key.index_select(0, index), value.index_select(0, index)
         # flash-attn's causal mask is aligned to the lower right: a completion sees its whole prompt.
-        return flash_attn_varlen_func(query.contiguous(), *seen, *lengths, softmax_scale=scaling, causal=True)
+        return flash_attention(query.contiguous(), *seen, *lengths, softmax_scale=scaling, causal=True)
 
     def _attend_buckets(self, query, key, value, scaling):
         """query (L, H, D), key and value (L, K, D) -> (L, H, D)."""
@@ -258,7 +262,7 @@ def batched_vision_attention(
     if flash_fits(query):
         lengths = (cu_seq_lens_q, cu_seq_lens_q, int(max_length_q), int(max_length_q))
         own = (x.contiguous() for x in (query, key, value))
-        return flash_attn_varlen_func(*own, *lengths, softmax_scale=scaling)[None], None
+        return flash_attention(*own, *lengths, softmax_scale=scaling)[None], None
     lengths = _segment_lengths(cu_seq_lens_q)
     outputs, start = [], 0
     for length, run in groupby(lengths):

@@ -110,7 +110,7 @@ class Config:
     prompts_per_rollout: int = flag(1, "Prompts whose completions are decoded together.", least=1)
     gradient_checkpointing: bool = flag(True, "Recompute activations in backward.")
     compile: bool = flag(False, "Compile the decoder's norms and MLPs (the first steps then take minutes).")
-    decode_graph: bool = flag(False, "Decode by CUDA graphs: faster on a GPU, but not yet run on one.")
+    decode_graph: bool = flag(True, "Decode by CUDA graphs on a GPU, if they prove right and faster at the start.")
     plan: int = flag(0, "Print the memory that a run on so many GPUs takes, and end; 0: train.", least=0)
     gpu_memory: float = flag(80.0, "GiB of one GPU, for --plan.", above=0.0)
     lora_rank: int = flag(0, "Train adapters of this rank on the decoder, the weights frozen; 0: all weights.", least=0)

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
@@ -21,8 +20,6 @@ DEMO_COMMAND = "python train.py --preset demo"
 
 def check_inputs(config):
     """Raises ConfigError before anything loads where weights or data are missing: what, and how to get them."""
-    if config.decode_graph and (config.device == "cpu" or not torch.cuda.is_available()):
-        raise ConfigError("--decode_graph: needs a GPU that torch can use; leave it out")
     if config.resume == "no" and Path(config.output).resolve() in Path(config.model).resolve().parents:
         raise ConfigError(f"--resume no would remove --model {config.model}, which is in --output; choose another")
     if config.lora_rank and importlib.util.find_spec("peft") is None:

@@ -41,9 +41,7 @@ def rollout(policy, prompts, tokenizer, rewards, config, step):
 def sample_groups(policy, prompts, size, tokenizer, config, step, shuffle=False):
     """One `Rollout` of `size` completions for each prompt; shuffle: with its frames out of order. Both draws are fixed
     by the run's seed, the step and the prompt's key."""
-    settings = SamplingSettings(
-        config.temperature, config.top_k, config.top_p, config.max_new_tokens, config.decode_graph
-    )
+    settings = SamplingSettings(config.temperature, config.top_k, config.top_p, config.max_new_tokens)
     rollouts = []
     for batch in batched(prompts, config.prompts_per_rollout):
         seeds = [prompt_seed(config.seed, step, prompt.sample.key + "/shuffled" * shuffle) for prompt in batch]

@@ -21,6 +21,7 @@ from grpo.data import step_samples, steps_of
 from grpo.inputs import check_inputs, clear_run, find_checkpoint, made_before, read_data
 from grpo.metrics import RunLog, describe_run
 from grpo.model import read_processor
+from grpo.selfcheck import choose_fast_paths
 from grpo.stops import RunError, Stopped, count_bad, memory_message
 from rewards.diagnostics import answer_stats
 from video.dataset import DataError
@@ -139,6 +140,11 @@ class Run:
                 raise DataError(f"{flag}: every sample was skipped, for the reasons above: nothing was trained")
             yield prompts, {"skipped": int(sums["skipped"]), "seconds_waiting": waited}
             asked = time.perf_counter()
+
+    def choose_fast_paths(self, policy):
+        choose_fast_paths(
+            policy, self.loader, self.data.train, self.config, self.processes, self.processor.tokenizer, self.log.say
+        )
 
     def evaluate(self, policy, control=None):
         """`summarise`d accuracy on the held-out samples, greedy; {} where there are none."""

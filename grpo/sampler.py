@@ -6,11 +6,13 @@ batch, on the order of rows, or on the number of processes.
 """
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from grpo.attention import DecodeLayout
+from grpo.attention import IN_USE, DecodeLayout
 from grpo.packing import pack
 from grpo.types import Rollout
 
@@ -20,13 +22,12 @@ LOOK_EVERY = 8  # tokens between two looks at a GPU for rows that have ended
 @dataclass(frozen=True)
 class SamplingSettings:
     """temperature 0 is greedy. top_k 0 and top_p 1 are off; where on, sampling leaves the distribution whose
-    log-probabilities are returned and trained (the whole vocabulary at this temperature). graph: see `GraphedStep`."""
+    log-probabilities are returned and trained (the whole vocabulary at this temperature)."""
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     max_new_tokens: int = 256
-    graph: bool = False
 
 
 def prompt_seed(run_seed, step, key):
@@ -85,6 +86,7 @@ class Decoding:
         self.rows = torch.arange(len(draws), device=policy.device)
         self.ended = torch.zeros_like(self.rows, dtype=torch.bool)
         self.last, self.positions = torch.zeros_like(self.rows), positions[layout.prompt_of_row]
+        self.warm, self.graph, self.pool = False, None, None
         self._choose(logits[layout.prompt_of_row])
 
     def _choose(self, logits):
@@ -100,8 +102,21 @@ class Decoding:
         self.positions += 1
         self._choose(logits)
 
+    def advance(self, graph):
+        """One `step`. graph: the first call at these shapes runs it, in which libraries set themselves up, the second
+        records it as a CUDA graph, and from then on the graph is replayed."""
+        if self.graph is None and not self.warm:
+            self.step()
+            self.warm = graph
+            return
+        if self.graph is None:
+            self.pool = self.pool or torch.cuda.MemPool()
+            self.graph = record(self.step, self.pool)
+        self.graph.replay()
+
     def drop_ended(self):
-        """Takes rows that have ended out of the batch: shapes and addresses change."""
+        """Takes rows that have ended out of the batch: shapes and addresses change, and the graph with them."""
+        self.warm, self.graph = False, None
         keep = (~self.ended).nonzero()[:, 0]
         self.layout.keep_rows(keep)
         for name in ("rows", "ended", "last", "positions"):
@@ -114,25 +129,28 @@ class Decoding:
         return torch.where(ended, is_eos.int().argmax(-1) + 1, is_eos.shape[1]).tolist(), ended.tolist()
 
 
-class GraphedStep:
-    """`step` as a CUDA graph: the first call runs it, the second records it, and from then on it is replayed.
+def record(step, pool):
+    """The CUDA graph of what step() does, which is not run; its memory comes from `pool`.
 
-    Not yet run on a GPU.
+    As torch.cuda.graph does it, which first empties the allocator's cache: too much for a graph of a few steps.
     """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(capture_stream()):
+        graph.capture_begin(pool.id, capture_error_mode="thread_local")  # other threads load data
+        try:
+            step()
+        except Exception:
+            with suppress(RuntimeError):  # it says only that there was an error
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    return graph
 
-    def __init__(self, step):
-        self.step, self.graph, self.warm = step, None, False
 
-    def __call__(self):
-        if not self.warm:  # libraries set themselves up in a first run, which cannot be recorded
-            self.step()
-            self.warm = True
-            return
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads load data
-                self.step()
-        self.graph.replay()
+@cache
+def capture_stream():
+    """The stream of all recordings: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream()
 
 
 def on_gpu(policy):
@@ -148,16 +166,15 @@ def sample(policy, prompts, group, settings, seeds, tokenizer, features=None):
     LOOK_EVERY tokens, and rows leave once half of them have ended: between looks nothing waits for it. Raises
     FloatingPointError where the model's logits are not finite.
     """
-    limit, patient = settings.max_new_tokens, on_gpu(policy)
+    limit, patient, graph = settings.max_new_tokens, on_gpu(policy), "decoding graph" in IN_USE
     packed = pack(prompts, [[] for _ in prompts], policy.spec).to(policy.device)
     logits, prompt_kv = policy.prefill(packed, features)
     prompt_of_row = torch.arange(len(prompts)).repeat_interleave(group)
-    layout = DecodeLayout(prompt_kv, prompt_of_row, limit, static=settings.graph)
+    layout = DecodeLayout(prompt_kv, prompt_of_row, limit, static=graph)
     del prompt_kv
     draws = uniforms(seeds, group, limit).to(policy.device)
     decoding = Decoding(policy, settings, layout, logits, packed.next_position, draws)
 
-    advance = None
     for sampled in range(1, limit):
         if not patient or sampled % LOOK_EVERY == 0:
             ended, rows = int(decoding.ended.sum()), len(decoding.ended)
@@ -165,11 +182,7 @@ def sample(policy, prompts, group, settings, seeds, tokenizer, features=None):
                 break
             if ended >= (rows / 2 if patient else 1):
                 decoding.drop_ended()
-                advance = None
-        if advance is None:  # recording pays only where several steps are left
-            graph = settings.graph and limit - sampled > 2 * LOOK_EVERY
-            advance = GraphedStep(decoding.step) if graph else decoding.step
-        advance()
+        decoding.advance(graph and limit - sampled > 2 * LOOK_EVERY)  # recording pays only if several steps are left
 
     if not bool(decoding.logprobs.isfinite().all()):
         raise FloatingPointError(

@@ -15,6 +15,7 @@ from grpo.build import build_policy
 from grpo.config import parse_config
 from grpo.packing import pack
 from grpo.sampler import SamplingSettings, sample
+from grpo.selfcheck import using
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.gpu
@@ -76,10 +77,10 @@ def test_decoding_by_graphs_gives_the_same_completions(checkpoints):
     policy, _, tokenizer = on_device(checkpoints["qwen2_vl"], torch.float32)
     policy.spec = replace(policy.spec, eos_ids=tuple(range(0, 390, 29)))  # rows end early, so shapes change
     prompts = [make_prompt(tokenizer, [("video", (4, 4, 6))], seed) for seed in (1, 2)]
-    eager, graphed = (
-        sample(policy, prompts, 8, SamplingSettings(max_new_tokens=40, graph=graph), [1, 2], tokenizer)
-        for graph in (False, True)
-    )
+    run = lambda: sample(policy, prompts, 8, SamplingSettings(max_new_tokens=40), [1, 2], tokenizer)
+    eager = run()
+    with using({"decoding graph"}):
+        graphed = run()
     for ours, theirs in zip(graphed, eager):
         assert [t.tolist() for t in ours.tokens] == [t.tolist() for t in theirs.tokens]
 

@@ -122,13 +122,14 @@ def test_a_gpu_decodes_the_same_with_static_shapes_and_few_looks(tiny_vl, monkey
     run = lambda settings: sample(policy, prompts, 6, settings, list(range(len(prompts))), tokenizer)
     expected = run(SamplingSettings(max_new_tokens=17))
     monkeypatch.setattr(sampler, "LOOK_EVERY", look)
-    monkeypatch.setattr(sampler, "GraphedStep", lambda step: step)
+    monkeypatch.setattr(sampler.Decoding, "advance", lambda decoding, graph: decoding.step())
     monkeypatch.setattr(sampler, "on_gpu", lambda policy: True)
     steps = []
     decode = policy.decode
     monkeypatch.setattr(policy, "decode", lambda tokens, *given: steps.append(len(tokens)) or decode(tokens, *given))
-    for graph in (False, True):
-        for ours, theirs in zip(run(SamplingSettings(max_new_tokens=17, graph=graph)), expected):
+    for names in (set(), {"decoding graph"}):
+        monkeypatch.setattr(sampler, "IN_USE", names)
+        for ours, theirs in zip(run(SamplingSettings(max_new_tokens=17)), expected):
             assert [t.tolist() for t in ours.tokens] == [t.tolist() for t in theirs.tokens]
             assert ours.finished == theirs.finished and ours.texts == theirs.texts
             gaps = [(a - b).abs().max() for a, b in zip(ours.logprobs, theirs.logprobs)]

@@ -75,7 +75,7 @@ def test_flash_attn_is_told_the_same(tiny, kinds, monkeypatch):
         return logprobs, {name: p.grad for name, p in policy.named_parameters()}
 
     expected, gradients = outcome()
-    monkeypatch.setattr(attention, "flash_attn_varlen_func", kernel)
+    monkeypatch.setattr(attention, "flash_attention", kernel)
     monkeypatch.setattr(attention, "flash_fits", lambda query: True)
     logprobs, ours = outcome()
     assert calls.count(True) == len(decoder(policy.model).layers) and calls.count(False) == len(

@@ -1,0 +1,156 @@
+"""Fast paths of a GPU, each used only once it has shown, on this machine and model, that it is right and faster.
+
+When a run starts, the first prompt that can be read is sampled and scored by the plain path, then with each fast path
+added in turn. What the fast path samples and scores must have the log-probabilities that the plain path gives to the
+same tokens. So a broken build of flash-attn, or a kernel that is wrong on a new GPU, costs a line and not a run.
+"""
+
+import time
+from contextlib import closing, contextmanager
+from typing import NamedTuple
+
+import torch
+
+from grpo.attention import IN_USE
+from grpo.distributed import gathered
+from grpo.packing import pack
+from grpo.sampler import SamplingSettings, sample
+from grpo.stops import RunError
+from video.prompt import Skipped
+
+TOKENS = 64  # the longest completion of a trial
+SAMPLES = 8  # how many are tried for a prompt that can be read
+# The mean difference of log-probabilities may be this many times the one between the plain path's sampler and scorer.
+# That one is rounding and depends on the model: in bf16 0.009 and 0.040 on two tiny ones. There a right kernel differs
+# from the plain path by 0.009 and 0.086, and a causal mask that is off by one token by 0.035 and 0.68.
+TOLERANCE = 3
+LEAST = 0.01  # is allowed on any model
+
+
+class FastPath(NamedTuple):
+    """`name` is in `IN_USE` while the path is in use; `timed` is the part of a trial that it is to make faster."""
+
+    name: str
+    timed: str
+
+
+FAST_PATHS = (
+    FastPath("flash-attn", timed="scoring"),
+    FastPath("decoding graph", timed="sampling"),
+)
+
+
+class Trial(NamedTuple):
+    """Completions, their log-probabilities (2, N) by sampler and scorer, and seconds of "sampling" and "scoring"."""
+
+    tokens: list
+    logprobs: torch.Tensor
+    seconds: dict
+
+
+def choose_fast_paths(policy, loader, samples, config, processes, tokenizer, say):
+    """Sets `IN_USE`, alike on all processes: a path that fails on one is left out on all. say: takes a line for the
+    user; why a path is left out is one. Collective: every process must call it."""
+    IN_USE.clear()
+    if processes.device.type == "cuda":
+        prompt = first_prompt(loader, samples)
+        paths = [path for path in FAST_PATHS if path.name != "decoding graph" or config.decode_graph]
+        with gathered(policy) as plain:
+            faults = find_faults(paths, plain, prompt, config, tokenizer)
+        for path, *reasons in zip(paths, *processes.gather(faults)):
+            if reason := next(filter(None, reasons), None):
+                say(f"{path.name} is left out: {reason}")
+            else:
+                IN_USE.add(path.name)
+    kernel = "flash-attn" if "flash-attn" in IN_USE else "torch's scaled_dot_product_attention"
+    say(f"attention by {kernel}; fast paths in use: {', '.join(sorted(IN_USE)) or 'none'}")
+
+
+def first_prompt(loader, samples):
+    """The Prompt of the first sample that can be read; None if none of the first few can."""
+    with closing(loader.batches([sample] for sample in samples[:SAMPLES])) as batches:
+        return next((prompt for (prompt,) in batches if not isinstance(prompt, Skipped)), None)
+
+
+@torch.no_grad()
+def find_faults(paths, policy, prompt, config, tokenizer):
+    """For each path None, or in a few words why it is left out. Not collective: `policy` is not a sharded one.
+
+    Raises RunError if a path leaves the GPU in a state in which nothing runs any more.
+    """
+    if prompt is None:
+        return [f"none of the first {SAMPLES} samples can be read, to try it on"] * len(paths)
+    names, faults = [], []
+    best = run_trial((), policy, prompt, config, tokenizer)
+    allowed = max(LEAST, TOLERANCE * best.logprobs.diff(dim=0).abs().mean().item())
+    for path in paths:
+        try:
+            trial = run_trial((*names, path.name), policy, prompt, config, tokenizer)
+        except Exception as error:
+            faults.append(f"{type(error).__name__}: {error}".strip().partition("\n")[0])
+            refuse_a_broken_gpu(path, faults[-1])
+            continue
+        with using(()):
+            expected = score(policy, prompt, trial.tokens)
+        faults.append(fault_of(path, trial, best, expected, allowed))
+        if faults[-1] is None:
+            names, best = [*names, path.name], trial
+    return faults
+
+
+def run_trial(names, policy, prompt, config, tokenizer):
+    """The `Trial` of the fast paths `names` and no other, timed when it runs the second time: the first also pays for
+    what libraries set up."""
+    settings = SamplingSettings(max_new_tokens=min(TOKENS, config.max_new_tokens))
+    with using(names):
+        for _ in range(2):
+            began = time.perf_counter()
+            (rollout,) = sample(policy, [prompt], config.group_size, settings, [0], tokenizer)
+            sampled = time.perf_counter()
+            scored = score(policy, prompt, rollout.tokens)
+            seconds = {"sampling": sampled - began, "scoring": time.perf_counter() - sampled}
+    return Trial(rollout.tokens, torch.stack([torch.cat(rollout.logprobs), scored]), seconds)
+
+
+def score(policy, prompt, completions):
+    """(N,) log-probabilities of the completions' tokens by the packed forward, on the CPU."""
+    return policy(pack([prompt], [completions], policy.spec).to(policy.device), entropy=False)[0].cpu()
+
+
+def fault_of(path, trial, best, expected, allowed):
+    """Why a path is left out, in a few words, by its trial and the `best` without it; None if it is right and faster.
+
+    expected (N,): the log-probabilities that the plain path gives to the trial's tokens.
+    """
+    difference = (trial.logprobs - expected).abs().mean(-1).max().item()
+    if not difference <= allowed:  # NaN is a fault too
+        return f"its log-probabilities are off by {difference:.2g} on average, {allowed:.2g} is allowed"
+    ours, without = trial.seconds[path.timed], best.seconds[path.timed]
+    return None if ours < without else f"it is not faster, {ours:.3g} s against {without:.3g} s without it"
+
+
+@contextmanager
+def using(names):
+    """Has `IN_USE` hold these names and no other, for a while."""
+    before = set(IN_USE)
+    replace_names(names)
+    try:
+        yield
+    finally:
+        replace_names(before)
+
+
+def replace_names(names):
+    IN_USE.clear()
+    IN_USE.update(names)
+
+
+def refuse_a_broken_gpu(path, reason):
+    """Raises RunError if an error of a path, such as an illegal memory access, is one that stays."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise RunError(
+            f"{path.name} left the GPU unusable ({reason}); run without it: uninstall flash-attn, or --no-decode_graph"
+        ) from error
