@@ -71,11 +71,13 @@ class Saver:
         state = json.dumps({**state, "step": step, "adam_steps": steps})
         write_model = self._export(policy, adapters=self.config.lora_rank > 0)
         partial = self._prepare(target)
-        tensors = _training_tensors(policy, optimizer)
-        writer = HuggingFaceStorageWriter(str(partial / "training"), _files_of(tensors), save_distributed=True)
-        shards = dcp.async_save(
-            tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None
-        )  # fmt: skip
+        # Copied here, once: dcp.async_save copies each shard twice.
+        tensors = {name: t.to("cpu", copy=True) for name, t in _training_tensors(policy, optimizer).items()}
+
+        def write_shards():
+            writer = HuggingFaceStorageWriter(str(partial / "training"), _files_of(tensors), save_distributed=True)
+            writer.per_thread_copy_ahead = 0  # what is on the host already needs no stream of a GPU
+            dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
 
         def write(partial):
             write_model(partial)
@@ -83,7 +85,7 @@ class Saver:
 
         def finish():
             try:
-                self._publish(target, write, shards.result)
+                self._publish(target, write, write_shards)
                 remove = lambda: _remove_old(folder, self.config.keep_checkpoints, best)
                 self._together(f"old checkpoints in {folder} could not be removed", remove)
             except BaseException as error:  # of a thread: raised by `wait`
@@ -120,9 +122,11 @@ class Saver:
         config, dtype, weights = self.config, self.empty.dtype, {}
         for name, value in policy.model.state_dict().items():
             if ".lora_" in name or not adapters:
+                if ".lora_" not in name:  # adapters are added in full precision
+                    value = value.to(dtype)  # on the device, each process its shard
                 whole = value.full_tensor() if isinstance(value, DTensor) else value
-                if self.processes.is_main:  # adapters are added in full precision
-                    weights[name] = whole.detach().to("cpu", value.dtype if ".lora_" in name else dtype, copy=True)
+                if self.processes.is_main:
+                    weights[name] = whole.to("cpu", copy=True)
         if not adapters:
             weights = merge(weights, config.lora_alpha / max(config.lora_rank, 1), dtype)
         if policy.model.config.tie_word_embeddings:

@@ -163,14 +163,14 @@ def _opened(file):
 
 def fill(parameter, source):
     """Copies a source of the parameter's whole shape (a tensor, or a safetensors slice) into it, or into the rows that
-    this process holds: only those are read."""
+    this process holds: only those are read. They cross to the device as stored and are cast there."""
     if not isinstance(parameter, DTensor):
-        parameter.copy_(source[:])
+        parameter.copy_(source[:].to(parameter.device))
         return
     local = parameter.to_local()
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     if local.numel():
-        local.copy_(source[offset[0] : offset[0] + local.shape[0]])
+        local.copy_(source[offset[0] : offset[0] + local.shape[0]].to(local.device))
 
 
 def weight_files(path):

@@ -8,10 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import FAMILIES, PIXEL_FIELDS, load_pair, make_prompt, naive_logprobs, random_completions
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor
 
 from grpo import distributed, update
 from grpo.build import build_policy
+from grpo.checkpoint import Saver, load_training
 from grpo.config import parse_config
 from grpo.packing import pack
 from grpo.sampler import SamplingSettings, sample
@@ -104,3 +108,42 @@ def test_an_update_as_the_recipe_runs_it(checkpoints):
         assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters()))
     finally:
         distributed.stop()
+
+
+class Crossings(TorchDispatchMode):
+    """Counts the bytes of numbers that calls copy from one kind of device to another, as they cross."""
+
+    def __init__(self, source, target):
+        super().__init__()
+        self.ends, self.bytes = (source, target), 0
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # the calls that it makes come here one by one
+        made = call(*args, **(kwargs or {}))
+        if call.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_) and FakeTensor not in types:
+            given = args[call.overloadpacket is torch.ops.aten.copy_]
+            if (given.device.type, made.device.type) == self.ends and given.is_floating_point():
+                self.bytes += given.nbytes
+        return made
+
+
+def test_weights_masters_and_moments_cross_between_host_and_device_once(checkpoints, tmp_path):
+    """12 bytes a number for the masters and both moments, and what the weights are computed in, saved and loaded."""
+    processes, folder = distributed.start(), checkpoints["qwen2_vl"]
+    config = parse_config(["--preset", "demo", "--model", str(folder), "--output", str(tmp_path)])
+    processor = AutoProcessor.from_pretrained(folder)
+    try:
+        policy = build_policy(folder, config, processor, processes)
+        optimizer, saver = update.make_optimizer(policy, config), Saver(processes, processor, config)
+        with Crossings(DEVICE.type, "cpu") as saved:
+            folder = saver.save(1, policy, optimizer, {})
+        saver.wait()
+        with Crossings("cpu", DEVICE.type) as loaded:
+            policy = build_policy(folder, config, processor, processes)
+            load_training(folder, policy, update.make_optimizer(policy, config), processes)
+    finally:
+        distributed.stop()
+    numbers = sum(p.numel() for p in policy.parameters())
+    assert saved.bytes == numbers * (12 + processes.dtype.itemsize)
+    assert loaded.bytes == pytest.approx(numbers * (12 + processes.dtype.itemsize), rel=0.01)  # and a few buffers
