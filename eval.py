@@ -10,46 +10,41 @@ apart. Every answer goes to predictions.jsonl as it comes: a killed evaluation g
 shows each question with the frames that the model saw. Training evaluates with the same code, so its numbers are these.
 """
 
-if __name__ == "__main__":
-    from video.terminal import prepare_terminal
-
-    prepare_terminal()  # before the slow imports
-
 import argparse
 import dataclasses
 import functools
 import json
-import signal
 import sys
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from tqdm import tqdm
 from transformers import AutoProcessor
 
 from evaluation.benchmarks import BENCHMARKS, benchmark_score, read_benchmark
-from evaluation.evaluate import CONTROLS, paired, predict, summarise
+from evaluation.evaluate import CONTROLS, Progress, paired, predict, summarise
 from evaluation.plot import plot_runs
 from evaluation.predictions import Predictions, checkpoint_identity, settings_of
 from evaluation.report import evaluation_table, write_report
 from grpo import distributed
 from grpo.build import build_policy
 from grpo.config import Config, ConfigError, OneLineParser, add_flag, check, load_config
-from grpo.inputs import check_answers, split_data
+from grpo.data import draw
+from grpo.inputs import check_answers, say_text_only, split_data
 from grpo.metrics import quiet_libraries
-from grpo.model import read_processor
+from grpo.model import ModelError, read_processor
 from grpo.selfcheck import choose_fast_paths
-from grpo.stops import exit_code
+from grpo.stops import RunError
 from video.dataset import read_samples
+from video.formats import DataError, printable
 from video.loader import PromptLoader
 from video.prompt import PromptEncoder
 
 # Flags of training that also say how to evaluate; without them the checkpoint's own values hold.
 SHARED = ("fps", "nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "prompt_template",
           "max_prompt_tokens", "max_new_tokens", "eval_batch", "workers", "threads", "decode_timeout",
-          "device", "decode_graph")  # fmt: skip
+          "device", "decode_graph", "text_only")  # fmt: skip
 DIRECT = "Answer with the letter of the option only."
 DIRECT_BY_TYPE = dict.fromkeys(("numerical", "mra", "regression", "math"), "Answer with a number only.")
 DIRECT_BY_TYPE |= dict.fromkeys(("OCR", "free-form"), "Answer with a word or a short phrase only.")
@@ -108,18 +103,22 @@ def find_samples(folder, config, arguments):
             )
         samples = read_benchmark(arguments.benchmark, arguments.benchmark_dir)
     elif arguments.data:
-        samples = read_samples(arguments.data, arguments.video_root)
+        samples = read_samples(arguments.data, arguments.video_root, text_only=config.text_only)
     elif (folder / "run.json").exists():
+        config.video_root = arguments.video_root or config.video_root
         if config.eval_data:  # held out of --data, more would be what the run was trained on
             config.eval_samples = arguments.samples or config.eval_samples
-        samples = split_data(config, lambda line: None)[1]
+        try:
+            samples = split_data(config, lambda line: None)[1]
+        except DataError as error:
+            raise DataError(f"{error}; {folder / 'run.json'} names that data; --data takes another") from error
     else:
         raise ConfigError(
             f"--ckpt {arguments.ckpt}: is of no run, so it has no held-out questions; give --data or --benchmark"
         )
     if not samples:
         raise ConfigError(f"--ckpt {arguments.ckpt}: its run held out no questions; give --data FILE")
-    samples = samples[: arguments.samples]
+    samples = draw(samples, arguments.samples or len(samples))
     check_answers(samples)
     return samples
 
@@ -161,34 +160,12 @@ def answer(variants, samples, config, temperature, predictions, processes):
                     say = print if processes.is_main else lambda line: None
                     choose_fast_paths(policy, loader, asked, config, processes, processor.tokenizer, say)
                 save = functools.partial(predictions.add, place)
-                with Progress(variant.name, len(samples) - len(done), processes, save) as progress:
+                with Progress(variant.name, len(samples) - len(done), processes, save=save) as progress:
                     records[variant] = predict(
                         policy, loader, asked, processor.tokenizer, processes, config.max_new_tokens, config.eval_batch,
                         temperature=temperature, control=variant.control, done=done, report=progress,
                     )  # fmt: skip
     return records
-
-
-class Progress:
-    """Takes records as they come: saves them, and shows their running accuracy on the first process's bar."""
-
-    def __init__(self, name, total, processes, save):
-        self.bar = tqdm(
-            desc=name, total=-(-total // processes.world), disable=not processes.is_main, dynamic_ncols=True
-        )
-        self.scores, self.save = [], save
-
-    def __call__(self, records):
-        self.save(records)
-        self.scores += [r["score"] for r in records if "skipped" not in r]
-        self.bar.set_postfix(accuracy=f"{sum(self.scores) / max(1, len(self.scores)):.3f}", refresh=False)
-        self.bar.update(len(records))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
 
 
 def compare(variants, records):
@@ -210,6 +187,8 @@ def evaluate(arguments):
         torch.set_num_threads(config.threads)
     processes = distributed.start(config.device)
     output = Path(arguments.output or default_output(arguments))
+    if processes.is_main:
+        say_text_only(samples, "to answer", print)
     settings = settings_of(config, samples, arguments.temperature, processes.device.type)
     read_processor(folder)
     try:
@@ -260,13 +239,13 @@ def make_parser():
     add = parser.add_argument
     add("--ckpt", required=True, help="Checkpoint of a run, or any Hugging Face folder or hub name of this family.")
     add("--data", help="Questions, in place of the run's own held-out ones.")
-    add("--video_root", help="Folder that the video paths of --data are under.")
+    add("--video_root", help="Folder that video paths are under (default: that of the data file, or as in training).")
     add("--benchmark", choices=tuple(BENCHMARKS), help="A published benchmark, scored as it scores.")
     add("--benchmark_dir", help="Its folder: annotation files and videos as published.")
     add("--mode", choices=("think", "direct", "both"), default="think", help="As in training, or the answer only.")
     add("--controls", action="store_true", help="Also with the video shuffled, reversed and blank, and with no video.")
     add("--against", help="A second checkpoint for the same questions and settings: paired difference and its p-value.")
-    add("--samples", type=int, help="The first so many questions only.")
+    add("--samples", type=int, help="Only so many questions, drawn from all, always the same.")
     add("--temperature", type=float, default=0.0, help="Sampling temperature; 0 is greedy. [0.0]")
     add("--report_samples", type=int, default=300, help="Most questions shown in report.html. [300]")
     add("--output", help="Folder of predictions.jsonl, results.json and report.html [CKPT-evaluation].")
@@ -278,14 +257,11 @@ def make_parser():
 
 def main(arguments=None):
     quiet_libraries()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         evaluate(make_parser().parse_args(arguments))
-    except KeyboardInterrupt:
-        print("eval.py: stopped; the same command goes on from the answers that there are", file=sys.stderr)
-        return 130
-    except Exception as error:
-        return exit_code("eval.py", error)
+    except (ConfigError, DataError, ModelError, RunError) as error:
+        print(f"eval.py: error: {printable(error)}", file=sys.stderr)
+        return 2
     return 0
 
 

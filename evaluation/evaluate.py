@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 from itertools import groupby
 
 import torch
+from tqdm import tqdm
 
 from grpo.data import batched
 from grpo.distributed import gathered
@@ -18,7 +19,7 @@ from grpo.policy import features_of
 from grpo.sampler import SamplingSettings, prompt_seed, sample
 from rewards import score_prediction
 from rewards.answer import answer_text, choice_letter
-from video.dataset import Sample
+from video.formats import Sample, printable
 from video.frames import SampleError
 from video.prompt import FRAME_CONTROLS, Skipped
 
@@ -58,6 +59,30 @@ def predict(policy, loader, samples, tokenizer, processes, max_new_tokens, batch
     for share in processes.gather(made):
         done = done | share
     return [done[s.key] for s in samples]
+
+
+class Progress:
+    """Takes records as they come: saves them, and shows their running accuracy, and the time that is left, on the first
+    process's bar, which stays on the screen if `leave`."""
+
+    def __init__(self, name, total, processes, leave=True, save=lambda records: None):
+        self.bar = tqdm(
+            desc=name, total=-(-total // processes.world), disable=not processes.is_main, dynamic_ncols=True,
+            leave=leave,
+        )  # fmt: skip
+        self.scores, self.save = [], save
+
+    def __call__(self, records):
+        self.save(records)
+        self.scores += [r["score"] for r in records if "skipped" not in r]
+        self.bar.set_postfix(accuracy=f"{sum(self.scores) / max(1, len(self.scores)):.3f}", refresh=False)
+        self.bar.update(len(records))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
 
 
 def plan(samples, encoder, size):
@@ -139,12 +164,13 @@ def _without_media(sample):
 
 
 def _skip(skipped):
-    return {"key": skipped.key, "skipped": f"{skipped.path}: {skipped.reason}"}
+    return {"key": skipped.key, "skipped": printable(f"{skipped.path}: {skipped.reason}")}
 
 
 def kind_of(sample):
-    """The kind of question that accuracies are split by: the row's `kind`, else its problem type."""
-    return sample.meta.get("kind", sample.problem_type)
+    """The kind of question that accuracies are split by: the row's `kind` as a text, else its problem type."""
+    kind = sample.meta.get("kind")
+    return sample.problem_type if kind is None else printable(kind, 60)
 
 
 def _record(sample, completion):

@@ -195,7 +195,7 @@ def write_report(path, title, result, columns, samples, loader, most, picture=No
         + "\n".join(cards)
         + f"\n<script>{script}</script></html>\n"
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")  # a file name may be no UTF-8
     return path
 
 

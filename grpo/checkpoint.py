@@ -91,9 +91,8 @@ class Saver:
             except BaseException as error:  # of a thread: raised by `wait`
                 self.error = error if isinstance(error, CheckpointError) else CheckpointError(f"{target}: {error}")
 
-        thread = threading.Thread(target=finish, daemon=True)
-        thread.start()  # where the system refuses it, there is nothing to wait for
-        self.thread = thread
+        self.thread = threading.Thread(target=finish, daemon=True)
+        self.thread.start()
         return target
 
     def join(self):

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ class Config:
     video_root: str | None = flag(None, "Folder that video paths are under (default: the data file's folder).")
     eval_data: str | None = flag(None, "Held-out questions (default: --eval_samples rows held out of --data).")
     eval_samples: int = flag(100, "How many questions to evaluate on; 0 turns evaluation off.", least=0)
+    text_only: bool = flag(False, "Allow data files in which no row has a video or image.")
     output: str = flag("runs/qwen2-vl-7b", "Run folder: configuration, metrics, curve, checkpoints.")
     resume: str = flag("auto", "Go on from the run folder's newest checkpoint, or start anew.", choices=("auto", "no"))
     demo: bool = flag(False, "Build the demo's own tiny model and videos, in runs/demo, where they are missing.")
@@ -230,6 +232,8 @@ def check(config):
         value, limits = getattr(config, item.name), item.metadata
         if value is None:
             continue
+        if isinstance(value, float) and math.isinf(value):
+            raise ConfigError(f"--{item.name} {value}: must be finite")
         for name, holds, words in (
             ("least", lambda v, c: v >= c, "at least"),
             ("above", lambda v, c: v > c, "above"),

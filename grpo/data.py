@@ -28,6 +28,13 @@ def step_samples(samples, step, prompts_per_step, seed):
     return [samples[epoch_order(count, seed, epoch)[place]] for epoch, place in slots]
 
 
+def draw(samples, count):
+    """`count` of the samples, in their order; all if there are no more. The same ones in every run and evaluation, so
+    that their numbers compare; fewer are a part of more."""
+    kept = set(epoch_order(len(samples), 0, 10**6)[:count])
+    return [sample for number, sample in enumerate(samples) if number in kept]
+
+
 def hold_out(samples, count, seed):
     """(training samples, `count` held-out ones) of one file. No video or image is on both sides: a training sample that
     shares one with a held-out sample is left out of both."""

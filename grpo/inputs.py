@@ -10,10 +10,11 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from grpo.checkpoint import UNFINISHED, checkpoints
-from grpo.config import ConfigError, as_typed, demo_paths, load_config
-from grpo.data import hold_out
+from grpo.config import Config, ConfigError, as_typed, demo_paths, load_config
+from grpo.data import draw, hold_out
 from rewards import check_sample
-from video.dataset import DataError, leave_out, read_mixture, read_samples, read_skip_list, split_spec
+from video.dataset import leave_out, read_mixture, read_samples, read_skip_list, split_spec
+from video.formats import DataError, each_row, printable
 
 DEMO_COMMAND = "python train.py --preset demo"
 
@@ -27,14 +28,17 @@ def check_inputs(config):
     missing = []
     made = demo_paths() if config.demo else set()
     absent = [path for path, _ in map(split_spec, config.data) if path not in made and not Path(path).is_file()]
-    if absent:
-        missing.append(
-            f"--data {absent[0]}: no such file (open-r1-video-4k: `hf download Xiaodong/open-r1-video-4k "
-            "--repo-type dataset --local-dir data`, its videos beside it or under --video_root)"
-        )
+    for path in absent[:1]:
+        get = f"a relative path starts at {os.getcwd()}"
+        if path in Config.data:
+            get = ("`hf download Xiaodong/open-r1-video-4k --repo-type dataset --local-dir data` gets it; its videos go"
+                   " beside it or under --video_root")  # fmt: skip
+        missing.append(f"--data {path}: no such file; {get}")
     unsure = missing or os.environ.get("HF_HUB_OFFLINE")
     if unsure and config.model not in made and not on_this_machine(config.model):
-        missing.append(f"--model {config.model}: not on this machine (`hf download {config.model}`)")
+        is_path = Path(config.model).is_absolute() or Path(config.model).parent.is_dir()
+        get = "there is no such folder" if is_path else f"`hf download {config.model}` gets it"
+        missing.append(f"--model {config.model}: not on this machine; {get}")
     if missing:
         raise ConfigError("; ".join([*missing, f"or try `{DEMO_COMMAND}`, which needs neither"]))
     try:
@@ -49,7 +53,8 @@ def check_inputs(config):
 FREE_TO_CHANGE = {"compile", "controls", "decode_graph", "decode_timeout", "device", "eval_batch",
                   "frame_cache", "frame_cache_gb", "gpu_memory", "keep_checkpoints", "lora_merge",
                   "max_bad_updates", "output", "plan", "prompts_per_rollout", "resume", "reward_timeout",
-                  "save_every", "shard_size", "show_every", "threads", "video_root", "workers"}  # fmt: skip
+                  "save_every", "shard_size", "show_every", "text_only", "threads", "video_root",
+                  "workers"}  # fmt: skip
 
 
 def on_this_machine(model):
@@ -115,32 +120,48 @@ def read_data(config, say):
     train, held_out = split_data(config, say)
     if not train:
         raise DataError("--data: no row is left to train on; lower --eval_samples, or look at --skip_list")
-    sft = read_samples(config.sft_data, config.video_root, flag="--sft_data") if config.sft_steps else []
-    for sample in sft:
-        if not sample.completions:
-            raise DataError(f"{sample.key}: --sft_data rows need `completions`, a list of target texts")
-    check_answers(train)
-    check_answers(held_out)
+    sft = []
+    if config.sft_steps:
+        sft = read_samples(config.sft_data, config.video_root, flag="--sft_data", text_only=config.text_only)
+    each_row(sft, check_completions)
+    check_answers([*train, *held_out])
+    for name, samples in (("to train on", train), ("held out", held_out), ("of --sft_data", sft)):
+        say_text_only(samples, name, say)
     return train, held_out, sft
 
 
 def split_data(config, say):
     """(training samples, held-out samples): the latter from --eval_data, else held out of --data."""
-    train = read_mixture(config.data, config.video_root)
+    train = read_mixture(config.data, config.video_root, config.text_only)
     if config.skip_list:
         train, left_out = leave_out(train, read_skip_list(config.skip_list))
         say(f"--skip_list {config.skip_list}: {len(left_out)} of {len(train) + len(left_out)} rows left out")
     if not config.eval_samples:
         return train, []
     if config.eval_data:
-        return train, read_samples(config.eval_data, config.video_root, flag="--eval_data")[: config.eval_samples]
+        held_out = read_samples(config.eval_data, config.video_root, flag="--eval_data", text_only=config.text_only)
+        return train, draw(held_out, config.eval_samples)
     return hold_out(train, config.eval_samples, config.seed)
 
 
 def check_answers(samples):
-    """Raises DataError, naming the row, for a sample whose answer no reward can score."""
-    for sample in samples:
+    """Raises DataError, naming the rows, if no reward can score the answer of some samples."""
+
+    def checked(sample):
         try:
             check_sample(sample)
         except (ValueError, ImportError) as error:
-            raise DataError(str(error)) from error
+            raise DataError(printable(error, 300)) from error
+
+    each_row({sample.key: sample for sample in samples}.values(), checked)  # a weight repeats rows
+
+
+def check_completions(sample):
+    if not sample.completions:
+        raise DataError(f"{sample.key}: --sft_data rows need `completions`, a list of target texts")
+
+
+def say_text_only(samples, name, say):
+    """Says how many of the questions `name` have no video or image, if any: a misspelt field may be why."""
+    if without := sum(not sample.media for sample in samples):
+        say(f"{without} of {len(samples)} questions {name} have no video or image: they are asked as text alone")

@@ -12,6 +12,7 @@ import transformers
 from tqdm import tqdm
 
 from grpo.config import save_config
+from video.formats import printable
 
 
 def quiet_libraries():
@@ -76,11 +77,15 @@ class RunLog:
             kinds = {f"accuracy_{kind}": value for kind, value in summary["kinds"].items()}
             totals = {"accuracy": summary["trained"], "accuracy_overall": summary["overall"]}
             self.write("eval", step, {**totals, **kinds, "unparsed": summary["unparsed"]})
+            self.say(
+                f"step {step}: held-out accuracy {summary['trained']:.1%} of the kinds trained on, "
+                f"{summary['overall']:.1%} of all {summary['count']} questions; {summary['skipped']} unreadable"
+            )
 
     def say(self, text, everywhere=False):
         """Prints a line above the progress bar; `everywhere`: also in processes other than the first."""
         if self.is_main or everywhere:
-            tqdm.write(text)
+            tqdm.write(printable(text))
 
     def stop(self):
         """Ends the phase's progress bar."""

@@ -21,7 +21,9 @@ from demo.tiny import build_tiny_model
 from evaluation.evaluate import NO_VIDEO, encode, mcnemar, paired, plan, predict, summarise, wilson
 from evaluation.predictions import Predictions, checkpoint_identity
 from grpo.config import Config, ConfigError, save_config
+from grpo.data import draw
 from grpo.distributed import Processes
+from grpo.inputs import split_data
 from grpo.model import load_model, model_spec
 from grpo.policy import Policy
 from video.dataset import Sample, read_samples
@@ -207,7 +209,7 @@ def test_evaluation_gives_what_training_logged(tmp_path, demo, tiny_folder, part
     )  # fmt: skip
     save_config(config, tiny_folder / "run.json")
     try:
-        logged = summarise(predict(policy, loader, read_samples(demo)[:20], tokenizer, ALONE, 8, batch=8))
+        logged = summarise(predict(policy, loader, draw(read_samples(demo), 20), tokenizer, ALONE, 8, batch=8))
         code = eval_script.main(["--ckpt", str(tiny_folder), "--output", str(tmp_path), "--device", "cpu"])
     finally:
         (tiny_folder / "run.json").unlink()
@@ -215,11 +217,32 @@ def test_evaluation_gives_what_training_logged(tmp_path, demo, tiny_folder, part
     assert json.loads((tmp_path / "results.json").read_text())["results"]["think"] == logged
 
 
+def test_a_draw_is_over_the_whole_file_and_the_same_for_every_checkpoint(demo):
+    samples = read_samples(demo)  # direction, colour and shape of one video after the other; then the places
+    drawn = draw(samples, 12)
+    assert drawn == sorted(drawn, key=samples.index)
+    assert [s.meta["kind"] for s in drawn].count("place") == 1, "the first 12 have none"
+    assert drawn == draw(samples, 12) and {s.key for s in draw(samples, 5)} < {s.key for s in drawn}
+    assert draw(samples, 1000) == samples
+    arguments = SimpleNamespace(benchmark=None, data=str(demo), video_root=None, samples=12)
+    assert eval_script.find_samples(None, Config(seed=7), arguments) == drawn
+    held_out = split_data(Config(data=(str(demo),), eval_data=str(demo), eval_samples=12, seed=1), print)[1]
+    assert held_out == drawn
+
+
+def test_a_runs_own_questions_are_found_under_another_video_root(tmp_path, demo):
+    save_config(Config(), tmp_path / "run.json")
+    config = Config(data=(str(demo),), eval_samples=3, video_root="/gone")
+    arguments = SimpleNamespace(benchmark=None, data=None, video_root=str(demo.parent), samples=None, ckpt="RUN")
+    samples = eval_script.find_samples(tmp_path, config, arguments)
+    assert len(samples) == 3 and all(Path(path).is_file() for sample in samples for path in sample.videos)
+
+
 @pytest.mark.parametrize("held", [5, 0])
 def test_more_samples_than_a_run_held_out_are_none_it_was_trained_on(tmp_path, demo, held):
     save_config(Config(), tmp_path / "run.json")
     config = Config(data=(str(demo),), eval_samples=held)
-    arguments = SimpleNamespace(benchmark=None, data=None, samples=12, ckpt="RUN/checkpoint-1")
+    arguments = SimpleNamespace(benchmark=None, data=None, video_root=None, samples=12, ckpt="RUN/checkpoint-1")
     if not held:
         with pytest.raises(ConfigError, match="its run held out no questions; give --data FILE"):
             eval_script.find_samples(tmp_path, config, arguments)
@@ -351,15 +374,6 @@ def test_killed_at_five_random_moments_and_resumed_gives_the_same_bytes(tmp_path
     subprocess.run(command(tiny_folder, tmp_path / "parts", demo, *flags), check=True, cwd=ROOT, capture_output=True)
     for name in ("predictions.jsonl", "results.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-def test_an_interrupted_evaluation_ends_with_one_line(tmp_path, demo, tiny_folder, monkeypatch, capsys):
-    def interrupt(*_):
-        os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Predictions, "add", interrupt)
-    assert run(tiny_folder, tmp_path, "--data", str(demo), "--samples", "3")[0] == 130
-    assert capsys.readouterr().err.splitlines()[-1].startswith("eval.py: stopped; the same command goes on")
 
 
 @pytest.mark.slow

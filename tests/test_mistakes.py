@@ -22,6 +22,7 @@ import eval as eval_script
 import train
 import video.convert
 import video.scan
+from grpo.config import Config
 
 PROGRAMS = {"train": train.main, "eval": eval_script.main, "scan": video.scan.main, "convert": video.convert.main}
 
@@ -69,13 +70,129 @@ TINY = {
     "convert": lambda b: [],
 }  # fmt: skip
 
+def latin(b):
+    """A data file whose second row is in Latin-1."""
+    path = b.rows(b.row(), b.row())
+    path.write_bytes(path.read_bytes()[:-3] + b"\xe9\"}\n")
+    return path
+
+
 MISTAKES = {
     "a data file that is not there": (
-        "train", lambda b: ["--data", b.folder / "gone.jsonl"], 2, ("--data", "gone.jsonl: no such file"),
+        "train", lambda b: ["--data", "gone.jsonl"], 2,
+        ("--data gone.jsonl: no such file; a relative path starts at /",),
+    ),
+    "no data at all": (
+        "train", lambda b: ["--data", *Config.data], 2, ("--data data/LLaVA-Video-", ": no such file; `hf download",),
+    ),
+    "a model folder that is not there": (
+        "train", lambda b: ["--model", b.folder / "modle"], 2, ("modle: not on this machine; there is no such folder",),
+    ),
+    "held-out questions that are not there": (
+        "train", lambda b: ["--eval_data", "gone.jsonl"], 2, ("--eval_data gone.jsonl: no such file",),
     ),
     "a number that is a word": ("train", lambda b: ["--steps", "ten"], 2, ("--steps: invalid int value: 'ten'",)),
+    "a misspelt media field": (
+        "train", lambda b: ["--data", b.rows(*[b.row(n, video=..., vidoe="a.mp4") for n in range(3)])], 2,
+        ("--data", "rows.jsonl: no row has a video or image; its fields are", "vidoe", "video, videos, image or images",
+         "--text_only"),
+    ),
+    "a misspelt media field of held-out questions": (
+        "train", lambda b: ["--eval_data", b.rows(b.row(video=..., vidoe="a.mp4"))], 2,
+        ("--eval_data", "no row has a video", "vidoe"),
+    ),
+    "a misspelt media field of the supervised pass": (
+        "train", lambda b: ["--sft_steps", "1", "--sft_data", b.rows(b.row(video=..., completions=["x"]))], 2,
+        ("--sft_data", "no row has a video"),
+    ),
+    "a misspelt media field in an evaluation": (
+        "eval", lambda b: ["--data", b.rows(b.row(video=..., vidoe="a.mp4"))], 2, ("no row has a video", "vidoe"),
+    ),
+    "a misspelt media field in a scan": (
+        "scan", lambda b: ["--data", b.rows(b.row(video=..., vidoe="a.mp4"))], 2, ("no row has a video", "vidoe"),
+    ),
+    "text alone that is meant": (
+        "eval", lambda b: ["--text_only", "--data", b.rows(b.row(video=...))], 0,
+        ("1 of 1 questions to answer have no video or image", "1 questions; 0 unreadable"),
+    ),
     "a line that is no JSON": (
         "train", lambda b: ["--data", b.rows(b.row(), "{not json")], 2, ("rows.jsonl:2: is not JSON", "mend or delete"),
+    ),
+    "many bad rows": (
+        "train", lambda b: ["--data", b.rows(*[b.row(solution="<answer>7</answer>")] * 12, b.row())], 2,
+        ("12 of 13 rows cannot be used, the first 10: rows.jsonl:1: solution '7' has no option letter",
+         "; rows.jsonl:10: "),
+    ),
+    "many answers that cannot be scored": (
+        "eval", lambda b: ["--samples", "3", "--data", b.rows(*[b.row(problem_type="numerical", solution="x")] * 3)], 2,
+        ("3 of 3 rows cannot be used: sample 'rows.jsonl:1'", "; sample 'rows.jsonl:3'"),
+    ),
+    "rows without completions": (
+        "train", lambda b: ["--sft_steps", "1", "--sft_data", b.rows(b.row(), b.row(1))], 2,
+        ("2 of 2 rows cannot be used: rows.jsonl:1: --sft_data rows need `completions`",),
+    ),
+    "half an emoji in a question": (
+        "train", lambda b: ["--data", b.rows(b.row(), b.row(problem="What? \ud83d\nA. x"))], 2,
+        (r"rows.jsonl:2: holds half a character ('\ud83d')", "mend or delete it"),
+    ),
+    "half an emoji in an option": (
+        "eval", lambda b: ["--data", b.rows(b.row(options=["A. \ud83d", "B. y"]))], 2, ("holds half a character",),
+    ),
+    "half an emoji in a completion": (
+        "train", lambda b: ["--sft_steps", "1", "--sft_data", b.rows(b.row(completions=["\ud83d"]))], 2,
+        ("rows.jsonl:1: holds half a character",),
+    ),
+    "half an emoji in a field that nobody reads": (
+        "eval", lambda b: ["--data", b.rows(b.row(note="\ud83d", kind="\ud83d"))], 0, (r"\ud83d  ", "1 questions"),
+    ),
+    "a row nested 1,000 deep": (
+        "train", lambda b: ["--data", b.rows('{"problem": ' + "[" * 1000 + "]" * 1000 + "}")], 2,
+        ("rows.jsonl:1: is nested", "deep; mend or delete it"),
+    ),
+    "a row nested 100 deep": (
+        "eval", lambda b: ["--data", b.rows(b.row(note=json.loads("[" * 100 + "]" * 100)))], 2,
+        ("rows.jsonl:1: is nested more than 50 deep",),
+    ),
+    "an integer of 5,000 digits": (
+        "train", lambda b: ["--data", b.rows('{"problem": ' + "7" * 5000 + "}")], 2,
+        ("rows.jsonl:1: holds an integer of thousands of digits",),
+    ),
+    "a value of 1 MB": (
+        "train", lambda b: ["--data", b.rows(b.row(solution=f"<answer>{'7' * 2**20}</answer>"))], 2,
+        ("rows.jsonl:1: solution '7777", "has no option letter; write e.g. <answer>B</answer>"),
+    ),
+    "kinds of every type": (
+        "eval", lambda b: ["--samples", "6", "--data", b.rows(
+            *[b.row(n, kind=kind) for n, kind in enumerate((["a", "b"], 3, None, {"x": 1}, "word", True))])], 0,
+        ("['a', 'b']", "\n3 ", "\nmultiple choice", "{'x': 1}", "\nword", "\nTrue", "6 questions; 0 unreadable"),
+    ),
+    "kinds of every type, and rows without media, while training": (
+        "train", lambda b: ["--data", b.rows(b.row(kind=[]), b.row(1, kind=3, video=...), b.row(2, video=[]))], 0,
+        ("2 of 3 questions to train on have no video or image: they are asked as text alone",
+         "step 1: held-out accuracy ", "of all 2 questions; 0 unreadable"),
+    ),
+    "a line that is not UTF-8": (
+        "scan", lambda b: ["--data", latin(b)], 2, ("rows.jsonl:2: is not UTF-8 text", "save the file as UTF-8"),
+    ),
+    "file names that are not UTF-8, with an escape code and a line break": (
+        "train", lambda b: ["--data", b.rows(b.row(video="caf\udce9 \x1b[31m\n.mp4"), b.row(), name="\udce9.jsonl")], 0,
+        (r"skipped \udce9.jsonl:1: ", r"caf\udce9 \x1b[31m\n.mp4: no such file; --video_root says where to look"),
+    ),
+    "such a file name in an evaluation": (
+        "eval", lambda b: ["--data", b.rows(b.row(video="caf\udce9.mp4"), b.row())], 0, ("1 unreadable",),
+    ),
+    "such a file name in a scan": (
+        "scan", lambda b: ["--data", b.rows(b.row(video="caf\udce9.mp4"), b.row())], 0, ("1 bad files, in 1 rows",),
+    ),
+    "a line break in a flag": (
+        "train", lambda b: ["--data", "a\nb\x1b[31m.jsonl"], 2, (r"--data a\nb\x1b[31m.jsonl: no such file",),
+    ),
+    "a weight that is too large": (
+        "train", lambda b: ["--data", f"{b.data['train']}:1e9"], 2, (":1e+09: makes 2.4e+10 rows of 24; lower the",),
+    ),
+    "an endless cache": ("train", lambda b: ["--frame_cache_gb", "inf"], 2, ("--frame_cache_gb inf: must be finite",)),
+    "more frames than a video has": (
+        "train", lambda b: ["--nframes", "64"], 2, ("every sample was skipped, for the reasons above",),
     ),
 }  # fmt: skip
 SLOW = set()

@@ -109,7 +109,7 @@ def test_bad_files_name_the_flag(tmp_path):
     with pytest.raises(DataError, match="--data .*e.jsonl: is empty"):
         read_samples(write(tmp_path / "e.jsonl", "", ""))
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(DataError, match="--data .*b.jsonl: is not UTF-8"):
+    with pytest.raises(DataError, match="b.jsonl:1: is not UTF-8"):
         read_samples(tmp_path / "b.jsonl")
 
 
@@ -166,7 +166,7 @@ def test_a_skip_list_leaves_out_the_rows_of_its_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # relative paths of either side mean the same files
     assert leave_out(read_samples("a/train.jsonl"), listed)[1][0].videos == ("a/a1.mp4",)
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe{")
-    with pytest.raises(DataError, match="--skip_list .*b.jsonl: is not UTF-8"):
+    with pytest.raises(DataError, match="--skip_list b.jsonl:1: is not UTF-8"):
         read_skip_list(tmp_path / "b.jsonl")
     with pytest.raises(DataError, match="--skip_list .*: no such file; python -m video.scan"):
         read_skip_list(tmp_path / "none")

@@ -320,8 +320,10 @@ def test_a_file_cut_short_and_a_stream_of_no_known_kind_say_so(decoder, tmp_path
 
 
 def test_one_frame_and_a_strip_are_refused(decoder, tmp_path):
-    with pytest.raises(VideoError, match="has 1 frames, 2 are needed"):
+    with pytest.raises(VideoError, match="has 1 frames, 2 are needed$"):
         read_video(make_video(tmp_path / "one.mp4", frames=1), VideoSettings(**LOW), FACTOR)
+    with pytest.raises(VideoError, match="has 3 frames, 8 are needed; lower --nframes$"):
+        read_video(make_video(tmp_path / "three.mp4", frames=3), VideoSettings(nframes=8, **LOW), FACTOR)
     with pytest.raises(VideoError, match="differ by more than 200"):
         read_video(make_video(tmp_path / "strip.mp4", height=4, width=1000), VideoSettings(**LOW), FACTOR)
 

@@ -111,7 +111,7 @@ def test_a_run_in_which_nothing_can_be_read_stops_and_says_why():
             return list(loader.batches([[sample] for sample in samples(*texts)]))
 
     with pytest.raises(
-        DataError, match="first 4 samples were skipped, the last .d.jsonl:4. because 4.mp4: RuntimeError"
+        DataError, match="first 4 samples were skipped, the last .d.jsonl:4.: 4.mp4: RuntimeError"
     ):
         run(*["raise"] * 6)
     assert len(run(*["raise"] * 3)) == 3
@@ -132,10 +132,10 @@ class Refusing:
 
 
 @pytest.mark.parametrize("encoder, advice", [
-    (Refusing(VideoError("1.mp4", "no such file")), "1.mp4: no such file; check --video_root; python -m video.scan"),
-    (Refusing(PromptTooLong("1.mp4", "9000 tokens")), "1.mp4: 9000 tokens; raise --max_prompt_tokens, or lower --max"),
-    (Refusing(SampleError("", "the question holds <x>")), "because the question holds <x>; mend the rows"),
-    (Refusing(RuntimeError("odd")), "1.mp4: RuntimeError: odd; python -m video.scan"),
+    (Refusing(VideoError("1.mp4", "no such file")), "1.mp4: no such file; python -m video.scan"),
+    (Refusing(PromptTooLong("1.mp4", "9000 tokens")), "1.mp4: 9000 tokens; raise --max_prompt_tokens; lower --max"),
+    (Refusing(SampleError("", "the question holds <x>")), ": the question holds <x>; mend the rows"),
+    (Refusing(RuntimeError("odd")), "1.mp4: RuntimeError: odd$"),
     ("sleep", "took more than 0.5 s .--decode_timeout.; raise --decode_timeout"),
     ("die", "its worker died .exit code 17.; lower --workers"),
 ])  # fmt: skip

@@ -11,7 +11,7 @@ import os
 import sys
 
 from video.dataset import read_samples, write_rows
-from video.formats import CLIP_FIELDS, MARKS, MULTIPLE_CHOICE, DataError, Sample
+from video.formats import CLIP_FIELDS, MARKS, MULTIPLE_CHOICE, DataError, Sample, printable
 
 
 def to_row(sample: Sample) -> dict:
@@ -44,7 +44,7 @@ def convert(
 ) -> tuple[int, list[str]]:
     """(rows written to `target`, missing files of the rows left out). Raises DataError where no row is left."""
     written, missing = [], []
-    for sample in read_samples(source, video_root):
+    for sample in read_samples(source, video_root, text_only=True):
         gone = [path for path in sample.media if not os.path.exists(path)]
         if gone and not keep_missing:
             missing.append(gone[0])
@@ -67,11 +67,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         written, missing = convert(given.source, given.target, given.video_root, given.keep_missing)
     except (DataError, OSError) as error:
-        print(f"video.convert: error: {error}", file=sys.stderr)
+        print(f"video.convert: error: {printable(error)}", file=sys.stderr)
         return 2
-    print(f"{written} rows written to {given.target}")
+    print(f"{written} rows written to {printable(given.target)}")
     if missing:
-        print(f"{len(missing)} rows left out, their files are missing; the first: {missing[0]}", file=sys.stderr)
+        first = printable(missing[0])
+        print(f"{len(missing)} rows left out, their files are missing; the first: {first}", file=sys.stderr)
     return 0
 
 

@@ -8,13 +8,17 @@ import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from video.formats import DataError, Sample, parse_row
+from video.formats import DataError, Sample, each_row, parse_row, printable
 
 MEDIA = ("image", "images", "video", "videos", "path")  # fields whose bytes are files
 PARQUET_ROWS = 64  # read at a time: rows may hold images
+MOST_ROWS = 10_000_000  # of an epoch that weights may make
+DEEPEST = 50  # lists and objects within each other in a row; those who copy or write a row call themselves as often
 
 
-def read_mixture(specs: str | Iterable[str], video_root: str | Path | None = None) -> list[Sample]:
+def read_mixture(
+    specs: str | Iterable[str], video_root: str | Path | None = None, text_only: bool = False
+) -> list[Sample]:
     """The samples of an epoch: those of all files of `specs`, "FILE" or "FILE:WEIGHT", one file after the other.
 
     The weight is how often each row of that file comes in an epoch: 2 takes all rows twice; 0.25 takes a quarter of
@@ -29,29 +33,54 @@ def read_mixture(specs: str | Iterable[str], video_root: str | Path | None = Non
         weights[path] = weight
     samples = []
     for name, (path, weight) in zip(distinct_names(list(weights)), weights.items()):
-        samples += repeat(read_samples(path, video_root, name), weight, name)
+        own = read_samples(path, video_root, name, text_only=text_only)
+        if weight > 1 and weight * len(own) > MOST_ROWS:
+            raise DataError(f"--data {path}:{weight:g}: makes {weight * len(own):.1e} rows of {len(own)}; "
+                            f"lower the weight, at most {MOST_ROWS} fit")
+        samples += repeat(own, weight, name)
     if not samples:
         raise DataError("--data: the weights leave no row; raise them")
     return samples
 
 
 def read_samples(
-    path: str | Path, video_root: str | Path | None = None, name: str | None = None, flag: str = "--data"
+    path: str | Path, video_root: str | Path | None = None, name: str | None = None, flag: str = "--data",
+    text_only: bool = False,
 ) -> list[Sample]:
     """The samples of a .jsonl or .parquet file, or of a .json file that holds an array of rows.
 
     Relative video paths are joined with `video_root` (default: the folder of the file). An absolute path that does
     not exist is re-rooted there by the longest suffix of it that does: datasets carry paths of their author's disk.
     `name` stands for the file in the keys, `flag` for where it was given in errors. Images and videos that a parquet
-    file holds as bytes are kept as files beside it, in FILE.parquet.media. Raises DataError.
+    file holds as bytes are kept as files beside it, in FILE.parquet.media.
+
+    Raises DataError: for bad rows, of which it names ten; and if no row has a video or image, as with a misspelt field,
+    unless that is expected (`text_only`).
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{flag} {path}: no such file; give a .jsonl file, or run --preset demo, which makes its own")
+        raise DataError(f"{flag} {path}: no such file; a relative path starts at {os.getcwd()}")
     root = Path(video_root) if video_root is not None else path.parent
-    samples = [parse_row(row, key, root, path.stem) for key, row in _rows(path, name or path.name, flag)]
+    name, fields = printable(name or path.name), {}
+
+    def parse(numbered):
+        key, row = f"{name}:{numbered[0]}", numbered[1]
+        row = _json(row, key) if isinstance(row, bytes) else row
+        if not isinstance(row, dict):
+            raise DataError(f"{key}: is a {type(row).__name__}, not an object; write a row as {{\"problem\": ...}}")
+        if _is_deeper(row, DEEPEST):
+            raise DataError(f"{key}: is nested more than {DEEPEST} deep; mend or delete it")
+        fields.update(row)
+        return parse_row(row, key, root, path.stem)
+
+    reader = {".parquet": _parquet, ".json": _array}.get(path.suffix, _lines)
+    samples = each_row(reader(path, flag), parse)
     if not samples:
         raise DataError(f"{flag} {path}: is empty; give a file with one JSON row a line")
+    if not (text_only or any(sample.media for sample in samples)):
+        seen = printable(", ".join(sorted(fields)), 300)
+        raise DataError(f"{flag} {path}: no row has a video or image; its fields are {seen}; name a file in the field "
+                        "video, videos, image or images, or give --text_only to train.py or eval.py")
     return samples
 
 
@@ -69,7 +98,7 @@ def distinct_names(paths: list[str]) -> list[str]:
     for own in parts:
         others = [other for other in parts if other != own]
         count = next(n for n in range(1, len(own) + 1) if all(other[-n:] != own[-n:] for other in others))
-        names.append("/".join(own[-count:]))
+        names.append(printable("/".join(own[-count:])))
     return names
 
 
@@ -79,7 +108,8 @@ def read_skip_list(path: str | Path) -> dict[str, str]:
     if not path.is_file():
         raise DataError(f"--skip_list {path}: no such file; python -m video.scan --data ... --output FILE writes one")
     listed = {}
-    for number, row in _lines(path, f"--skip_list {path.name}", "--skip_list"):
+    for number, line in _lines(path, "--skip_list"):
+        row = _json(line, f"--skip_list {path.name}:{number}")
         if not isinstance(row, dict) or not isinstance(row.get("path"), str):
             raise DataError(f'--skip_list {path.name}:{number}: must be {{"path": ..., "reason": ...}}')
         listed[os.path.abspath(row["path"])] = str(row.get("reason", ""))
@@ -87,10 +117,10 @@ def read_skip_list(path: str | Path) -> dict[str, str]:
 
 
 def write_rows(path: str | Path, rows: Iterable[dict]) -> None:
-    """Writes a .jsonl file, which is there whole or not at all."""
+    """Writes a .jsonl file, which is there whole or not at all. What UTF-8 cannot write is escaped, as JSON has it."""
     partial = Path(f"{path}.part")
     lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
-    partial.write_text("".join(lines), encoding="utf-8")
+    partial.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     os.replace(partial, path)
 
 
@@ -114,32 +144,21 @@ def split_spec(spec: str) -> tuple[str, float]:
     return path, weight
 
 
-def _rows(path: Path, name: str, flag: str) -> Iterator[tuple[str, dict]]:
-    """(key, row) of each row."""
-    reader = {".parquet": _parquet, ".json": _array}.get(path.suffix, _lines)
-    for number, row in reader(path, name, flag):
-        key = f"{name}:{number}"
-        if not isinstance(row, dict):
-            raise DataError(f"{key}: is a {type(row).__name__}, not an object; write a row as {{\"problem\": ...}}")
-        yield key, row
-
-
-def _lines(path: Path, name: str, flag: str) -> Iterator[tuple[int, object]]:
-    """(number, row) of each line. Blank lines are passed over but counted."""
-    lines = _text(path, flag).split("\n")  # splitlines() would also cut at U+2028 inside a string
-    for number, line in enumerate(lines, start=1):
+def _lines(path: Path, flag: str) -> Iterator[tuple[int, bytes]]:
+    """(number, text) of each line. Blank lines are passed over but counted."""
+    for number, line in enumerate(_content(path, flag).split(b"\n"), start=1):
         if line.strip():
-            yield number, _json(line, f"{name}:{number}")
+            yield number, line
 
 
-def _array(path: Path, name: str, flag: str) -> Iterator[tuple[int, object]]:
-    rows = _json(_text(path, flag), name)
+def _array(path: Path, flag: str) -> Iterator[tuple[int, object]]:
+    rows = _json(_content(path, flag), f"{flag} {path}")
     if not isinstance(rows, list):
-        raise DataError(f"{name}: holds no array; write rows as [{{...}}, ...], or one a line in a .jsonl")
+        raise DataError(f"{flag} {path}: holds no array; write rows as [{{...}}, ...], or one a line in a .jsonl")
     return enumerate(rows, start=1)
 
 
-def _parquet(path: Path, name: str, flag: str) -> Iterator[tuple[int, dict]]:
+def _parquet(path: Path, flag: str) -> Iterator[tuple[int, dict]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -153,11 +172,17 @@ def _parquet(path: Path, name: str, flag: str) -> Iterator[tuple[int, dict]]:
         raise DataError(f"{flag} {path}: is not a parquet file ({str(error).splitlines()[0]})") from error
 
 
-def _text(path: Path, flag: str) -> str:
+def _content(path: Path, flag: str) -> bytes:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{flag} {path}: is not UTF-8 text ({error.reason}); give a .jsonl file") from error
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{flag} {path}: cannot be read ({error.strerror})") from error
+
+
+def _is_deeper(value, most: int) -> bool:
+    """Whether lists and objects stand within each other in `value` more than `most` deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return bool(inner) and (most == 0 or any(_is_deeper(item, most - 1) for item in inner))
 
 
 def _with_files(value, folder: Path, is_media: bool = False):
@@ -198,8 +223,14 @@ def _keep(content: bytes, folder: Path) -> str:
     return str(file)
 
 
-def _json(text: str, place: str):
+def _json(text: bytes, place: str):
     try:
-        return json.loads(text)
+        return json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: is not UTF-8 text ({error.reason}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: is not JSON ({error.msg}, column {error.colno}); mend or delete it") from error
+    except RecursionError as error:
+        raise DataError(f"{place}: is nested too deep; mend or delete it") from error
+    except ValueError as error:  # Python reads no integer of more than 4,300 digits
+        raise DataError(f"{place}: holds an integer of thousands of digits; mend or delete it") from error

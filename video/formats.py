@@ -5,17 +5,21 @@ wrong with a row raises DataError; a video that is missing or broken does not, f
 is encoded. Every format may also have `problem_type`, `options`, `completions` and `video_start` / `video_end`.
 """
 import itertools
+import os
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote
 
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 LETTER = re.compile(r"\(?[A-Za-z](?![A-Za-z])")  # "B", "B.", "(B)", "B) red"; not "Blue"
 CHOICE = re.compile(r"\(?([A-Z])(?:[.):](?!\w)|$)")  # as LETTER where free text may come too: not "A man"
 MARKS = re.compile(r"<(?:video|image)>\n?")  # where other trainers put the pixels; here they always come first
+URL = re.compile(r"\w+://[^/?#]*([^?#]*)")  # its path
 MULTIPLE_CHOICE = "multiple choice"
+NAMED = 10  # of many bad rows, so many are named
 CLIP_FIELDS = ("video_start", "video_end", "sample_fps")  # in the order of Clip's
 SUFFIXES = ("", ".mp4", ".mkv", ".webm", ".avi", ".mov")
 FOLDERS = ("", "videos", "video", "data")  # where benchmarks keep their videos, under their own root
@@ -40,6 +44,34 @@ VIDEO_MMMU_FOLDERS = ("Art", "Business", "Engineering", "Humanities", "Medicine"
 
 class DataError(ValueError):
     """A data file or row that cannot be used: one line with the place and the mend."""
+
+
+def printable(text: object, most: int = 4000) -> str:
+    """The first `most` characters of str(text) on one line that any terminal shows: line breaks, escape codes and the
+    stray bytes of a file name that is not UTF-8 appear as in Python's repr."""
+    text = str(text)
+    start = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:most])
+    return start + "…" * (len(text) > most)
+
+
+def each_row(items: Iterable, make: Callable) -> list:
+    """[make(item) for each item]. Raises one DataError for all that `make` refuses by a DataError: how many, and what
+    the first NAMED are about. Mending them one by one would cost a start each."""
+    made, bad, named = [], 0, []
+    for item in items:
+        try:
+            made.append(make(item))
+        except DataError as error:
+            bad += 1
+            if bad <= NAMED:
+                named.append(str(error))
+    if bad == 1:
+        raise DataError(named[0])
+    if bad:
+        which = f", the first {NAMED}" if bad > NAMED else ""
+        listed = "; ".join(printable(error, 300) for error in named)
+        raise DataError(f"{bad} of {bad + len(made)} rows cannot be used{which}: {listed}")
+    return made
 
 
 class Clip(NamedTuple):
@@ -119,7 +151,7 @@ def parse_row(fields: dict, key: str, root: Path, source: str = "") -> Sample:
             if needed <= names:
                 return parse(Row(fields, key, root, source))
     known = "; ".join(" + ".join(sorted(needed)) for needed, _ in FORMATS)
-    raise DataError(f"{key}: has the fields {sorted(fields)}, of no known format; needed are: {known}")
+    raise DataError(f"{key}: has the fields {sorted(fields)!r:.200}, of no known format; needed are: {known}")
 
 
 def reroot(path: str, root: Path) -> str:
@@ -127,15 +159,15 @@ def reroot(path: str, root: Path) -> str:
 
     Of a URL its path counts, so that a row that names a download finds the downloaded file.
     """
-    if "://" in path:
-        path = unquote(urlparse(path).path)
+    if url := URL.match(path):
+        path = unquote(url[1])
     given = Path(path)
     if not given.is_absolute():
         return str(root / given)
-    if not given.exists():
+    if not os.path.exists(given):
         for start in range(1, len(given.parts)):
             candidate = root.joinpath(*given.parts[start:])
-            if candidate.exists():
+            if os.path.exists(candidate):
                 return str(candidate)
     return path
 
@@ -149,7 +181,7 @@ def _video_r1(row: Row) -> Sample:
     """Video-R1: `path` is a video or an image by `data_type`, and the options are not in the question yet."""
     kind, paths = row.text("data_type"), row.paths("path")
     if kind not in ("video", "image"):
-        raise row.error(f'data_type is {kind!r}; it must be "video" or "image"')
+        raise row.error(f'data_type is {kind!r:.200}; it must be "video" or "image"')
     problem = row.text("problem") + ("\nOptions:" if row.texts("options") else "")
     videos, images = (paths, ()) if kind == "video" else ((), paths)
     return _build(row, problem, _tagged(row.text("solution")), videos, images, kind=MULTIPLE_CHOICE)
@@ -176,22 +208,25 @@ def _messages(row: Row) -> Sample:
     The answer is the row's `answer` or `solution`, else the assistant's text, which is a completion in any case.
     """
     turns = {"user": [], "assistant": [], "system": []}
-    for turn in row.get("messages") or ():
-        if not isinstance(turn, dict) or turn.get("role") not in turns:
+    for turn in _listed(row.get("messages")):
+        if not isinstance(turn, dict) or turn.get("role") not in tuple(turns):
             raise row.error(f"a message must have the role user, assistant or system, got {turn!r:.200}")
         turns[turn["role"]].append(turn.get("content"))
     if len(turns["user"]) != 1 or len(turns["assistant"]) > 1:
         counts = f"{len(turns['user'])} user turns and {len(turns['assistant'])} of the assistant"
         raise row.error(f"has {counts}; one is needed")
-    parts = [{"text": part} if isinstance(part, str) else part for part in _listed(turns["user"][0])]
-    if not all(isinstance(part, dict) for part in parts):
+    parts, replies = (
+        [{"text": part} if isinstance(part, str) else part for content in turns[role] for part in _listed(content)]
+        for role in ("user", "assistant")
+    )
+    if not all(isinstance(part, dict) and isinstance(part.get("text") or "", str) for part in (*parts, *replies)):
         raise row.error("a message's content must be a text or a list of parts such as {\"type\": \"video\", ...}")
     media = {kind: [part[kind] for part in parts if part.get(kind)] for kind in ("video", "image")}
     if not all(isinstance(path, str) for paths in media.values() for path in paths):
         raise row.error("a video or image in a message must be a path; give frames as a folder")
     videos, images = (tuple(reroot(path, row.root) for path in paths) or None for paths in media.values())
     clips = [Clip(*(_seconds(row, part.get(name)) for name in CLIP_FIELDS)) for part in parts if part.get("video")]
-    reply = "".join(part if isinstance(part, str) else part.get("text", "") for part in _listed(turns["assistant"]))
+    reply = "".join(part.get("text") or "" for part in replies)
     answer = next((str(value) for name in ("answer", "solution") if (value := row.get(name)) is not None), reply)
     if not answer.strip():
         raise row.error("has no answer; end the messages with the assistant's, or add the field 'answer'")
@@ -229,7 +264,10 @@ def _tempcompass(row: Row) -> Sample:
 def _mmvu(row: Row) -> Sample:
     """MMVU: choices by letter, or none in an open-ended question."""
     videos = tuple(_find(row, path) for path in row.texts("video_path", "video"))
-    choices = {letter: text for letter, text in (row.get("choices") or {}).items() if text}
+    choices = row.get("choices") or {}
+    if not isinstance(choices, dict) or not all(isinstance(text or "", str) for text in choices.values()):
+        raise row.error(f"field 'choices' must be an object of texts, got {choices!r:.200}")
+    choices = {letter: text for letter, text in choices.items() if text}
     if row.get("question_type") == "open-ended" or not choices:
         return _build(row, row.text("question"), str(row.get("answer")).strip(), videos, kind="free-form")
     return _choice(row, tuple(choices.values()), row.text("answer"), *videos)
@@ -250,9 +288,11 @@ def _longvideobench(row: Row) -> Sample:
     options = row.texts("candidates") or tuple(
         option for n in range(5) if (option := row.fields.get(f"option{n}")) not in (None, "N/A")
     )
+    if not all(isinstance(option, str) for option in options):
+        raise row.error(f"its options must be texts, got {options!r:.200}")
     index = row.get("correct_choice")
     if not isinstance(index, int) or not 0 <= index < len(options):
-        raise row.error(f"correct_choice must be the index of one of its {len(options)} options, got {index!r}")
+        raise row.error(f"correct_choice must be the index of one of its {len(options)} options, got {index!r:.200}")
     return _choice(row, options, chr(ord("A") + index), _find(row, row.text("video_path")))
 
 
@@ -291,7 +331,7 @@ def _choice(row: Row, options: tuple[str, ...], answer: str, *videos: str, clips
     elif (found := CHOICE.match(answer.strip())) and ord(found[1]) - ord("A") < len(options):
         letter = found[1]
     else:
-        raise row.error(f"the answer {answer!r} is none of the options {list(options)}")
+        raise row.error(f"the answer {answer!r:.200} is none of the options {list(options)!r:.200}")
     return _build(row, row.text("question"), letter, videos, (), options, MULTIPLE_CHOICE, clips)
 
 
@@ -306,15 +346,21 @@ def _build(
     problem_type = given or guess_type(answer)
     if problem_type == MULTIPLE_CHOICE and not LETTER.match(answer):
         mend = "write e.g. <answer>B</answer>, or set problem_type"
-        raise row.error(f"solution {answer!r} has no option letter; {mend}")
+        raise row.error(f"solution {answer!r:.200} has no option letter; {mend}")
     options = lettered(row.texts("options") if options is None else options)
     if not all(re.search(rf"\b{letter}\W+{re.escape(text)}", problem) for letter, text in _labels(options)):
         problem = "\n".join((problem.rstrip("\n"), *options))
     videos = row.paths("video", "videos") if videos is None else videos
     images = row.paths("image", "images") if images is None else images
+    completions = row.texts("completions") or completions
+    try:
+        "".join((problem, answer, problem_type, *options, *completions)).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise row.error(f"holds half a character ({half!r}), as a text cut within an emoji does; mend or delete it")
     return Sample(
         key=row.key, problem=problem, answer=answer, problem_type=problem_type, videos=videos, images=images,
-        options=options, completions=row.texts("completions") or completions,
+        options=options, completions=completions,
         clips=clips or _clips(row, len(videos)),
         meta={name: value for name, value in row.fields.items() if name not in row.used},
     )
@@ -357,7 +403,7 @@ def _clips(row: Row, count: int) -> tuple[Clip, ...]:
 
 def _seconds(row: Row, value) -> float | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9):
-        raise row.error(f"start, end and sample_fps must be numbers of 0 or more, got {value!r}")
+        raise row.error(f"start, end and sample_fps must be numbers of 0 or more, got {value!r:.200}")
     return value
 
 
@@ -367,9 +413,9 @@ def _find(row: Row, name: str, inner: tuple[str, ...] = ()) -> str:
     path = reroot(name, row.root)
     for top, folder, suffix in itertools.product(FOLDERS, (*inner, ""), SUFFIXES):
         candidate = row.root / top / folder / (name + suffix)
-        if candidate.is_file() or (candidate.is_dir() and not suffix):
+        if os.path.isfile(candidate) or (os.path.isdir(candidate) and not suffix):
             return str(candidate)
-    return path if Path(path).exists() or Path(path).suffix in SUFFIXES[1:] else path + ".mp4"
+    return path if os.path.exists(path) or Path(path).suffix in SUFFIXES[1:] else path + ".mp4"
 
 
 def _tagged(solution: str) -> str:

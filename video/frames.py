@@ -134,7 +134,8 @@ def frame_count(total_frames: int, video_fps: float, settings: VideoSettings) ->
         wanted = min(max(total_frames / video_fps * settings.fps, low), high, total_frames)
         count = math.floor(wanted / FRAME_FACTOR) * FRAME_FACTOR
     if not FRAME_FACTOR <= count <= total_frames:
-        raise ValueError(f"has {total_frames} frames, {max(count, FRAME_FACTOR)} are needed")
+        lower = "; lower --nframes" if settings.nframes and total_frames >= FRAME_FACTOR else ""
+        raise ValueError(f"has {total_frames} frames, {max(count, FRAME_FACTOR)} are needed{lower}")
     return count
 
 
@@ -182,7 +183,7 @@ def frame_size(height: int, width: int, count: int, settings: VideoSettings, fac
 def check_file(path: str) -> None:
     """Raises VideoError unless `path` is a file with something in it."""
     if not os.path.exists(path):
-        raise VideoError(path, "no such file")
+        raise VideoError(path, "no such file; --video_root says where to look")
     if not os.path.isfile(path):
         raise VideoError(path, "is not a file")
     if os.path.getsize(path) == 0:

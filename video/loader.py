@@ -18,10 +18,9 @@ Encoder = Callable[[Sample, str | None], Prompt]
 
 AHEAD = 2  # batches
 GIVE_UP_AFTER = 50  # samples, all skipped for one kind of reason before any could be used: the set-up is at fault
-SCAN = "python -m video.scan --data ... lists all such files"
 ADVICE = {  # kind of reason -> what to do where nothing else happens
-    "VideoError": f"check --video_root; {SCAN}",
-    "PromptTooLong": "raise --max_prompt_tokens, or lower --max_frames (or --nframes) or --max_pixels",
+    "VideoError": "python -m video.scan --data ... lists all such files",
+    "PromptTooLong": "raise --max_prompt_tokens; lower --max_frames (or --nframes), --max_pixels or --image_max_pixels",
     "SampleError": "mend the rows",
     "timeout": "raise --decode_timeout, or lower --workers where the machine is busy",
     "worker died": "lower --workers where memory is short; --workers 0 shows the error where a decoder crashes",
@@ -83,8 +82,8 @@ class PromptLoader(AbstractContextManager):
         if batch and nothing_else and self.give_up_after and self._seen >= self.give_up_after:
             last = batch[-1]
             because = ": ".join(filter(None, (last.path, last.reason)))
-            raise DataError(f"all of the first {self._seen} samples were skipped, the last ({last.key}) because "
-                            f"{because}; {ADVICE.get(last.kind, SCAN)}")
+            because = "; ".join(filter(None, (because, ADVICE.get(last.kind))))
+            raise DataError(f"all of the first {self._seen} samples were skipped, the last ({last.key}): {because}")
         return batch
 
     def _collect(self, sample: Sample, future: Future) -> Prompt | Skipped:
