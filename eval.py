@@ -10,10 +10,16 @@ apart. Every answer goes to predictions.jsonl as it comes: a killed evaluation g
 shows each question with the frames that the model saw. Training evaluates with the same code, so its numbers are these.
 """
 
+if __name__ == "__main__":
+    from video.terminal import prepare_terminal
+
+    prepare_terminal()  # before the slow imports
+
 import argparse
 import dataclasses
 import functools
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -33,11 +39,11 @@ from grpo.config import Config, ConfigError, OneLineParser, add_flag, check, loa
 from grpo.data import draw
 from grpo.inputs import check_answers, say_text_only, split_data
 from grpo.metrics import quiet_libraries
-from grpo.model import ModelError, read_processor
+from grpo.model import read_processor
 from grpo.selfcheck import choose_fast_paths
-from grpo.stops import RunError
+from grpo.stops import exit_code
 from video.dataset import read_samples
-from video.formats import DataError, printable
+from video.formats import DataError
 from video.loader import PromptLoader
 from video.prompt import PromptEncoder
 
@@ -257,11 +263,14 @@ def make_parser():
 
 def main(arguments=None):
     quiet_libraries()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         evaluate(make_parser().parse_args(arguments))
-    except (ConfigError, DataError, ModelError, RunError) as error:
-        print(f"eval.py: error: {printable(error)}", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        print("eval.py: stopped; the same command goes on from the answers that there are", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return exit_code("eval.py", error)
     return 0
 
 

@@ -8,6 +8,11 @@ instead of once per completion; and in the first update pass over a batch the po
 ones, for no weight has changed since sampling.
 """
 
+if __name__ == "__main__":
+    from video.terminal import prepare_terminal
+
+    prepare_terminal()  # before the slow imports
+
 import json
 import os
 import sys
@@ -21,17 +26,15 @@ from evaluation.plot import plot_run
 from evaluation.report import summary_of, summary_table
 from grpo import distributed, update
 from grpo.build import build_policy, build_reference
-from grpo.checkpoint import CheckpointError, load_training
-from grpo.config import ConfigError, parse_config
+from grpo.checkpoint import load_training
+from grpo.config import parse_config
 from grpo.metrics import quiet_libraries
-from grpo.model import ModelError
 from grpo.plan import plan_text
 from grpo.rollout import rollout
 from grpo.run import opened, prepare
-from grpo.stops import RunError, Stopped, listening, lost_process
+from grpo.stops import Stopped, exit_code, listening
 from grpo.warmup import warm_up
 from rewards import parse_rewards
-from video.formats import DataError, printable
 
 
 def grpo(run, policy, reference, optimizer):
@@ -60,7 +63,7 @@ def grpo(run, policy, reference, optimizer):
 def train(config, signalled):
     """A whole run: supervised warm-up where asked for, GRPO, evaluation before and after. Returns the summary.
 
-    Once signalled(), it saves a checkpoint at the next step and raises Stopped.
+    Once signalled() is the number of a signal, it saves a checkpoint at the next step and raises Stopped.
     """
     began, folder = time.time(), Path(config.output)
     processes = distributed.start(config.device, config.shard_size)
@@ -112,8 +115,8 @@ def supervised(run):
         run.choose_fast_paths(policy)
         try:
             warm_up(policy, run)
-        except Stopped:
-            raise Stopped(0) from None  # nothing of it is kept
+        except Stopped as stop:
+            raise Stopped(0, stop.number) from None  # nothing of it is kept
         run.saver.save_weights(folder, policy)
     return folder
 
@@ -132,18 +135,12 @@ def main(arguments=None):
         if not int(os.environ.get("RANK", 0)):
             command = "the same command" + " without --resume no" * (config.resume == "no")
             print(f"train.py: {stop}; {command} goes on from there", file=sys.stderr)
+        return 128 + stop.number  # as a shell has it for a signal: `train.py && eval.py` must not go on
     except KeyboardInterrupt:
         print("train.py: ended at once, without saving", file=sys.stderr)
         return 130
-    except (CheckpointError, ConfigError, DataError, FloatingPointError, ModelError, RunError) as error:
-        print(f"train.py: error: {printable(error)}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if not lost_process(error):
-            raise
-        reason = str(error).splitlines()[0]
-        print(f"train.py: error: another process is gone, see its message: {reason}", file=sys.stderr)
-        return 3
+    except Exception as error:
+        return exit_code("train.py", error)
     return 0
 
 

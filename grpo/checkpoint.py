@@ -91,8 +91,9 @@ class Saver:
             except BaseException as error:  # of a thread: raised by `wait`
                 self.error = error if isinstance(error, CheckpointError) else CheckpointError(f"{target}: {error}")
 
-        self.thread = threading.Thread(target=finish, daemon=True)
-        self.thread.start()
+        thread = threading.Thread(target=finish, daemon=True)
+        thread.start()  # where the system refuses it, there is nothing to wait for
+        self.thread = thread
         return target
 
     def join(self):

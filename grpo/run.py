@@ -22,7 +22,7 @@ from grpo.inputs import check_inputs, clear_run, find_checkpoint, made_before, r
 from grpo.metrics import RunLog, describe_run
 from grpo.model import read_processor
 from grpo.selfcheck import choose_fast_paths
-from grpo.stops import RunError, Stopped, count_bad, memory_message
+from grpo.stops import RunError, Stopped, count_bad, memory_message, out_of_memory
 from rewards.diagnostics import answer_stats
 from video.dataset import DataError
 from video.loader import PromptLoader
@@ -89,15 +89,16 @@ def opened(config, processes, data, signalled, began):
             yield run
         except Exception as error:
             run.saver.join()  # a run that fails keeps the checkpoint that is being written
-            if isinstance(error, torch.OutOfMemoryError):
+            if out_of_memory(error):
                 raise RunError(memory_message(run.prompts, config, error)) from error
             raise
 
 
 @dataclass
 class Run:
-    """One run's surroundings. `state` is what resuming needs beside weights and moments; `signalled` says whether this
-    process has got a signal; `prompts` are those at work; `bad` counts the last steps whose update was left out."""
+    """One run's surroundings. `state` is what resuming needs beside weights and moments; `signalled()` is the number of
+    the signal that this process has got, 0 without one; `prompts` are those at work; `bad` counts the last steps whose
+    update was left out."""
 
     config: Config
     processes: distributed.Processes
@@ -130,10 +131,10 @@ class Run:
                 if isinstance(p, Skipped):
                     self.log.say(f"skipped {p.key}: {p.path}: {p.reason}", everywhere=True)
             stop = self.signalled() or self.saver.failed
-            counts = {"used": len(prompts), "skipped": len(batch) - len(prompts), "stop": stop}
+            counts = {"used": len(prompts), "skipped": len(batch) - len(prompts), "stop": bool(stop)}
             sums = self.processes.sum(counts)
             if sums["stop"]:
-                raise Stopped(step)
+                raise Stopped(step, max(self.processes.gather(self.signalled())))
             self.prompts = prompts
             used[flag] = used.get(flag, 0) + sums["used"]
             if step == last - 1 and not used[flag]:

@@ -1,20 +1,27 @@
 """Ends of a run before its last step: signals, a lost process, too little memory, updates that keep failing."""
 
 import signal
+import sys
 import time
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 
+from grpo.config import ConfigError
+from grpo.model import ModelError
+from video.formats import DataError, printable
+
 PATIENCE = 3  # seconds; torchrun and a terminal may each deliver the same Ctrl-C
+SIGNALS = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM))  # Windows has no SIGHUP
 
 
 class Stopped(Exception):
-    """Raised in every process alike, before `step`, once any of them was asked to stop."""
+    """Raised in every process alike, before `step`, once any of them got the signal of this number."""
 
-    def __init__(self, step):
+    def __init__(self, step, number):
         super().__init__(f"stopped before step {step}")
-        self.step = step
+        self.step, self.number = step, number
 
 
 class RunError(RuntimeError):
@@ -23,24 +30,49 @@ class RunError(RuntimeError):
 
 @contextmanager
 def listening():
-    """Yields a function that says whether SIGTERM or SIGINT has come. A second one, later, ends the run without saving.
+    """Yields a function that returns the number of the first SIGTERM, SIGINT or SIGHUP that has come, 0 if none has. A
+    second signal, later, ends the run without saving.
 
     torchrun passes a signal on and kills after 30 s; where a step and a save take longer (two, where one is being
     written), give it --shutdown_timeout.
     """
-    times = []
+    got = []
 
     def note(number, _):
-        if times and time.monotonic() - times[0] > PATIENCE:
+        if got and time.monotonic() - got[0][1] > PATIENCE:
             raise KeyboardInterrupt
-        times.append(time.monotonic())
+        got.append((number, time.monotonic()))
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, note) for number in heard}
     try:
-        yield lambda: bool(times)
+        yield lambda: got[0][0] if got else 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def exit_code(program, error):
+    """Prints the one line that tells a user of an error; returns the exit code: 3 if another process is gone, else 2.
+    To be called in `except`: it raises again an error that nobody foresaw."""
+    line, code = printable(" ".join(str(error).split())), 2
+    if out_of_memory(error):
+        line = f"out of memory: lower --max_frames, --max_pixels or --eval_batch ({line or type(error).__name__})"
+    elif "can't start new thread" in line:
+        line = "the system starts no more threads: lower --workers, or raise the limit (ulimit -u, pids of a container)"
+    elif not isinstance(error, (ConfigError, DataError, FloatingPointError, ModelError, OSError, RunError)):
+        if not lost_process(error):
+            raise
+        line, code = f"another process is gone, see its message: {str(error).splitlines()[0]}", 3
+    print(f"{program}: error: {line}", file=sys.stderr)
+    return code
+
+
+def out_of_memory(error):
+    """Whether memory ran out. On a CPU torch raises a plain RuntimeError, which its words alone tell from others."""
+    words = ("can't allocate memory", "not enough memory", "bad_alloc", "Storage size calculation overflowed")
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or type(error) is RuntimeError and any(w in str(error) for w in words)
 
 
 def lost_process(error):
@@ -58,7 +90,8 @@ def memory_message(prompts, config, error):
     mends += [] if prompts else ["for weights take more processes, or set --lora_rank"]
     mends += [] if config.gradient_checkpointing else ["or set --gradient_checkpointing"]
     mends += [] if config.freeze_vision else ["or set --freeze_vision"]
-    return f"out of memory on {samples}: lower {', '.join(mends)}; see --plan ({str(error).splitlines()[0]})"
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return f"out of memory on {samples}: lower {', '.join(mends)}; see --plan ({reason})"
 
 
 def count_bad(in_a_row, metrics, config, step):

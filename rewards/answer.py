@@ -1,25 +1,63 @@
 """What a completion answers: the one parser that the training reward and the evaluation share.
 
 Every pattern runs on whitespace-collapsed text and holds no nested repeats, so the time is linear in the length.
+Choices are read in English, and short answers also in Chinese, Japanese, Korean, French, German, Spanish, Italian and
+Portuguese.
 """
 
+import itertools
 import re
 import unicodedata
 
 _TAG = re.compile(r"</?answer>")
 _LETTERS_UNKNOWN = "ABCDEFGHIJ"  # the letters accepted where the options are not known
-_END = r"(?= ?(?:$|[):;,\]]|\.(?!\w)|because\b|since\b))"  # after a letter, so "the answer is A man" names none
-_BARE = re.compile(r"[(\[]?([A-Za-z])[)\].:,;]*")
-_LABEL = re.compile(r"(?:[(\[]([A-Za-z])[)\]][.:]?|([A-Za-z])(?:\)[.:]?|[.:](?= |$))|([A-Z]) [-\u2013\u2014](?= )) ?")
-_CUES = (
-    re.compile(r"(?i:\banswer|\bchoose|\bchoice|\bselect|\bpick|\boption(?= is|:))"
-               r"(?i: (?:is|would be|should be|must be|was))? ?[:=]? ?(?i:option |choice )?[(\[]?([A-Z])" + _END),
-    re.compile(r"(?i:\banswer|\bchoice)(?i: is)? ?[:=]? ?[(\[]([a-z])[)\]]"),
-    re.compile(r"(?i:^(?:the )?(?:option|choice) ?:? ?)[(\[]?([A-Z])" + _END),
-    re.compile(r"(?<![\w'])[(\[]?([A-Z])[)\]]? is (?:the )?(?:correct|right|best|answer)\b"),
+_EDGES = " .,:;!?()[]<>'-。、"  # what may stand around a letter
+_LABEL = re.compile(
+    r"(?:[(\[]([A-Za-z])[)\]][.:]?|([A-Za-z])(?:\)[.:]?|[.:](?=\s|$)|(?=\n))|([A-Z]) [-\u2013\u2014](?= ))\s?"
+)
+_ASIAN = "\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7a3"  # kana, Han and Hangul stand beside a letter without a space
+_REWRITES = (
+    (re.compile(rf"(?<=[{_ASIAN}])(?=[A-Za-z(])|(?<=[A-Za-z.:)])(?=[{_ASIAN}])"), " "),
+    (re.compile(r"(?<!\w)[(\[]([A-Za-z])(?=[)\]])"), lambda found: found[1].upper()),  # "(b)" is "B)"
+    (re.compile(r"(?<![\w'])([A-Za-z])[.:)\]]+ (?=(?:is|was|can|cannot|does|would|should|must)\b)"), r"\1 "),
+    (re.compile(r"^[a-z](?=[.:)](?:\s|$))"), lambda found: found[0].upper()),  # "b) red" is "B) red"
+    (re.compile(r"\b(?:no|without(?: a| any)?) doubt\b", re.IGNORECASE), "surely"),
+    (re.compile(r"\bgo(?:ing)? with\b"), "choose"),
+)
+# A clause ends with a line, a question, a sentence, a label ("B) red"), a comma that is not of a list ("A, B and C"),
+# and before a bracket or a conjunction.
+_BREAK = re.compile(
+    r"\n|(?<=\?)|[;!。]|\.(?= |$)|(?<=\b[A-Za-z])[:)\]]| [-\u2013\u2014] | [(\[]"
+    r"|[,、](?! ?(?:and |or )?[A-Z](?:,| and\b| or\b| are\b))"
+    r"|(?<!anything) (?=(?i:because|since|as|although|while|which|so|but|therefore|thus|hence)\b)"
+    r"| (?=(?:and|or) (?:\w\w|\w is))|(?<=\b[A-Z]) (?=not\b|rather\b|instead\b)|(?=因为|因此|所以|但|而不)"
+)
+_LONG = 1000  # characters; a clause this long chooses and rejects nothing
+# A clause that rejects a choice, or gives a reason.
+_REJECTS = re.compile(
+    r"^ ?(?:because|since|as|although|while)\b|^因为|n't\b|\b(?:do|does|is|would)nt\b|[不非错没别]|아니"
+    r"|\b(?:not|cannot|never|no|nor|neither|wrong|incorrect|false|doubt|unlikely|impossible|except|anything but|avoid"
+    r"|without|rather|instead|reject|(?:exclude|eliminate|rule)d?|pas|nicht|kein|falsch|faux)\b",
+    re.IGNORECASE,
+)
+_ARTICLE = re.compile(  # and the pronoun I
+    r"(?<![\w'-])(?:[Aa] (?!(?:[A-Za-z]|is|was|it|or|and|nor|vs|would|should|must|might|may|could|seems)\b)|[Ii] )"
+    r"(?=[A-Za-z])"
 )
 # A capital that stands alone. "A" before a word is the article, unless that word joins it to another choice.
 _LONE = re.compile(r"(?<![\w'-])(?:([B-HJ-Z])|(A)(?! (?!or\b|and\b|nor\b|vs\b)\w))(?![\w'-])")
+_TOKEN = re.compile(rf"[{_ASIAN}]|[^\s:={_ASIAN}]+")
+_CUES = frozenset(
+    "answer option choice choose select pick correct réponse antwort respuesta opción risposta resposta"
+    " 答 选 選 択 답".split()
+)
+# What else may stand beside the letter in a clause that chooses it.
+_WORDS = _CUES | frozenset(
+    "the my final letter right best true only is was be will would should must might may could seems so thus "
+    "therefore hence then and or but i'd i'll i'm it it's that that's this one here chose selected picked think "
+    "believe guess say conclude most likely probably definitely surely undoubtedly clearly perhaps maybe yes ok "
+    "la le bonne est c'est donc je choisis lettre die ist also correcta es corretta correta è é".split()
+) | frozenset("案是为择正确对应该所以因此我故项的最终但和或えはがです解정은이입니다")
 
 
 def answers_given(completion: str, strict: bool = True) -> tuple[str, ...]:
@@ -61,32 +99,61 @@ def answer_text(completion: str, strict: bool = True) -> str | None:
 def choice_letters(text: str, options: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The letters that `text` names as its choice: () for none, one for an answer, more for a text that hedges.
 
-    Only letters of existing options count (A to J where the options are unknown). Accepted: the letter alone in any
-    dress ("b", "(B)", "**B**.", "\\boxed{B}"); a label before text ("B) red", "B. red"); a phrase ("The answer is B",
-    "Option B", "B is correct"); the whole text of exactly one option. A letter inside a word, a lone article, and a
-    label whose text is another option's are no answer.
+    Only letters of existing options count (A to J if the options are unknown). The letter alone ("b", "(B)?") and the
+    whole text of exactly one option choose it. Any other text is cut into clauses. Those that reject, ask or give a
+    reason are left out: "A is wrong, so B" chooses B. The others choose as `_chosen` says. A letter inside a word, a
+    lone article, and a label whose text is another option's are no answer.
     """
     valid = [chr(ord("A") + i) for i in range(len(options))] or list(_LETTERS_UNKNOWN)
     text = _plain(text)
-    if bare := _BARE.fullmatch(text):
-        letter = bare[1].upper()
-        return (letter,) if letter in valid else ()
+    bare = text.strip(_EDGES).upper()
+    if _is_letter(bare):
+        return (bare,) if bare in valid else ()
     texts = [_option_text(option, letter) for option, letter in zip(options, valid)]
     if same := _letters_of(_bare_text(text), texts):
         return same
-
-    named = set()
-    if label := _LABEL.match(text):
+    if (label := _LABEL.match(text)) and (same := _letters_of(_bare_text(text[label.end():]), texts)):
         letter = _label_letter(label)
-        if same := _letters_of(_bare_text(text[label.end():]), texts):
-            return (letter,) if letter in same else tuple(sorted({letter, *same}))
-        named.add(letter)
-    for cue in _CUES:
-        named |= {found[1].upper() for found in cue.finditer(text)}
-    lone = {found[1] or found[2] for found in _LONE.finditer(text)}
+        return (letter,) if letter in same else tuple(sorted({letter, *same}))
+
+    named, lone = set(), set()
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    for clause in dict.fromkeys(_BREAK.split(text)):
+        if clause.endswith("?") or len(clause) < _LONG and _REJECTS.search(clause):
+            continue
+        lone |= {found[1] or found[2] for found in _LONE.finditer(clause)}
+        named |= _chosen(clause) if len(clause) < _LONG else set()
     letters = sorted((named | lone) & set(valid))
     # A lone capital is evidence against another choice, never a choice: "vitamin C" answers nothing.
     return tuple(letters) if named & set(valid) or len(letters) > 1 else ()
+
+
+def _chosen(clause: str) -> set[str]:
+    """The letters, upper case, that a clause chooses: those in a run of known words.
+
+    The run is the whole clause ("so B", "I think B"); or it holds a cue and ends the clause ("After all that, the
+    answer is B"); or it starts the clause, with the letter before the cue ("B is correct for both"). A small letter
+    always needs a cue.
+    """
+    words = [word for part in _TOKEN.findall(_ARTICLE.sub("", clause)) if (word := part.strip(_EDGES))]
+    letters, end = set(), 0
+    for known, run in itertools.groupby(words, lambda word: _is_letter(word) or word.lower() in _WORDS):
+        run = list(run)
+        start, end = end, end + len(run)
+        found = {word for word in run if _is_letter(word)}
+        if not known or not found:
+            continue
+        named = [word for word in run if word in found or word.lower() in _CUES]
+        cued = not found.issuperset(named)
+        whole = len(run) == len(words) and all(word.isupper() for word in found)
+        if whole or cued and (end == len(words) or start == 0 and named[0] in found):
+            letters |= {letter.upper() for letter in found}
+    return letters
+
+
+def _is_letter(word: str) -> bool:
+    return len(word) == 1 and word.isascii() and word.isalpha()
 
 
 def choice_letter(text: str, options: tuple[str, ...] = ()) -> str | None:
@@ -96,17 +163,15 @@ def choice_letter(text: str, options: tuple[str, ...] = ()) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """`text` with full-width forms folded, mark-up removed and whitespace collapsed; a first line "B" becomes "B."."""
-    text = re.sub(r"\\(?:boxed|text|textbf|mathrm) ?\{|[*_`$}{\"\u201c\u201d]", "", unicodedata.normalize("NFKC", text))
-    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
-    if len(lines) > 1 and len(lines[0]) == 1:
-        lines[0] += "."
-    return " ".join(lines).strip(" '")
+    """`text` with full-width forms folded, mark-up removed and whitespace collapsed within its lines."""
+    text = unicodedata.normalize("NFKC", text).replace("\u2019", "'")
+    text = re.sub(r"\\(?:boxed|text|textbf|mathrm) ?\{|[*_`$}{\"\u201c\u201d【】「」『』]", "", text)
+    return "\n".join(" ".join(line.split()) for line in text.splitlines() if line.strip()).strip(" '")
 
 
 def _bare_text(text: str) -> str:
-    """`text` for comparison: case folded, without the punctuation at its end."""
-    return text.casefold().rstrip(" .,:;!?'").lstrip(" '")
+    """`text` for comparison: case folded, on one line, without the punctuation at its end."""
+    return " ".join(text.casefold().split()).rstrip(" .,:;!?'").lstrip(" '")
 
 
 def _letters_of(text: str, texts: list[str]) -> tuple[str, ...]:

@@ -376,6 +376,15 @@ def test_killed_at_five_random_moments_and_resumed_gives_the_same_bytes(tmp_path
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_an_interrupted_evaluation_ends_with_one_line(tmp_path, demo, tiny_folder, monkeypatch, capsys):
+    def interrupt(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Predictions, "add", interrupt)
+    assert run(tiny_folder, tmp_path, "--data", str(demo), "--samples", "3")[0] == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("eval.py: stopped; the same command goes on")
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_answers_of_one(tmp_path, demo, tiny_folder):
     """With an odd number of batches: one process decodes once more than the other, so no forward may be collective."""

@@ -185,7 +185,7 @@ MISTAKES = {
         "scan", lambda b: ["--data", b.rows(b.row(video="caf\udce9.mp4"), b.row())], 0, ("1 bad files, in 1 rows",),
     ),
     "a line break in a flag": (
-        "train", lambda b: ["--data", "a\nb\x1b[31m.jsonl"], 2, (r"--data a\nb\x1b[31m.jsonl: no such file",),
+        "train", lambda b: ["--data", "a\nb\x1b[31m.jsonl"], 2, (r"--data a b\x1b[31m.jsonl: no such file",),
     ),
     "a weight that is too large": (
         "train", lambda b: ["--data", f"{b.data['train']}:1e9"], 2, (":1e+09: makes 2.4e+10 rows of 24; lower the",),

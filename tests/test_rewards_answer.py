@@ -100,7 +100,6 @@ LETTERS = [  # text, options, letter
     ("A. or B.", (), None),
     ("(A) (B)", (), None),
     ("The answer is A or B", (), None),
-    ("The answer is B, not C", (), None),
     ("Both A and B", (), None),
     ("Neither A nor B is correct", (), None),
     ("A. red B. blue", (), None),
@@ -139,6 +138,97 @@ LETTERS = [  # text, options, letter
     ("-5", ("5", "-5"), "B"),
     ("0.5", ("0.5", "5"), "A"),
     ("yes", ("Yes", "No"), "A"),
+]
+
+PHRASES = {  # what the texts have in common: (the letter chosen, texts); no options are known
+    "other languages": ("B", [
+        "答案是B", "选B", "选B。", "B。", "B、", "答案：B", "答案：（B）", "答案为B", "正确答案是B。", "我选择B",
+        "应该选B", "所以选B", "故选B", "因此答案是B", "选项B", "B选项", "B是正确的", "B.红色", "【B】", "选b",
+        "根据视频，答案是B。", "根据视频答案是B", "答えはBです", "正解はBです", "정답은 B입니다", "정답: B",
+        "Réponse : B", "La réponse est B", "La bonne réponse est B.", "C'est B", "Antwort: B",
+        "Die richtige Antwort ist B", "La respuesta correcta es B", "Opción B", "La risposta è B", "A resposta é B",
+    ]),
+    "elimination in other languages": ("B", [
+        "A不对，选B", "A错了，所以选B", "A错所以选B", "选B，因为A不对", "选B而不是A", "A是错的，B是对的",
+    ]),
+    "the letter and a mark": ("B", [
+        "B?", "(B)?", "B!", "B...", "<B>", "- B", "(B", "B]",
+    ]),
+    "a small letter after a cue": ("B", [
+        "option b", "Option b.", "choice b", "answer: b", "the answer is b",
+    ]),
+    "the letter A is no article": ("A", [
+        "option a", "Option (a)", "(a) dog", "Answer A", "A is correct", "A is right.", "A is the right choice",
+        "Option A", "A would be correct", "A it is", "Most likely A", "A person walks. A",
+    ]),
+    "an article is not the letter A": ("B", [
+        "A correct answer is B", "A good answer is B", "A man walks, so B",
+    ]),
+    "a conclusion": ("B", [
+        "So, B.", "Thus B", "Therefore, B.", "It's B", "It is B.", "I think B", "I believe it is B.", "I'd say B",
+        "Yes, B", "I would go with B", "I select option B.", "My final answer is B.", "The correct letter is B",
+        "Probably B", "It must be B.", "In conclusion, B", "The man moves left; therefore B",
+        "The car is blue so the answer is B", "Watching the clip closely the answer is B", "It is blue.\nB",
+        "Answer:B", "Answer:\n\nB. blue", "answer = B", "The answer is:\nB", "Explanation: it is blue.\nAnswer: B",
+        "Not sure, but B", "B, no doubt", "No, B",
+    ]),
+    "text after the letter": ("B", [
+        "B, because it is blue", "B because it is blue", "B since it is blue", "B (blue)", "Option B: blue",
+        "B: A man", "The answer is (B) blue", "The answer is B, which is blue", "I choose B as the answer",
+        "B. is correct", "B is correct according to the video", "B is the correct answer to the question",
+        "(B) is the answer",
+    ]),
+    "the others are wrong": ("B", [
+        "A is wrong, so B", "A is wrong so B", "A is wrong. B", "A is wrong and B is right",
+        "A and C are wrong, so B", "A, C, and D are wrong. The answer is B.", "Not A but B", "Not A. B.",
+        "It can't be A, so it must be B", "I rule out A and choose B", "I don't think it is A. I choose B.",
+        "B because A is wrong", "B, since C is too far", "B because A and C are wrong", "B rather than A",
+        "B instead of A", "Is it A? The answer is B.", "A? No, B.", "Neither A nor C, so B",
+        "The answer is B. A is wrong.",
+    ]),
+    "a choice rejected": (None, [
+        "Don't pick A", "Do not pick A", "Don\u2019t choose A", "dont pick A", "I would not choose A", "never A",
+        "I reject A", "I wouldn't choose A", "A. is wrong", "A) is wrong", "(A) is wrong", "A isn't right",
+        "A is not the answer", "A cannot be right", "Option A is wrong", "The answer A is wrong",
+        "Choose anything but A", "All except A", "I doubt that the answer is A", "It is unlikely to be A",
+        "It is impossible that the answer is A", "I rule out A", "Neither A nor B", "不选A", "不是A", "答案不是A",
+        "A不对", "我不认为答案是A", "La réponse n'est pas A", "Die Antwort ist nicht A", "La respuesta no es A",
+    ]),
+    "a question": (None, [
+        "Could it be A?", "Should I choose A?", "Is A correct?", "A or B?", "A? No.",
+    ]),
+    "a letter in a description": (None, [
+        "A is right of the car", "B is right of the car", "A is right there", "A is to the right of B",
+        "A is going right", "The best part is A man", "the shirt says B", "The first letter is A",
+        "Person A is right", "Plan B", "It was a", "The man chose B", "Option A shows a man",
+        "You should turn right at A",
+    ]),
+    "several choices": (None, [
+        "B or C?", "A or maybe B", "A and then B", "A, B and C", "A & B", "A is right, B is right",
+        "A, but B is possible", "A is correct. B is also correct.", "The answers are A and C", "选A或B", "选A和B",
+        "The answer is A. Answer: B",
+    ]),
+}  # fmt: skip
+
+DEBATABLE = [  # text, letter, why this reading
+    ("The answer is B, not C", "B", "what B is chosen over is no second choice, as in 'A is wrong, so B'"),
+    ("B, not A, not C", "B", "as above"),
+    ("Perhaps B", "B", "doubt about the one letter named; a guess is what the question asks for"),
+    ("It could be B", "B", "as above"),
+    ("There is no doubt that the answer is A", "A", "'no doubt' is read as 'surely', no other double negation is"),
+    ("A is not wrong", None, "not wrong is not yet right, and double negations are not read"),
+    ("the answer is a", "A", "an article would have a noun after it"),
+    ("so a", None, "a small a without a cue is more often the start of something that was cut"),
+    ("Is the answer B? Yes.", None, "the letter stands in a question; what answers it names none"),
+    ("A because it is red, or B", None, "names two"),
+    ("The options are A, B and C. The answer is B.", None, "a list beside a choice looks like a hedge"),
+    ("I see C, so the answer is B", None, "a capital that stands alone counts against another choice"),
+    ("The answer is B blue", None, "the letter could start a name, as in 'vitamin B complex'"),
+    ("B红色", None, "as above"),
+    ("A: B", None, "'A:' may be short for 'answer', or the first label"),
+    ("A错B对", None, "two clauses without a mark between them are one clause, and it rejects"),
+    ("The man would pick B", "B", "'pick' is a cue, whoever picks"),
+    ("1. B", "B", "a numbered list of one"),
 ]
 
 ANSWERS = [  # completion, strict answer, lenient answer
@@ -186,13 +276,25 @@ ANSWERS = [  # completion, strict answer, lenient answer
 
 
 def test_the_tables_are_as_large_as_promised():
-    assert len({case[:2] for case in LETTERS}) >= 100, "parser outputs: 60 at least"
+    phrases = [text for _, texts in PHRASES.values() for text in texts]
+    assert len({case[:2] for case in LETTERS}) + len({*phrases, *(case[0] for case in DEBATABLE)}) >= 300
     assert len({case[0] for case in ANSWERS}) >= 35
 
 
 @pytest.mark.parametrize(("text", "options", "letter"), LETTERS)
 def test_choice_letter(text, options, letter):
     assert choice_letter(text, options) == letter
+
+
+@pytest.mark.parametrize("group", PHRASES)
+def test_phrases(group):
+    letter, texts = PHRASES[group]
+    assert [text for text in texts if choice_letter(text) != letter] == []
+
+
+@pytest.mark.parametrize(("text", "letter", "why"), DEBATABLE)
+def test_debatable_texts(text, letter, why):
+    assert choice_letter(text) == letter, why
 
 
 @pytest.mark.parametrize(("completion", "strict", "lenient"), ANSWERS)
@@ -230,6 +332,14 @@ def test_several_answers_are_told_from_none():
         "\\boxed{",
         "1,",
         "\ufb03",
+        "A is wrong, ",
+        "so B ",
+        "答",
+        "选A",
+        "A, ",
+        "(b) ",
+        "I ",
+        "no doubt ",
     ],
 )
 def test_100_000_characters_take_less_than_50_ms(unit):

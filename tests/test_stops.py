@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from processes import command, finish, metrics_of, start, wait_for
 import train
 from grpo import update
 from grpo.checkpoint import checkpoints
-from grpo.stops import RunError, count_bad, lost_process, memory_message
+from grpo.stops import RunError, count_bad, listening, lost_process, memory_message
 
 ENDLESS = ("--steps", "400", "--save_every", "1000")
 
@@ -28,12 +29,14 @@ def children(process):
     return [int(line) for line in listed.stdout.split()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_saves_and_ends_with_0(world, tmp_path, number):
+@pytest.mark.parametrize("number", [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow)
+                                                      for number in (signal.SIGINT, signal.SIGHUP))])  # fmt: skip
+def test_a_signal_saves_and_ends_with_its_own_exit_code(world, tmp_path, number):
+    """Not 0: `train.py && eval.py` would take the run for finished."""
     process = start(1, tmp_path, world, *ENDLESS)
     wait_for(lambda: len(trained(tmp_path)) >= 2, process)
     process.send_signal(number)
-    output = finish(process)
+    output = finish(process, expect={signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}[number])
     done = len(trained(tmp_path))
     assert [c.name for c in checkpoints(tmp_path)] == [f"checkpoint-{done}"]
     assert "Traceback" not in output and f"stopped before step {done}; the same command goes on" in output
@@ -44,9 +47,10 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(world, tmp
     process = start(2, tmp_path, world, *ENDLESS)
     wait_for(lambda: len(trained(tmp_path)) >= 2, process)
     os.kill(children(process)[1], signal.SIGTERM)
-    output = finish(process)
+    output = finish(process, expect=1)  # torchrun's own exit code, after a report of both
     done = len(trained(tmp_path))
-    assert [c.name for c in checkpoints(tmp_path)] == [f"checkpoint-{done}"] and "Traceback" not in output
+    assert [c.name for c in checkpoints(tmp_path)] == [f"checkpoint-{done}"]
+    assert "exitcode  : 143" in output and 'train.py", line' not in output, "a traceback of torchrun's is not ours"
 
 
 @pytest.mark.slow
@@ -58,6 +62,18 @@ def test_a_process_that_dies_ends_the_other_within_a_minute(world, tmp_path):
     output = finish(process, expect=1)
     assert time.monotonic() - began < 60
     assert "Signal 9 (SIGKILL)" in output, "torchrun says who died, and of what"
+
+
+def test_a_run_under_nohup_takes_no_notice_of_a_terminal_that_closes():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with listening() as signalled:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signalled() == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signalled() == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_updates_that_keep_failing_stop_the_run(world, tmp_path, monkeypatch, capsys):
@@ -88,6 +104,32 @@ def test_out_of_memory_names_samples_tokens_and_flags(world, tmp_path, monkeypat
     for words in ("out of memory on ", ".jsonl:", " tokens)", "--max_frames", "--prompts_per_forward", "Tried to"):
         assert words in error
     assert "more" not in error and "--freeze_vision" in error
+
+
+@pytest.mark.parametrize(
+    "allocate", [lambda: torch.empty(10**16), lambda: torch.empty(2**62, 2**20), lambda: [0] * 10**17]
+)
+def test_a_cpu_out_of_memory_gets_the_answer_of_a_gpu(world, tmp_path, monkeypatch, capsys, allocate):
+    """There torch raises a plain RuntimeError, and Python a MemoryError without words."""
+    monkeypatch.setattr(update, "update", lambda *given: allocate())
+    assert train.main(command(1, tmp_path, world)[2:]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "error: out of memory on " in error and " tokens)" in error and "--group_size" in error
+
+
+@pytest.mark.parametrize("name", ["finish", "_serve"])
+def test_a_limit_on_threads_is_one_line(world, tmp_path, monkeypatch, capsys, name):
+    """Of the thread that writes checkpoints, and of those that serve decoding workers."""
+    begin = threading.Thread.start
+
+    def start(thread):
+        if getattr(thread._target, "__name__", "") == name:
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert train.main(command(1, tmp_path, world, "--workers", str(int(name == "_serve")))[2:]) == 2
+    assert "the system starts no more threads: lower --workers" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_out_of_memory_before_the_first_step_is_one_line_too(world, tmp_path, monkeypatch, capsys):

@@ -101,11 +101,11 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(flags, monkeypatch, capsys)
 
 def test_the_hint_after_a_stop_is_a_command_that_goes_on(flags, monkeypatch, capsys):
     def stop(*_):
-        raise Stopped(2)
+        raise Stopped(2, 15)
 
     monkeypatch.setattr(train, "train", stop)
     for more, words in (((), "the same command"), (("--resume", "no"), "the same command without --resume no")):
-        assert train.main([*flags, *more]) == 0
+        assert train.main([*flags, *more]) == 143
         assert f"stopped before step 2; {words} goes on from there" in capsys.readouterr().err
 
 

@@ -5,8 +5,14 @@
 
 A file counts as bad where training would skip it: the same frames are decoded, in worker processes with a time limit.
 """
+if __name__ == "__main__":
+    from video.terminal import prepare_terminal
+
+    prepare_terminal()  # before the slow imports
+
 import argparse
 import os
+import signal
 import sys
 from dataclasses import fields
 from functools import partial
@@ -74,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         kind = int if "int" in str(item.type) else float
         parser.add_argument(f"--{item.name}", type=kind, default=item.default, help=f"As in train.py [{item.default}].")
     given = parser.parse_args(arguments)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if not Path(given.output).absolute().parent.is_dir():
             raise DataError(f"--output {given.output}: there is no such folder; make it first")
@@ -81,10 +88,14 @@ def main(arguments: list[str] | None = None) -> int:
         samples = read_mixture(given.data, given.video_root)
         bad = scan(samples, settings, given.workers, given.decode_timeout)
         write_rows(given.output, bad)
+    except KeyboardInterrupt:
+        print("video.scan: stopped; no list was written", file=sys.stderr)
+        return 130
     except (DataError, ValueError, OSError) as error:
         print(f"video.scan: error: {printable(error)}", file=sys.stderr)
         return 2
-    print(f"{len(bad)} bad files, in {len({row for entry in bad for row in entry['rows']})} rows: {given.output}")
+    rows = {row for entry in bad for row in entry["rows"]}
+    print(f"{len(bad)} bad files, in {len(rows)} rows: {printable(given.output)}")
     return 0
 
 
