@@ -15,7 +15,8 @@ def vision_grid_positions(grid, merge_size, seconds_per_grid, tokens_per_second)
     """Returns the (3, t·h·w / merge²) positions of one image or video, counted from zero.
 
     grid: (t, h, w) in patches. Time steps are `int(step · seconds_per_grid · tokens_per_second)` apart for Qwen2.5-VL
-    (both given; an image has 0 seconds) and 1 apart for Qwen2-VL (tokens_per_second None).
+    (both given; an image has 0 seconds) and 1 apart for Qwen2-VL (tokens_per_second None). transformers 4.57.1 cuts
+    seconds_per_grid to an integer before it multiplies (0.5 becomes 0); transformers 5 and this function do not.
     """
     t, h, w = int(grid[0]), int(grid[1]) // merge_size, int(grid[2]) // merge_size
     time = torch.arange(t)
