@@ -5,8 +5,8 @@
 
 DeepSeekMath, arXiv 2402.03300, eq. 3-4; separate low and high clip from DAPO, arXiv 2503.14476; k3 from
 http://joschu.net/blog/kl-approx.html. The weights w_t hold the whole normalisation, so that micro-batches and ranks
-simply add up. TRL 1.16 multiplies k3_t by r_t (`use_bias_correction_kl`, on by default), which changes the gradient even
-where r_t = 1; DeepSeekMath and this file do not.
+simply add up. TRL 1.16 multiplies k3_t by r_t (`use_bias_correction_kl`, on by default), which changes the gradient
+even if r_t is 1; DeepSeekMath and this file do not.
 """
 
 import torch

@@ -20,7 +20,7 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import video.formats  # noqa: F401  the class of the samples, before a folder of the user's stands first on sys.path
+from video.formats import printable  # and so the class of the samples, before a user's folder is first on sys.path
 
 IMPORT_SECONDS = 120.0  # for the user's file and all that it imports
 ORPHAN_SECONDS = 5.0  # after its limit a process that holds the interpreter ends itself, if the trainer was killed
@@ -193,4 +193,4 @@ def arguments_needed(function) -> int | None:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return printable(" ".join(f"{type(error).__name__}: {error}".split()), 300)

@@ -77,6 +77,12 @@ def latin(b):
     return path
 
 
+def reward(b, text):
+    """The flags of a reward whose file holds `text`."""
+    (b.folder / "mine.py").write_text(text)
+    return ["--reward", "accuracy:1", "mine.py:f", "--reward_timeout", "1"]
+
+
 MISTAKES = {
     "a data file that is not there": (
         "train", lambda b: ["--data", "gone.jsonl"], 2,
@@ -191,11 +197,27 @@ MISTAKES = {
         "train", lambda b: ["--data", f"{b.data['train']}:1e9"], 2, (":1e+09: makes 2.4e+10 rows of 24; lower the",),
     ),
     "an endless cache": ("train", lambda b: ["--frame_cache_gb", "inf"], 2, ("--frame_cache_gb inf: must be finite",)),
+    "a reward file that lacks a module": (
+        "train", lambda b: reward(b, "import gone"), 2,
+        ("--reward mine.py:f: mine.py cannot be imported: ModuleNotFoundError: No module named 'gone'",),
+    ),
+    "a reward file that ends the program": (
+        "train", lambda b: reward(b, "import os; os._exit(4)"), 2,
+        ("--reward mine.py:f: mine.py cannot be imported: its process ended with exit code 4",),
+    ),
+    "a reward that ends the program": (
+        "train", lambda b: reward(b, "import os\ndef f(completion, sample): os._exit(3)"), 0,
+        ("reward f failed in 2 of 2 groups, scored 0: its process ended with exit code 3",),
+    ),
+    "a reward that never lets go": (
+        "train", lambda b: reward(b, "import re\ndef f(text, sample): return re.match('(a+)+$', 'a' * 40 + 'b')"), 0,
+        ("reward f failed in 2 of 2 groups, scored 0: no result within 1 s",),
+    ),
     "more frames than a video has": (
         "train", lambda b: ["--nframes", "64"], 2, ("every sample was skipped, for the reasons above",),
     ),
 }  # fmt: skip
-SLOW = set()
+SLOW = {"a reward that never lets go", "a reward that ends the program"}
 
 
 @pytest.mark.parametrize(

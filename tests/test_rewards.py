@@ -438,7 +438,7 @@ async def limited(completion, sample):
     async with limit:
         await asyncio.sleep(0.1)
     return 1.0
-def long(completion, sample): raise ValueError("line\\n" * 500)
+def long(completion, sample): raise ValueError("\\x1b[31m" + completion + "line\\n" * 500)
 def changes(completion, sample):
     sample.meta.setdefault("seen", []).append(completion)
     return len(sample.meta["seen"])
@@ -537,7 +537,8 @@ def test_a_user_reward_gets_a_copy_of_the_sample(mine):
 
 
 def test_a_message_of_a_user_reward_is_one_line_of_300_characters(mine):
-    assert user(mine, "long", ["a"]).errors == {"long": ("ValueError: " + "line " * 500)[:300]}
+    message = user(mine, "long", ["\ud83d"]).errors["long"]
+    assert message.startswith(r"ValueError: \x1b[31m\ud83dline line ") and len(message) <= 310 and message.isprintable()
 
 
 @pytest.mark.parametrize(
