@@ -2,9 +2,13 @@
 
 import copy
 import os
-from contextlib import contextmanager
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,8 +19,10 @@ from torch.distributed.tensor import DTensor
 from grpo import model as models
 from grpo.config import ConfigError
 
-# For others: one process may build the demo or write 15 GB alone. One that dies is noticed by torchrun at once.
+# For others: one process may build the demo or write 15 GB alone. `watch_others` notices one that dies.
 PATIENCE = timedelta(minutes=30)
+GRACE = 3  # seconds for a process to end by itself, with a message of its own, once another one is gone
+finished = threading.Event()  # every process is done: from now on they may leave
 
 
 @dataclass
@@ -80,12 +86,55 @@ def start(device="auto", shard_size=0):
     store = dist.HashStore() if world == 1 else None  # None: torchrun's
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     shape, names = ((world,), ("shard",)) if size == world else ((world // size, size), ("replicate", "shard"))
-    return Processes(rank, world, device, init_device_mesh(kind, shape, mesh_dim_names=names))
+    processes = Processes(rank, world, device, init_device_mesh(kind, shape, mesh_dim_names=names))
+    if world > 1:
+        pids = [pid for node, pid in processes.gather((_node(), os.getpid())) if node == _node()]
+        threading.Thread(target=watch_others, args=(pids,), daemon=True).start()
+    return processes
 
 
 def stop():
+    """Leaves the process group, once every process is done."""
     if dist.is_initialized():
+        dist.barrier()
+        finished.set()
         dist.destroy_process_group()
+
+
+def watch_others(pids):
+    """Ends this process with code 3, GRACE seconds after a process of any node has died, of whatever.
+
+    For a thread: NCCL's collectives wait for a dead process for ever, and no signal handler runs meanwhile. pids are
+    those of this node; processes tell each other of other nodes through torchrun's store.
+    """
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    while not (any(_is_gone(pid) for pid in pids) or _is_lost(store)):
+        time.sleep(1)
+    with suppress(dist.DistError):  # the store may be gone, too
+        store.set("a process is lost", "1")
+    if not finished.wait(GRACE):
+        name = Path(sys.argv[0]).name
+        print(f"{name}: error: another process is gone, see its message or torchrun's", file=sys.stderr, flush=True)
+        os._exit(3)  # the main thread may be inside a collective, out of reach
+
+
+def _node():
+    return int(os.environ.get("GROUP_RANK", 0))  # torchrun's name for it
+
+
+def _is_gone(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def _is_lost(store):
+    try:
+        return store.check(["a process is lost"])
+    except dist.DistError:  # of the process that holds it: torchrun's on the first node
+        return True
 
 
 def shard(policy, processes, dtype=None):
