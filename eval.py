@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoProcessor
 
 from evaluation.benchmarks import BENCHMARKS, benchmark_score, read_benchmark
 from evaluation.evaluate import CONTROLS, Progress, paired, predict, summarise
@@ -68,7 +67,7 @@ class Variant:
 
 
 def find_checkpoint(flag, path):
-    """The local folder of a checkpoint folder or hub name. Raises ConfigError."""
+    """The local folder of a checkpoint folder or hub name. Raises ConfigError, and as `read_processor`."""
     folder = Path(path)
     if not folder.exists():
         try:
@@ -82,6 +81,7 @@ def find_checkpoint(flag, path):
         raise ConfigError(
             f"{flag} {path}: has no config.json; give the folder of a checkpoint, such as RUN/checkpoint-400"
         )
+    read_processor(folder)
     return folder
 
 
@@ -160,7 +160,7 @@ def answer(variants, samples, config, temperature, predictions, processes):
                     continue
                 if loaded != folder:
                     policy = None  # the memory of the other checkpoint
-                    processor = AutoProcessor.from_pretrained(folder)
+                    processor = read_processor(folder)
                     # No masters: what is computed in is what is held, half the memory and the same numbers.
                     policy, loaded = build_policy(folder, config, processor, processes, trained=False), folder
                     say = print if processes.is_main else lambda line: None
@@ -196,7 +196,6 @@ def evaluate(arguments):
     if processes.is_main:
         say_text_only(samples, "to answer", print)
     settings = settings_of(config, samples, arguments.temperature, processes.device.type)
-    read_processor(folder)
     try:
         predictions = Predictions(output, settings, processes)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:

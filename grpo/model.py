@@ -1,8 +1,10 @@
 """The one file that touches transformers' model classes: what they are, how they are loaded and entered."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -13,20 +15,24 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
-    AutoProcessor,
     GenerationConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
 )
+from transformers.activations import ACT2FN
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from grpo import attention
+from video.prompt import load_processor
 
 FAMILIES = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
 }
+
+STORED = ("BF16", "F16", "F32", "F64")  # as safetensors names them; any other number is quantised, and needs its scale
 
 
 class ModelError(ValueError):
@@ -62,52 +68,128 @@ class ModelSpec:
         )
 
 
+@contextmanager
+def reading(path, what, fix):
+    """Turns any exception of its block into one ModelError. transformers checks few of the values that it reads, so a
+    damaged file ends in a KeyError, a ZeroDivisionError or any other. The line names a .json file that does not parse.
+    """
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        broken = [file.name for file in sorted(Path(path).glob("*.json")) if not _is_json(file)]
+        reason = f"{broken[0]} is not JSON" if broken else f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelError(f"--model {path}: {what} ({reason[:300]}); {fix}") from error
+
+
+def _is_json(file):
+    try:
+        json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def read_config(path):
     """The transformers config of a folder or hub name; only its config.json is needed.
 
-    Raises ModelError for a family whose positions are not known here, or where dropout would make the scorer disagree
-    with the sampler.
+    Raises ModelError for a model that cannot be built from it, or is not supported.
     """
+    for file in Path(path).glob("*"):
+        if file.exists() and not (file.is_file() or file.is_dir()):  # opening a named pipe would wait for ever
+            raise ModelError(f"--model {path}: {file.name} is not a regular file")
     if (Path(path) / "adapter_config.json").exists():
         raise ModelError(f"--model {path}: holds adapters; take the run's `merged` folder (train with --lora_merge)")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"--model {path}: no model there ({str(error).splitlines()[0]}); give a folder with config.json and "
-            "safetensors, a hub name that this machine can download, or try `python train.py --preset demo`"
-        ) from error
-    if config.model_type not in FAMILIES:
-        raise ModelError(f"--model {path}: family {config.model_type!r}; supported are {', '.join(FAMILIES)}")
-    if config.text_config.attention_dropout:
-        raise ModelError(f"--model {path}: attention_dropout must be 0 in its config.json")
-    if "sliding_attention" in config.text_config.layer_types:
-        raise ModelError(f"--model {path}: sliding-window attention is not supported; set use_sliding_window to false")
+    what, fix = "its config.json cannot be used", "compare it with the original model's"
+    if not (Path(path) / "config.json").exists():
+        what, fix = "no model there", (
+            "give a folder with config.json and safetensors, a hub name that this machine can download, or try "
+            "`python train.py --preset demo`"
+        )
+    with reading(path, what, fix):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if config.model_type not in FAMILIES:
+            raise ModelError(f"--model {path}: family {config.model_type!r}; supported are {', '.join(FAMILIES)}")
+        for field, must, holds in _rules(config):
+            if not holds:
+                value = repr(attrgetter(field)(config))[:100]
+                raise ModelError(f"--model {path}: {field} must be {must}, and is {value} in its config.json")
     return config
 
 
+def _rules(config):
+    """Yields (field of config.json, what it must be, whether it is); a rule may rely on those before it."""
+    text, vision = config.text_config, config.vision_config
+    number = lambda value: type(value) in (int, float) and value > 0
+    sizes = "hidden_size intermediate_size vocab_size num_attention_heads num_key_value_heads rms_norm_eps"
+    patches = "num_heads in_channels patch_size spatial_merge_size temporal_patch_size"
+    for part, names in (("text_config", sizes), ("vision_config", patches)):
+        for field in (f"{part}.{name}" for name in names.split()):
+            yield field, "a number above 0", number(attrgetter(field)(config))
+    for field in ("text_config.num_hidden_layers", "vision_config.depth"):
+        yield field, "from 1 to 1000", 1 <= attrgetter(field)(config) <= 1000  # a slip would be built for hours
+    heads, width = text.num_attention_heads, getattr(vision, "embed_dim", vision.hidden_size)
+    yield "text_config.num_attention_heads", "a divisor of hidden_size / 2", text.hidden_size % (2 * heads) == 0
+    yield "text_config.num_key_value_heads", "a divisor of the heads", heads % text.num_key_value_heads == 0
+    yield "vision_config.num_heads", f"a divisor of {width} / 4", width % (4 * vision.num_heads) == 0
+    for field in ("text_config.hidden_act", "vision_config.hidden_act"):
+        yield field, "an activation that transformers has", attrgetter(field)(config) in ACT2FN
+    rope, half = text.rope_parameters, text.hidden_size // heads // 2
+    sections = rope.get("mrope_section", [16, 24, 24])  # the models' default
+    field = "text_config.rope_parameters"
+    yield field, "of a type that transformers has", rope.get("rope_type") in ("default", *ROPE_INIT_FUNCTIONS)
+    yield field, "of a rope_theta above 0", number(rope.get("rope_theta"))
+    whole = isinstance(sections, list) and len(sections) == 3 and all(type(n) is int and n >= 0 for n in sections)
+    yield field, f"of three mrope_section that add up to {half}", whole and sum(sections) == half
+    for field in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        yield field, f"from 0 to {text.vocab_size - 1}", 0 <= attrgetter(field)(config) < text.vocab_size
+    # What could be built, but not trained here: dropout would make the scorer disagree with the sampler.
+    yield "text_config.attention_dropout", "0", text.attention_dropout == 0
+    yield "text_config.use_sliding_window", "false", "sliding_attention" not in text.layer_types
+    for part, prefix in ((config, ""), (text, "text_config.")):
+        plain = getattr(part, "quantization_config", None) is None
+        yield prefix + "quantization_config", "absent (take the model in bf16, not a quantised one)", plain
+
+
 def read_processor(path):
-    """The processor of a folder or hub name. Raises ModelError."""
-    read_config(path)
-    try:
-        return AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"--model {path}: its processor cannot be read ({str(error).splitlines()[0]}); copy tokenizer and "
-            "preprocessor files from the original model"
-        ) from error
+    """The processor of a folder or hub name, for the ids and patches of its config.json. Raises ModelError."""
+    config = read_config(path)
+    with reading(path, "its processor cannot be used", "copy tokenizer and processor files from the original model"):
+        processor = load_processor(path)
+        ids, cut = processor.tokenizer.get_vocab(), processor.video_processor
+        for field, value in (
+            ("image_token_id", ids.get(processor.image_token)),
+            ("video_token_id", ids.get(processor.video_token)),
+            ("vision_config.patch_size", cut.patch_size),
+            ("vision_config.temporal_patch_size", cut.temporal_patch_size),
+            ("vision_config.spatial_merge_size", cut.merge_size),
+        ):
+            if attrgetter(field)(config) != value:
+                raise ValueError(f"{field} is {attrgetter(field)(config)} in config.json, and {value} in the processor")
+        most = config.text_config.vocab_size - 1
+        if max(ids.values()) > most:
+            raise ValueError(f"it has a token {max(ids.values())}, config.json's vocab_size allows {most}")
+    return processor
 
 
 def empty_model(path, dtype=torch.float32):
     """The unmodified transformers model of a folder or hub name, entered through this project's attention, on the meta
     device: it takes no memory until `materialise`. Raises as `read_config`."""
     config = read_config(path)
-    with torch.device("meta"):
-        model = FAMILIES[config.model_type]._from_config(config, dtype=dtype)
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(path)
-    except OSError:
-        pass  # a checkpoint without one: the config's EOS ids, which the model has taken already
+    with reading(path, "no model can be built from its config.json", "compare it with the original model's"):
+        with torch.device("meta"):
+            model = FAMILIES[config.model_type]._from_config(config, dtype=dtype)
+    with reading(path, "its generation_config.json cannot be used", "compare it with the original model's"):
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(path)
+        except OSError:
+            if (Path(path) / "generation_config.json").exists():
+                raise
+            # a checkpoint without one: the config's EOS ids, which the model has taken already
+        wrong = [i for i in eos_ids(model) if type(i) is not int or not 0 <= i < config.text_config.vocab_size]
+        if wrong:
+            raise ValueError(f"eos_token_id {wrong[0]!r} is no token id")
     return use_own_attention(model).eval()
 
 
@@ -133,25 +215,45 @@ def load_weights(model, path):
     """Fills a materialised model from safetensors files; of a sharded parameter each process reads its own rows alone.
 
     Names are mapped as transformers maps them (files on the hub have `visual.` and `model.layers.`). Raises ModelError
-    where a weight is missing or of another shape.
+    for a weight that is missing, of another shape, quantised, not finite, or that the model has no place for.
     """
     renamings = get_model_conversion_mapping(model)
     targets = {name.replace(".base_layer", ""): p for name, p in model.named_parameters(remove_duplicate=False)}
-    filled = set()
+    filled, unknown = {}, []
     for file in weight_files(path):
         with _opened(file) as stored:
             for key in stored.keys():
                 name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, targets)
                 if name in targets:
-                    source = stored.get_slice(key)
-                    if source.get_shape() != list(targets[name].shape):
-                        shape = list(targets[name].shape)
-                        raise ModelError(f"{file}: {key} is of shape {source.get_shape()}, config.json says {shape}")
-                    fill(targets[name], source)
-                    filled.add(id(targets[name]))
+                    source, target = stored.get_slice(key), targets[name]
+                    _check_form(file, key, source, list(target.shape))
+                    other, rows = filled.get(id(target), (key, None))
+                    before = None if rows is None else rows.clone()
+                    rows = fill(target, source)
+                    if before is not None and not torch.equal(before, rows):
+                        raise ModelError(f"{file}: {key} is not {other}, but config.json has tie_word_embeddings")
+                    # A NaN shows in the least and largest: 7 s for 7B on one thread, where isfinite takes minutes.
+                    if rows.numel() and not torch.stack(rows.aminmax()).isfinite().all():
+                        raise ModelError(f"{file}: {key} holds NaN or infinity; take an earlier checkpoint")
+                    filled[id(target)] = key, rows
+                elif not key.endswith(".inv_freq"):  # a rotary buffer, as old libraries saved it
+                    unknown.append(key)
     missing = [name for name, p in targets.items() if id(p) not in filled and ".lora_" not in name]
     if missing:
         raise ModelError(f"--model {path}: its safetensors lack {len(missing)} weights, {missing[0]} among them")
+    if unknown:
+        raise ModelError(
+            f"--model {path}: its safetensors hold {len(unknown)} weights that its config.json has no place for, "
+            f"{unknown[0]} among them: quantised, or another model's"
+        )
+
+
+def _check_form(file, key, source, shape):
+    """Raises ModelError if what is stored under `key` cannot be a parameter of this shape."""
+    if source.get_dtype() not in STORED:
+        raise ModelError(f"{file}: {key} is stored as {source.get_dtype()}, quantised; take the model in bf16")
+    if source.get_shape() != shape:
+        raise ModelError(f"{file}: {key} is of shape {source.get_shape()}, config.json says {shape}")
 
 
 def _opened(file):
@@ -163,14 +265,14 @@ def _opened(file):
 
 def fill(parameter, source):
     """Copies a source of the parameter's whole shape (a tensor, or a safetensors slice) into it, or into the rows that
-    this process holds: only those are read. They cross to the device as stored and are cast there."""
+    this process holds: only those are read, and cast on the device. Returns what it filled."""
     if not isinstance(parameter, DTensor):
-        parameter.copy_(source[:].to(parameter.device))
-        return
+        return parameter.copy_(source[:].to(parameter.device))
     local = parameter.to_local()
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     if local.numel():
         local.copy_(source[offset[0] : offset[0] + local.shape[0]].to(local.device))
+    return local
 
 
 def weight_files(path):
@@ -181,12 +283,14 @@ def weight_files(path):
             folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, ValueError) as error:
         raise ModelError(f"--model {path}: cannot be downloaded ({str(error).splitlines()[0]})") from error
-    index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    for name in sorted(names):
-        if not (folder / name).exists():
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists():
+        with reading(path, f"{index.name} cannot be used", "download it again"):
+            names = sorted({str(Path(name)) for name in json.loads(index.read_text())["weight_map"].values()})
+    for name in names:
+        if not (folder / name).is_file():
             raise ModelError(f"--model {path}: {name} is missing (weights are read from safetensors only)")
-    return [folder / name for name in sorted(names)]
+    return [folder / name for name in names]
 
 
 def load_model(path, dtype=torch.float32):
@@ -209,12 +313,16 @@ def use_own_attention(model):
 def model_spec(model, tokenizer):
     """The spec of a loaded model. EOS ids are the tokenizer's and the generation_config's; nothing else of
     generation_config is ever used (its top_k 1 and temperature .01 would silence all exploration)."""
-    listed = model.generation_config.eos_token_id
-    listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
-    eos_ids = [i for i in [tokenizer.eos_token_id, *listed] if i is not None]
-    if not eos_ids:
+    ids = eos_ids(model) + ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+    if not ids:
         raise ModelError("the model has no end-of-sequence id: set eos_token in its tokenizer_config.json")
-    return ModelSpec.of(model.config, eos_ids, tokenizer.convert_tokens_to_ids("<|vision_pad|>"))
+    return ModelSpec.of(model.config, ids, tokenizer.convert_tokens_to_ids("<|vision_pad|>"))
+
+
+def eos_ids(model):
+    """The EOS ids that its generation_config lists: null, a number or a list there."""
+    listed = model.generation_config.eos_token_id
+    return [] if listed is None else listed if isinstance(listed, list) else [listed]
 
 
 def vision_tower(model):

@@ -1,6 +1,7 @@
 """Weights that go from files to shards: any layout of files, old and new names, tied and untied, and right buffers."""
 
 import json
+from contextlib import suppress
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from demo.tiny import build_tiny_model
 from grpo.model import FAMILIES as CLASSES
-from grpo.model import ModelError, empty_model, fill, load_model, materialise
+from grpo.model import ModelError, empty_model, fill, load_model, materialise, read_processor
 from grpo.packing import pack
+from video.frames import VideoSettings
+from video.prompt import PromptEncoder
 
 
 def rewritten(folder, target, rename, files):
@@ -119,6 +122,54 @@ def test_each_process_reads_its_own_rows_alone():
         dist.destroy_process_group()
         assert source.read == expected
         assert torch.equal(module.weight.to_local(), source.whole[expected])
+
+
+def test_rotary_buffers_of_old_files_are_left_out(tmp_path):
+    made = build_tiny_model(tmp_path / "made")
+    old = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(8) for n in range(2)}
+    weights = load_file(made / "model.safetensors")
+    expected = load_model(made).state_dict()
+    save_file(weights | old | {"visual.rotary_pos_emb.inv_freq": torch.ones(4)}, made / "model.safetensors")
+    for name, value in load_model(made).state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_head_stored_beside_the_embedding_that_it_is_tied_to(tmp_path):
+    """Some libraries store it again: the same numbers load, other numbers are refused."""
+    made = build_tiny_model(tmp_path / "made", tie=True)
+    weights = load_file(made / "model.safetensors")
+    again = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    save_file(weights | again, made / "model.safetensors")
+    model = load_model(made)
+    assert torch.equal(model.lm_head.weight, again["lm_head.weight"])
+    again["lm_head.weight"][3, 4] += 1
+    save_file(weights | again, made / "model.safetensors")
+    with pytest.raises(ModelError, match="model.embed_tokens.weight is not lm_head.weight, .* tie_word_embeddings"):
+        load_model(made)
+
+
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("config.json", {"auto_map": {"AutoConfig": "planted.Planted"}, "model_type": "planted"}),
+        ("processor_config.json", {"auto_map": {"AutoProcessor": "planted.Planted"}, "processor_class": "Planted"}),
+        (
+            "tokenizer_config.json",
+            {"auto_map": {"AutoTokenizer": ["planted.Planted", None]}, "tokenizer_class": "Planted"},
+        ),
+    ],
+)
+def test_code_that_comes_with_a_model_never_runs(tmp_path, monkeypatch, file, change):
+    """Not even where a terminal would be asked, and answers y."""
+    made, mark = build_tiny_model(tmp_path / "made"), tmp_path / "ran"
+    (made / "planted.py").write_text(f"open({str(mark)!r}, 'w')\nclass Planted: pass\n")
+    (made / file).write_text(json.dumps(json.loads((made / file).read_text()) | change))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with suppress(ModelError):
+        read_processor(made)
+    with suppress(ValueError):
+        PromptEncoder(made, VideoSettings())
+    assert not mark.exists()
 
 
 def test_a_folder_of_adapters_says_what_to_take(tmp_path):

@@ -12,11 +12,14 @@ A row takes well under a second if the mistake is found before any weight loads.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import eval as eval_script
 import train
@@ -46,12 +49,60 @@ class Bench(NamedTuple):
         (self.folder / name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         return self.folder / name
 
-    def checkpoint(self, **changes):
-        """A copy of the tiny checkpoint whose config.json has these fields changed."""
+    def checkpoint(self, damage=lambda folder: None, **changes):
+        """A copy of the tiny checkpoint whose config.json has these fields changed, after damage(folder)."""
         copy = Path(shutil.copytree(self.model, self.folder / "model"))
-        config = json.loads((copy / "config.json").read_text())
-        (copy / "config.json").write_text(json.dumps({**config, **changes}))
+        changed("config.json", **changes)(copy)
+        damage(copy)
         return copy
+
+
+def changed(name, part=None, **changes):
+    """A function that changes fields of a JSON file of a folder, or of a `part` of it."""
+
+    def change(folder):
+        content = json.loads((folder / name).read_text())
+        (content[part] if part else content).update(changes)
+        (folder / name).write_text(json.dumps(content))
+
+    return change
+
+
+def text(**changes):
+    return changed("config.json", "text_config", **changes)
+
+
+def vision(**changes):
+    return changed("config.json", "vision_config", **changes)
+
+
+def rope(**changes):
+    """Fields of rope_parameters, changed in a table that is right."""
+    return text(rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3], **changes})
+
+
+def written(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def weights(change):
+    """change: of {name: tensor}, which it returns."""
+
+    def save(folder):
+        save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+
+    return save
+
+
+def pipe(folder):
+    """A named pipe in place of the weights: whoever opens it waits for ever."""
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
+def with_nan(tensors):
+    tensors["model.norm.weight"][5] = float("nan")
+    return tensors
 
 
 ONE_FRAME = ("--nframes", "2", "--min_pixels", "784", "--max_pixels", "784")
@@ -217,6 +268,79 @@ MISTAKES = {
         "train", lambda b: ["--nframes", "64"], 2, ("every sample was skipped, for the reasons above",),
     ),
 }  # fmt: skip
+
+# Damaged models, for train and eval alike: {name: (damage to a folder, words of the line)}.
+TEMPLATE, INDEX, CONFIG = "chat_template.jinja", "model.safetensors.index.json", "config.json"
+MODELS = {
+    "a config that is cut": (written(CONFIG, "{"), ("config.json is not JSON",)),
+    "a config that is null": (written(CONFIG, "null"), ("its config.json cannot be used (TypeError",)),
+    "heads 0": (text(num_attention_heads=0), ("text_config.num_attention_heads must be a number above 0, and is 0",)),
+    "heads that are text": (text(num_attention_heads="4"), ("num_attention_heads", "got str", "config.json")),
+    "heads that do not divide": (text(num_attention_heads=3), ("text_config.num_attention_heads must be a divisor",)),
+    "3 heads of keys": (text(num_key_value_heads=3), ("text_config.num_key_value_heads must be a divisor",)),
+    "no layers": (text(num_hidden_layers=0, layer_types=None), ("num_hidden_layers must be from 1 to 1000",)),
+    "2,000 layers": (text(num_hidden_layers=2000, layer_types=None), ("num_hidden_layers must be from 1 to 1000",)),
+    "layers of no type": (text(layer_types=["x", "y"]), ("layer_types", "config.json")),
+    "a layer's type missing": (text(layer_types=["full_attention"]), ("`num_hidden_layers` (2)", "config.json")),
+    "an unknown activation": (text(hidden_act="relu7"), ("text_config.hidden_act", "'relu7'")),
+    "eps below 0": (text(rms_norm_eps=-1.0), ("text_config.rms_norm_eps must be a number above 0, and is -1.0",)),
+    "dropout": (text(attention_dropout=0.1), ("text_config.attention_dropout must be 0, and is 0.1",)),
+    "3 heads in the tower": (vision(num_heads=3), ("vision_config.num_heads must be a divisor of 32 / 4, and is 3",)),
+    "no depth": (vision(depth=0), ("vision_config.depth must be from 1 to 1000",)),
+    "patches of no size": (vision(patch_size=0), ("vision_config.patch_size must be a number above 0",)),
+    "patches of another size": (vision(patch_size=16), ("vision_config.patch_size is 16", "14 in the processor")),
+    "two rope sections": (rope(mrope_section=[2, 6]), ("three mrope_section that add up to 8",)),
+    "rope sections too long": (rope(mrope_section=[2, 3, 4]), ("three mrope_section that add up to 8",)),
+    "a rope section below 0": (rope(mrope_section=[-2, 5, 5]), ("three mrope_section that add up to 8",)),
+    "a rope theta of 0": (rope(rope_theta=0), ("text_config.rope_parameters must be of a rope_theta above 0",)),
+    "an unknown rope": (rope(rope_type="spiral"), ("text_config.rope_parameters must be of a type", "spiral")),
+    "a placeholder beyond the vocabulary": (changed(CONFIG, video_token_id=10**6), ("video_token_id must be from 0",)),
+    "a placeholder that is text": (changed(CONFIG, video_token_id="<v>"), ("video_token_id", "got str", "config.json")),
+    "another token's placeholder": (changed(CONFIG, video_token_id=5), ("video_token_id is 5 in config.json",)),
+    "a quantised config": (changed(CONFIG, quantization_config={"bits": 8}), ("quantization_config", "bf16")),
+    "an EOS that is text": (
+        changed("generation_config.json", eos_token_id="<|im_end|>"),
+        ("generation_config.json", "eos_token_id '<|im_end|>' is no token id"),
+    ),
+    "an EOS beyond the vocabulary": (
+        changed("generation_config.json", eos_token_id=[1, 10**6]), ("eos_token_id 1000000 is no token id",)
+    ),
+    "a tokenizer that is cut": (written("tokenizer.json", '{"a": '), ("tokenizer.json is not JSON",)),
+    "an empty tokenizer": (written("tokenizer.json", "{}"), ("its processor cannot be used", "tokenizer")),
+    "no chat template": (lambda folder: (folder / TEMPLATE).unlink(), ("does not have a chat template",)),
+    "a chat template without video": (
+        written(TEMPLATE, "{{ messages[0].content[2].text }}<|image_pad|>"),
+        ("its chat template writes <|video_pad|> 0 times, and must do so once",),
+    ),
+    "a chat template without the question": (
+        written(TEMPLATE, "<|image_pad|><|video_pad|>"), ("its chat template writes What is shown? 0 times",)
+    ),
+    "a chat template that the sandbox refuses": (
+        written(TEMPLATE, "{{ ''.__class__.__mro__ }}"), ("its chat template fails", "__class__")
+    ),
+    "an index without a map": (written(INDEX, "{}"), (f"{INDEX} cannot be used (KeyError: 'weight_map')",)),
+    "an index that is cut": (written(INDEX, '{"weight_map'), (f"{INDEX} is not JSON",)),
+    "an index of numbers": (written(INDEX, '{"weight_map": {"a": 3}}'), (f"{INDEX} cannot be used (TypeError",)),
+    "weights that are a pipe": (pipe, ("model.safetensors is not a regular file",)),
+    "weights that are NaN": (weights(with_nan), ("model.safetensors: model.norm.weight holds NaN or infinity",)),
+    "int8 weights": (
+        weights(lambda w: w | {"lm_head.weight": w["lm_head.weight"].to(torch.int8)}),
+        ("model.safetensors: lm_head.weight is stored as I8, quantised",),
+    ),
+    "fp8 weights": (
+        weights(lambda w: w | {"lm_head.weight": w["lm_head.weight"].to(torch.float8_e4m3fn)}),
+        ("model.safetensors: lm_head.weight is stored as F8_E4M3, quantised",),
+    ),
+    "a scale beside the weights": (
+        weights(lambda w: w | {"lm_head.weight_scale_inv": torch.ones(1)}),
+        ("hold 1 weights that its config.json has no place for, lm_head.weight_scale_inv among them",),
+    ),
+}  # fmt: skip
+MISTAKES |= {
+    f"{name}: {program}": (program, lambda b, flag=flag, damage=damage: [flag, b.checkpoint(damage)], 2, words)
+    for name, (damage, words) in MODELS.items()
+    for program, flag in (("train", "--model"), ("eval", "--ckpt"))
+}
 SLOW = {"a reward that never lets go", "a reward that ends the program"}
 
 

@@ -107,6 +107,34 @@ def with_clips(sample: Sample) -> list[tuple[str, Clip]]:
     return list(zip(sample.videos, sample.clips or [WHOLE] * len(sample.videos), strict=True))
 
 
+def load_processor(path: str):
+    """The processor of a folder or hub name; code that comes with it is never run.
+
+    Raises ValueError if its chat template cannot ask about an image and a video, and what transformers raises on
+    damaged files.
+    """
+    processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    question = "What is shown?"
+    try:
+        text = chat_text(processor, question, images=1, videos=1)
+    except Exception as error:  # whatever the template does
+        raise ValueError(f"its chat template fails: {error}") from error
+    for part in (processor.image_token, processor.video_token, question):
+        if text.count(part) != 1:
+            raise ValueError(f"its chat template writes {part} {text.count(part)} times, and must do so once")
+    return processor
+
+
+def chat_text(processor, question: str, images: int, videos: int) -> str:
+    """The chat text of a question after so many images and videos, a placeholder for each, ready to be completed.
+
+    The system prompt is the default of the model's own chat template.
+    """
+    content = [{"type": "image"}] * images + [{"type": "video"}] * videos
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
 class PromptEncoder:
     """Calls turn a Sample into a Prompt, or raise SampleError with the file and the reason.
 
@@ -120,7 +148,7 @@ class PromptEncoder:
     ):
         self.processor_path, self.settings = str(processor_path), settings
         self.template, self.max_prompt_tokens, self.cache = template, max_prompt_tokens, cache
-        processor = AutoProcessor.from_pretrained(self.processor_path)
+        processor = load_processor(self.processor_path)
         self.tokenizer, self.processor = processor.tokenizer, processor
         self.image_processor, self.video_processor = processor.image_processor, processor.video_processor
         if hasattr(self.video_processor, "cap_pixels_per_frame"):
@@ -191,18 +219,13 @@ class PromptEncoder:
         return torch.tensor(expanded)
 
     def text(self, sample: Sample) -> str:
-        """The chat text of `sample` with one placeholder for each image and video, ready to be completed.
-
-        The system prompt is the default of the model's own chat template.
-        """
+        """The `chat_text` of `sample`: its question in the template. Raises SampleError."""
         problem = MARKS.sub("", sample.problem).strip()
         for token in self.special_tokens:
             if token in problem:
                 raise SampleError("", f"the question holds the special token {token}; remove it from {sample.key}")
         question = self.template.replace("{problem}", problem)
-        content = [{"type": "image"}] * len(sample.images) + [{"type": "video"}] * len(sample.videos)
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return chat_text(self.processor, question, len(sample.images), len(sample.videos))
 
     def planned_tokens(self, sample: Sample) -> int:
         """Vision tokens of `sample` by arithmetic on file headers: no frame is decoded."""
