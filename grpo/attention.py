@@ -10,8 +10,9 @@ Shapes: H query heads, K key/value heads (H a multiple of K), D head size, P pro
 G completions, L tokens of a packed row, R rows that still decode.
 """
 
+from collections import Counter
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -255,37 +256,51 @@ def batched_vision_attention(
 ):  # fmt: skip
     """Full attention inside each frame or window; query (1, H, L, D) -> (1, L, H, D).
 
-    Without flash-attn, neighbours of equal length are attended as one batch: one kernel for a video rather than one for
-    each of its frames.
+    Without flash-attn, all of equal length are attended as one batch: one kernel for a video rather than one for each
+    of its frames, and one for each of the three or four sizes of window.
     """
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if flash_fits(query):
         lengths = (cu_seq_lens_q, cu_seq_lens_q, int(max_length_q), int(max_length_q))
         own = (x.contiguous() for x in (query, key, value))
         return flash_attention(*own, *lengths, softmax_scale=scaling)[None], None
-    lengths = _segment_lengths(cu_seq_lens_q)
-    outputs, start = [], 0
-    for length, run in groupby(lengths):
-        count = len(list(run))
-        stop = start + count * length
-        own = (x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value))
-        outputs.append(F.scaled_dot_product_attention(*own, scale=scaling).transpose(1, 2).flatten(0, 1))
-        start = stop
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
+    counts, order, place = _by_length(cu_seq_lens_q)
+    if order is not None:
+        query, key, value = (x.index_select(0, order) for x in (query, key, value))
+    parts = zip(*(x.split([length * count for length, count in counts.items()]) for x in (query, key, value)))
+    outputs = []
+    for (length, count), part in zip(counts.items(), parts):
+        part = (x.unflatten(0, (count, length)).transpose(1, 2) for x in part)
+        outputs.append(F.scaled_dot_product_attention(*part, scale=scaling).transpose(1, 2).flatten(0, 1))
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return (out if order is None else out.index_select(0, place))[None], None
 
 
-_lengths_seen = WeakIdKeyDictionary()  # all blocks of a forward are handed the same tensor: read once from a GPU
+_orders_seen = WeakIdKeyDictionary()  # all blocks of a forward are handed the same tensor: read once from a GPU
 
 
-def _segment_lengths(ends):
-    """Cumulative lengths (n + 1,) -> [length of each segment]."""
-    if ends not in _lengths_seen:
-        _lengths_seen[ends] = ends.diff().tolist()
-    return _lengths_seen[ends]
+def _by_length(ends):
+    """Cumulative lengths (n + 1,) -> ({length: number of segments}, (L,) tokens in the order of these lengths, (L,) the
+    place of each token there); both orders are None if segments of equal length are neighbours already.
+
+    [0 2 3 5] are segments of 2, 1 and 2 tokens: {2: 2, 1: 1}, [0 1 3 4 2], [0 1 4 2 3].
+    """
+    if ends not in _orders_seen:
+        lengths = ends.diff().tolist()
+        counts = Counter(lengths)
+        kinds, tokens = list(counts), torch.arange(sum(lengths)).split(lengths)
+        order = torch.cat(sorted(tokens, key=lambda segment: kinds.index(len(segment))))
+        orders = (order.to(ends.device), order.argsort().to(ends.device)) if (order.diff() < 0).any() else (None, None)
+        _orders_seen[ends] = counts, *orders
+    return _orders_seen[ends]
 
 
 def register():
-    """Makes both attentions known to transformers under their names; no mask is ever built for them."""
+    """Makes both attentions known to transformers under their names; no mask is ever built for them.
+
+    cuDNN's attention, which torch prefers on Hopper and newer, plans for half a second at every new prompt length.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     AttentionInterface.register(TEXT_ATTENTION, shared_prompt_attention)
     AttentionInterface.register(VISION_ATTENTION, batched_vision_attention)
     for name in (TEXT_ATTENTION, VISION_ATTENTION):
