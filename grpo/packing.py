@@ -12,10 +12,11 @@ def pack(prompts, completions, spec):
     prompts: B `video.prompt.Prompt`; completions: B lists of (C,) int64 tensors (an empty list: prompt alone).
     Every completion's positions start right after its prompt's last, as they did in sampling.
     """
-    ids, positions, firsts, predict, targets, groups, start = [], [], [], [], [], [], 0
+    ids, positions, firsts, predict, targets, groups, starts, start = [], [], [], [], [], [], [], 0
     for prompt, group in zip(prompts, completions, strict=True):
         own, first = prompt_positions(prompt, spec)
         size = own.shape[1]
+        starts.append(start)
         ids.append(prompt.input_ids)
         positions.append(own)
         firsts.append(first)
@@ -37,20 +38,21 @@ def pack(prompts, completions, spec):
         predict=torch.cat(predict or [empty]),
         targets=torch.cat(targets or [empty]),
         groups=groups,
-        **_vision(prompts, spec),
+        **_vision(prompts, starts, spec),
     )
 
 
-def _vision(prompts, spec):
-    """Patches and grids of all images and videos in the order of their placeholders, which is all the tower needs."""
-    pixels, grids = [], []
-    for prompt in prompts:
+def _vision(prompts, starts, spec):
+    """Placeholders, patches and grids of all images and videos; prompt b begins at starts[b] of the row."""
+    placeholders, pixels, grids = [], [], []
+    for prompt, start in zip(prompts, starts):
         videos = prompt.pixel_values_videos, prompt.video_grid_thw
         kinds = {True: (prompt.pixel_values, prompt.image_grid_thw), False: videos}
         split = {kind: p.split(g.prod(-1).tolist()) for kind, (p, g) in kinds.items() if p is not None}
         for span in media_spans(prompt, spec):
+            placeholders.append(torch.arange(start + span.start, start + span.stop))
             pixels.append(split[span.is_image][span.index])
             grids.append(span.grid)
     if not grids:
-        return {"pixels": None, "grids": None}
-    return {"pixels": torch.cat(pixels), "grids": torch.tensor(grids)}
+        return {"placeholders": None, "pixels": None, "grids": None}
+    return {"placeholders": torch.cat(placeholders), "pixels": torch.cat(pixels), "grids": torch.tensor(grids)}

@@ -55,9 +55,7 @@ class Policy(nn.Module):
         embeds = models.decoder(self.model).embed_tokens(packed.input_ids)
         features = self.vision_features(packed) if features is None else features
         if packed.grids is not None:
-            ids = packed.input_ids
-            here = (ids == self.spec.image_token_id) | (ids == self.spec.video_token_id)
-            embeds = embeds.masked_scatter(here[..., None].expand_as(embeds), features.to(embeds.dtype))
+            embeds = embeds.index_copy(1, packed.placeholders, features[None].to(embeds.dtype))
         elif features is not None:
             embeds = embeds + 0 * features.sum()
         return self._decoder(embeds, packed.position_ids, layout)

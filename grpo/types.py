@@ -36,8 +36,9 @@ class Packed:
     """Rows `[prompt | c_1 | ... | c_G]` of several prompts, one after another, as one forward takes them.
 
     input_ids (1, L); position_ids (3, 1, L); next_position (B,) where each prompt's completions start; predict (N,)
-    index of the hidden state that predicts each completion token; targets (N,); groups for `PackedLayout`; pixels
-    (patches, 1176) and grids (n, 3) of all images and videos in the order of their placeholders, or None.
+    index of the hidden state that predicts each completion token; targets (N,); groups for `PackedLayout`. Of all
+    images and videos in the order of their placeholders, or None: placeholders (merged tokens,) where they stand in
+    the row, pixels (patches, 1176) and grids (n, 3).
     """
 
     input_ids: torch.Tensor
@@ -46,6 +47,7 @@ class Packed:
     predict: torch.Tensor
     targets: torch.Tensor
     groups: list
+    placeholders: torch.Tensor | None
     pixels: torch.Tensor | None
     grids: torch.Tensor | None
 

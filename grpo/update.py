@@ -100,7 +100,7 @@ def placeholder(policy, config):
     """A chunk of one prompt token and one completion token, of no completion that counts."""
     one = torch.zeros(1, dtype=torch.long)
     text = Packed(torch.zeros(1, 2, dtype=torch.long), torch.zeros(3, 1, 2, dtype=torch.long), one, one, one,
-                  [(1, (1,))], None, None)  # fmt: skip
+                  [(1, (1,))], None, None, None)  # fmt: skip
     features = torch.zeros(0, device=policy.device) if config.freeze_vision else None
     return Chunk(text.to(policy.device), lengths=[], features=features)
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from grpo.attention import DecodeLayout, PackedLayout
 from grpo.config import Config
 from grpo.distributed import Processes, gathered, shard
-from grpo.model import FAMILIES, ModelSpec, checkpoint_activations, materialise, use_own_attention
+from grpo.model import FAMILIES, ModelSpec, checkpoint_activations, materialise, use_own_kernels
 from grpo.policy import Policy
 from grpo.sampler import SamplingSettings, choose
 from grpo.types import Packed
@@ -53,7 +53,7 @@ def seven():
 
 
 def build(config, dtype=torch.float32):
-    model = use_own_attention(FAMILIES["qwen2_vl"]._from_config(config, dtype=dtype))
+    model = use_own_kernels(FAMILIES["qwen2_vl"]._from_config(config, dtype=dtype))
     checkpoint_activations(model)
     return model
 
@@ -225,7 +225,8 @@ def test_kernels_of_a_layer_as_torch_dispatches_them(small):
     layer, block = model.model.language_model.layers[0], model.model.visual.blocks[0]
     layer.forward, block.forward = (module.forward.args[0] for module in (layer, block))  # without checkpointing
     narrow = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16, requires_grad=True)
-    prompt = DecodeLayout({0: [(torch.randn(2, 6, 32).bfloat16(),) * 2]}, torch.zeros(4, dtype=torch.long), 8)
+    keys_and_values = torch.randn(2, 6, 32), torch.randn(2, 6, 32).bfloat16()
+    prompt = DecodeLayout({0: [keys_and_values]}, torch.zeros(4, dtype=torch.long), 8)
     token, turned = narrow(4, 1, 128), torch.randn(4, 1, 32).bfloat16()
     row, angles, patches = narrow(1, 9, 128), torch.randn(1, 9, 32).bfloat16(), narrow(48, 64)
     bounds, turns = torch.tensor([0, 24, 48]), (torch.randn(48, 32),) * 2
@@ -319,7 +320,7 @@ def test_links_as_fsdp_uses_them(small, monkeypatch):
             monkeypatch.setattr(dist, name, note(kind, getattr(dist, name)))
         at = torch.arange(6)
         pixels, grid = torch.randn(24, 1176), torch.tensor([[1, 4, 6]])
-        packed = Packed(at[None], at.expand(3, 1, -1), at[-1:] + 1, at[:5], at[:5], [(6, ())], pixels, grid)
+        packed = Packed(at[None], at.expand(3, 1, -1), at[-1:] + 1, at[:5], at[:5], [(6, ())], at, pixels, grid)
         logprobs, _ = policy(packed)
         assert moved == {"gather": 2 * counts["all"], "reduce": 0}
         logprobs.sum().backward()
