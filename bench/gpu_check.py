@@ -42,7 +42,7 @@ from grpo.model import (
     checkpoint_activations,
     materialise,
     read_config,
-    use_own_attention,
+    use_own_kernels,
 )
 from grpo.plan import GIB, memory_plan, parameter_counts, published_config, vision_tokens
 from grpo.policy import Policy
@@ -59,7 +59,7 @@ def build(config, device, processes, master, compute):
     """A sharded Policy of random weights; no file is read."""
     with torch.device("meta"):
         model = FAMILIES[config.model_type]._from_config(copy.deepcopy(config), dtype=master)
-    use_own_attention(model).eval()
+    use_own_kernels(model).eval()
     if master is torch.float32:
         checkpoint_activations(model)
     spec = ModelSpec.of(config, [config.text_config.vocab_size - 1], None)

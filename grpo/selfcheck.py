@@ -36,6 +36,7 @@ class FastPath(NamedTuple):
 
 FAST_PATHS = (
     FastPath("flash-attn", timed="scoring"),
+    FastPath("fused norms", timed="sampling"),
     FastPath("decoding graph", timed="sampling"),
 )
 

@@ -11,7 +11,7 @@ import train
 from grpo.attention import PackedLayout
 from grpo.config import Config, parse_config
 from grpo.model import FAMILIES as CLASSES
-from grpo.model import decoder, load_model, model_spec, read_config, use_own_attention
+from grpo.model import decoder, load_model, model_spec, read_config, use_own_kernels
 from grpo.packing import pack
 from grpo.plan import (
     GIB,
@@ -104,7 +104,7 @@ def test_layer_bytes_against_what_autograd_keeps(name):
     config = published_config(name)
     text, tokens = config.text_config, 1000
     with torch.device("meta"):
-        model = use_own_attention(CLASSES["qwen2_vl"]._from_config(config, dtype=torch.bfloat16))
+        model = use_own_kernels(CLASSES["qwen2_vl"]._from_config(config, dtype=torch.bfloat16))
         hidden = torch.empty(1, tokens, text.hidden_size, dtype=torch.bfloat16, requires_grad=True)
         rotation = torch.empty(1, tokens, head_size(text), dtype=torch.bfloat16)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}

