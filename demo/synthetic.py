@@ -7,7 +7,8 @@ the path's middle and from its start at once: their difference *is* the directio
 (best guess from its position, of four ways), a middle one 34%: travel is short against the room.
 """
 import json
-import shutil
+import os
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,26 +59,35 @@ def make_demo_set(folder: str | Path, spec: DemoSpec = DemoSpec()) -> dict[str, 
     """Writes videos and rows under `folder`; returns the paths of train.jsonl, val.jsonl and warmup.jsonl by name.
 
     No video is in two parts. A complete folder of the same `spec` is used again; anything else there called `videos`
-    is replaced. Rows are in the open-r1-video-4k form, plus `kind`, `opposite` (letter of the answer if time ran
-    backwards; absent where time does not matter) and, in the warm-up, `completions`.
+    is replaced, once the new set is complete. Rows are in the open-r1-video-4k form, plus `kind`, `opposite` (letter of
+    the answer if time ran backwards; absent where time does not matter) and, in the warm-up, `completions`.
     """
     folder = Path(folder)
     paths = {part: folder / f"{part}.jsonl" for part in ("train", "val", "warmup")}
     manifest, text = folder / MANIFEST, json.dumps(asdict(spec), sort_keys=True)
-    if manifest.is_file() and manifest.read_text() == text and all(path.is_file() for path in paths.values()):
+    is_complete = lambda: manifest.is_file() and manifest.read_text() == text and all(map(Path.is_file, paths.values()))
+    if is_complete():
         return paths
-    manifest.unlink(missing_ok=True)
-    shutil.rmtree(folder / "videos", ignore_errors=True)
-    (folder / "videos").mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     makers = {"train": train_rows, "val": val_rows, "warmup": warmup_rows}
-    for number, (part, maker) in enumerate(makers.items()):
-        rows = []
-        for index, (scene, scene_rows) in enumerate(maker(np.random.default_rng([spec.seed, number]), spec)):
-            video = f"videos/{part}_{index:05d}.mp4"
-            write_video(folder / video, draw(scene, spec), spec.fps)
-            rows += [{**row, "video": video} for row in scene_rows]
-        paths[part].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    manifest.write_text(text)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as name:
+        aside = Path(name)
+        (aside / "videos").mkdir()
+        for number, (part, maker) in enumerate(makers.items()):
+            rows = []
+            for index, (scene, scene_rows) in enumerate(maker(np.random.default_rng([spec.seed, number]), spec)):
+                video = f"videos/{part}_{index:05d}.mp4"
+                write_video(aside / video, draw(scene, spec), spec.fps)
+                rows += [{**row, "video": video} for row in scene_rows]
+            (aside / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if is_complete():  # another process was quicker, and its set is in use
+            return paths
+        manifest.unlink(missing_ok=True)
+        if (folder / "videos").exists():
+            os.replace(folder / "videos", aside / "replaced")
+        for made in ("videos", *(path.name for path in paths.values())):
+            os.replace(aside / made, folder / made)
+        manifest.write_text(text)
     return paths
 
 

@@ -39,7 +39,7 @@ class Config:
     text_only: bool = flag(False, "Allow data files in which no row has a video or image.")
     output: str = flag("runs/qwen2-vl-7b", "Run folder: configuration, metrics, curve, checkpoints.")
     resume: str = flag("auto", "Go on from the run folder's newest checkpoint, or start anew.", choices=("auto", "no"))
-    demo: bool = flag(False, "Build the demo's own tiny model and videos, in runs/demo, where they are missing.")
+    demo: bool = flag(False, "Build the demo's tiny model and videos, in runs/demo (runs/demo-seed-N for other seeds).")
     seed: int = flag(42, "Seed of data order and sampling.", least=0, most=2**32)
 
     prompts_per_step: int = flag(4, "Prompts of one step, over all processes.", least=1, section="sampling")
@@ -143,30 +143,37 @@ METRICS = frozenset(
     "all_wrong_share no_answer_share several_answers_share shuffled_accuracy temporal_bonus phase step".split()
 )
 
-DEMO = Path("runs/demo")
+def demo_paths(seed):
+    """The paths that --preset demo gives. Each seed has a folder of its own, so that no demo touches another's videos;
+    that of the default seed has a short name."""
+    folder = Path("runs/demo" if seed == Config.seed else f"runs/demo-seed-{seed}")
+    return dict(
+        model=str(folder / "start"), data=(str(folder / "data/train.jsonl"),), eval_data=str(folder / "data/val.jsonl"),
+        sft_data=str(folder / "data/warmup.jsonl"), frame_cache=str(folder / "frames"), output=str(folder / "run"),
+    )  # fmt: skip
+
+
+def demo_makes(seed):
+    """The paths of the model and the data that --demo makes. What other paths hold is the user's."""
+    own = demo_paths(seed)
+    return {own["model"], *own["data"], own["eval_data"], own["sft_data"]}
+
 
 PRESETS = {
     # Open-R1-Video's one launch script: 4 processes, one prompt each a step, accuracy reward only. Its loss is a mean
     # over each sequence, then over sequences.
     "qwen2-vl-7b": {"loss_normaliser": "sequence"},
     "demo": dict(
-        model=str(DEMO / "start"), data=(str(DEMO / "data/train.jsonl"),), eval_data=str(DEMO / "data/val.jsonl"),
-        sft_data=str(DEMO / "data/warmup.jsonl"), output=str(DEMO / "run"), demo=True,
+        **demo_paths(Config.seed), demo=True,
         sft_steps=1200, sft_until=0.9, sft_learning_rate=1e-3, sft_prompts_per_step=32,
         steps=400, prompts_per_step=32, group_size=8, max_new_tokens=24,
         reward=("accuracy:1", "format:0.5"), kl_coef=0.15, learning_rate=5e-4, lr_schedule="cosine", adam_beta2=0.95,
         prompt_template="{problem}", min_pixels=28 * 28, max_pixels=28 * 28, nframes=8,
         threads=1, workers=1, prompts_per_forward=32, prompts_per_rollout=32, gradient_checkpointing=False,
-        frame_cache=str(DEMO / "frames"), save_every=200,
+        save_every=200,
         eval_samples=1000, eval_every=100, eval_batch=128, controls=True,
     ),  # fmt: skip
 }
-
-
-def demo_paths():
-    """What --demo makes: the demo preset's model and data. Files at other paths are the user's."""
-    own = PRESETS["demo"]
-    return {own["model"], *own["data"], own["eval_data"], own["sft_data"]}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -196,6 +203,8 @@ def parse_config(arguments=None):
     given = vars(parser.parse_args(arguments))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     values = PRESETS[preset]
+    if preset == "demo" and "seed" in given:
+        values = {**values, **demo_paths(given["seed"])}
     if given.keys() & {"fps", "min_frames", "max_frames"}:  # a flag counts more than the preset's --nframes
         values = {name: value for name, value in values.items() if name != "nframes"}
     config = Config(**{**values, **given})

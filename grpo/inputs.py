@@ -10,7 +10,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from grpo.checkpoint import UNFINISHED, checkpoints
-from grpo.config import Config, ConfigError, as_typed, demo_paths, load_config
+from grpo.config import Config, ConfigError, as_typed, demo_makes, load_config
 from grpo.data import draw, hold_out
 from rewards import check_sample
 from video.dataset import leave_out, read_mixture, read_samples, read_skip_list, split_spec
@@ -26,7 +26,7 @@ def check_inputs(config):
     if config.lora_rank and importlib.util.find_spec("peft") is None:
         raise ConfigError("--lora_rank needs peft: pip install peft")
     missing = []
-    made = demo_paths() if config.demo else set()
+    made = demo_makes(config.seed) if config.demo else set()
     absent = [path for path, _ in map(split_spec, config.data) if path not in made and not Path(path).is_file()]
     for path in absent[:1]:
         get = f"a relative path starts at {os.getcwd()}"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import demo.build
 import train
 from demo.build import build_demo
 from demo.synthetic import DemoSpec, make_demo_set
@@ -384,6 +385,39 @@ def test_a_run_that_could_use_no_sample_fails_each_time_it_is_asked(flags, tmp_p
         assert train.main([*flags, *more]) == 2
         assert "every sample was skipped" in capsys.readouterr().err
     assert not (tmp_path / "out" / "checkpoint-4").exists()
+
+
+@pytest.fixture
+def small_demo(tmp_path, monkeypatch):
+    """--preset demo makes a handful of videos, in a fresh working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo.build, "DemoSpec", lambda seed, **_: DemoSpec(seed=seed, train=4, val=4, warmup=4))
+
+
+def test_each_seed_has_a_demo_of_its_own(small_demo):
+    build_demo(parse_config(["--preset", "demo"]))
+    stamps = {path: path.stat().st_mtime_ns for path in Path("runs/demo").rglob("*")}
+    assert len(stamps) > 20
+    other = parse_config(["--preset", "demo", "--seed", "1"])
+    assert (other.model, other.output) == ("runs/demo-seed-1/start", "runs/demo-seed-1/run")
+    build_demo(other)
+    assert Path(other.data[0]).read_text() != Path("runs/demo/data/train.jsonl").read_text()
+    assert {path: path.stat().st_mtime_ns for path in Path("runs/demo").rglob("*")} == stamps
+    assert sorted(path.name for path in Path("runs/demo").iterdir()) == ["data", "start"], "nothing is left over"
+
+
+def test_a_kill_while_the_demos_model_is_built_is_made_good(small_demo, monkeypatch):
+    def die(folder, **_):
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "config.json").write_text("{")
+        raise KeyboardInterrupt
+
+    config = parse_config(["--preset", "demo"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(demo.build, "build_tiny_model", die)
+        build_demo(config)
+    build_demo(config)
+    assert (Path(config.model) / "model.safetensors").is_file()
 
 
 def test_the_demo_makes_and_replaces_only_what_is_its_own(tmp_path, monkeypatch, capsys):

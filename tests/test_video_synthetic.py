@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from demo import synthetic
 from demo.synthetic import COLOURS, DIRECTIONS, OPPOSITE, PLACES, RADIUS, DemoSpec, draw, make_demo_set, random_scene
 from video.dataset import read_samples
 from video.frames import VideoSettings, read_video
@@ -51,6 +52,23 @@ def test_a_complete_folder_is_used_again_and_an_incomplete_one_made_anew(tmp_pat
     assert video.stat().st_mtime_ns != stamp and not (tmp_path / "videos/stale.mp4").exists()
     make_demo_set(tmp_path, DemoSpec(train=6, val=4, warmup=4))
     assert len(rows(paths["train"])) == 6
+
+
+def test_a_set_stays_until_its_replacement_is_complete(tmp_path, monkeypatch):
+    paths = make_demo_set(tmp_path / "set", DemoSpec(train=4, val=4, warmup=4))
+    before = {path: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.is_file()}
+    (tmp_path / "set" / "own.txt").write_text("a user's")
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(synthetic, "write_video", fail)
+        make_demo_set(tmp_path / "set", DemoSpec(train=6, val=4, warmup=4))
+    assert all(path.read_bytes() == content for path, content in before.items())
+    make_demo_set(tmp_path / "set", DemoSpec(train=6, val=4, warmup=4))
+    assert len(rows(paths["train"])) == 6 and (tmp_path / "set" / "own.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["set"], "nothing is left over"
 
 
 def test_parts_share_no_video_and_kinds_are_as_specified(demo):
