@@ -110,6 +110,9 @@ class RewardFile:
             self._pipe.send(("", [], 0.0))
         except (EOFError, OSError):
             pass
+        except BaseException:  # as Ctrl-C: answers that nobody has read must not be taken for those of a later call
+            self._end()
+            raise
         finally:
             timer.cancel()
             timer.join()

@@ -520,6 +520,21 @@ def test_a_user_reward_that_ends_its_process_costs_a_zero(mine):
     assert (score.total, score.failed) == ([4.0], 0), "killed between two calls: it costs neither of them"
 
 
+def test_an_interrupted_call_leaves_no_answers_for_the_next_one(mine):
+    assert user(mine, "words", ["a"]).failed == 0  # the process is there
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    with pytest.raises(KeyboardInterrupt):
+        user(mine, "slow", ["a"] * 3)
+    signal.signal(signal.SIGALRM, before)
+    time.sleep(0.3)
+    assert user(mine, "words", ["a b", "", "c"]).parts == {"words": [2.0, 0.0, 1.0]}
+
+
 def test_a_user_file_keeps_its_state_and_its_neighbours(mine):
     assert user(mine, "neighbour", ["a"]).parts["neighbour"] == [0.25]
     first = user(mine, "count", ["a"]).parts["count"][0]
