@@ -62,7 +62,7 @@ def test_logits_equal_those_of_from_pretrained(tmp_path, family, tie, rename, fi
     with torch.no_grad():
         ours, _ = policy(pack([prompt], [completions], policy.spec))
         theirs = naive_logprobs(naive, policy.spec, prompt, completions)
-    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
     for (name, ours), (_, theirs) in zip(policy.model.named_parameters(), naive.named_parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     for (name, ours), (_, theirs) in zip(policy.model.named_buffers(), naive.named_buffers(), strict=True):
