@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from grpo.config import ConfigError
+from grpo.data import digest
 
 VARIANT = ("checkpoint", "mode", "control")  # what tells apart two answers to one question in one file
 
@@ -78,7 +79,6 @@ def _check_settings(path, settings):
 
 def settings_of(config, samples, temperature, device):
     """What answers depend on beside checkpoint, mode and control: plain values under their flags' names."""
-    questions = json.dumps([dataclasses.asdict(sample) for sample in samples], sort_keys=True, default=str)
     return {
         **dataclasses.asdict(config.video_settings()),
         "prompt_template": config.prompt_template,
@@ -87,7 +87,7 @@ def settings_of(config, samples, temperature, device):
         "eval_batch": config.eval_batch,
         "temperature": temperature,
         "device": device,
-        "questions": f"{len(samples)}, digest {hashlib.sha256(questions.encode()).hexdigest()[:12]}",
+        "questions": digest(samples),
     }
 
 

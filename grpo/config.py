@@ -38,7 +38,10 @@ class Config:
     eval_samples: int = flag(100, "How many questions to evaluate on; 0 turns evaluation off.", least=0)
     text_only: bool = flag(False, "Allow data files in which no row has a video or image.")
     output: str = flag("runs/qwen2-vl-7b", "Run folder: configuration, metrics, curve, checkpoints.")
-    resume: str = flag("auto", "Go on from the run folder's newest checkpoint, or start anew.", choices=("auto", "no"))
+    resume: str = flag(
+        "auto", "Go on from the run folder's newest checkpoint, even if the data has changed since (anyway), or start "
+        "anew (no).", choices=("auto", "anyway", "no"),
+    )  # fmt: skip
     demo: bool = flag(False, "Build the demo's tiny model and videos, in runs/demo (runs/demo-seed-N for other seeds).")
     seed: int = flag(42, "Seed of data order and sampling.", least=0, most=2**32)
 

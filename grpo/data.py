@@ -1,6 +1,8 @@
 """Which questions a step takes: a function of seed and step, so that the step number is the whole data position."""
 
+import hashlib
 import math
+import os
 from functools import lru_cache
 
 import torch
@@ -43,6 +45,17 @@ def hold_out(samples, count, seed):
     media = {m for sample in held for m in (sample.key, *sample.media)}
     train = [s for s in samples if media.isdisjoint((s.key, *s.media))]
     return train, held
+
+
+def digest(samples):
+    """"COUNT rows, digest HEX" of all that the rows say, with the names of their files but not the folders: a data set
+    that was moved is the same."""
+    total = hashlib.sha256()
+    for s in samples:
+        names = [os.path.basename(path) for path in (*s.videos, "", *s.images)]
+        row = (s.key, s.problem, s.answer, s.problem_type, s.options, s.completions, names, s.clips, s.meta)
+        total.update(repr(row).encode())  # of what UTF-8 cannot hold, repr gives the escape
+    return f"{len(samples)} rows, digest {total.hexdigest()[:12]}"
 
 
 def batched(items, size):

@@ -1,6 +1,7 @@
 """What a run is given: settings that fit together, data that can be read, a folder that is new or its own."""
 
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -110,6 +111,24 @@ def find_checkpoint(config):
             "to start anew there"
         )
     return found[-1] if found else None
+
+
+def check_same_data(folder, digests):
+    """Raises ConfigError if there is a run to go on with in the folder that has had other data than that of `digests`.
+    versions.json of the run says which data that was."""
+    path = Path(folder) / "versions.json"
+    if not path.exists() or not (checkpoints(folder) or (path.parent / "warmup").exists()):
+        return
+    try:
+        saved = json.loads(path.read_text()).get("data", digests)
+    except ValueError as error:
+        raise ConfigError(f"{path}: is damaged; --resume anyway goes on without it, if the data is the same") from error
+    changed = [f"{name} was {old}, is {digests[name]}" for name, old in saved.items() if digests[name] != old]
+    if changed:
+        raise ConfigError(
+            f"--output {folder} holds a run whose data has changed since ({'; '.join(changed)}); --resume anyway goes "
+            "on, --resume no starts anew there, another --output does elsewhere"
+        )
 
 
 def read_data(config, say):

@@ -17,8 +17,8 @@ from evaluation.report import show_rollouts
 from grpo import distributed
 from grpo.checkpoint import Saver, load_state, note_if_best
 from grpo.config import Config, ConfigError
-from grpo.data import step_samples, steps_of
-from grpo.inputs import check_inputs, clear_run, find_checkpoint, made_before, read_data
+from grpo.data import digest, step_samples, steps_of
+from grpo.inputs import check_inputs, check_same_data, clear_run, find_checkpoint, made_before, read_data
 from grpo.metrics import RunLog, describe_run
 from grpo.model import read_processor
 from grpo.selfcheck import choose_fast_paths
@@ -30,11 +30,13 @@ from video.prompt import PromptEncoder, Skipped
 
 
 class Data(NamedTuple):
-    """Samples to train on, held out, and of the supervised pass; the newest checkpoint, None where there is none."""
+    """Samples to train on, held out, and of the supervised pass, and the `digest` of each; the newest checkpoint, None
+    where there is none."""
 
     train: list
     held_out: list
     warmup: list
+    digests: dict
     checkpoint: Path | None
 
 
@@ -48,7 +50,10 @@ def prepare(config, processes):
     train, held_out, warmup = read_data(config, print if processes.is_main else lambda line: None)
     if config.steps is None:
         config.steps = steps_of(config.epochs, len(train), config.prompts_per_step)
-    return Data(train, held_out, warmup, find_checkpoint(config) if config.resume == "auto" else None)
+    digests = {"train": digest(train), "held out": digest(held_out), "warm-up": digest(warmup)}
+    if config.resume == "auto":
+        check_same_data(config.output, digests)
+    return Data(train, held_out, warmup, digests, find_checkpoint(config) if config.resume != "no" else None)
 
 
 @contextmanager
@@ -71,7 +76,7 @@ def opened(config, processes, data, signalled, began):
     warmed = (Path(config.output) / "warmup").exists()
     log = RunLog(config.output, processes.is_main, partial(made_before, state["step"], config.steps, warmed))
     with closing(log), PromptLoader(encoder, config.workers, config.decode_timeout) as loader:
-        log.describe(config, describe_run())
+        log.describe(config, {**describe_run(), "data": data.digests})
         if config.top_k or config.top_p < 1:
             log.say("--top_k or --top_p is on: sampling sees fewer tokens than the log-probabilities are over")
         began -= state.get("seconds", 0)

@@ -1,5 +1,6 @@
 """eval.py from its command line on tiny models and mp4 files: numbers, controls, resuming, processes, errors."""
 
+import dataclasses
 import json
 import os
 import random
@@ -21,7 +22,7 @@ from demo.tiny import build_tiny_model
 from evaluation.evaluate import NO_VIDEO, encode, mcnemar, paired, plan, predict, summarise, wilson
 from evaluation.predictions import Predictions, checkpoint_identity
 from grpo.config import Config, ConfigError, save_config
-from grpo.data import draw
+from grpo.data import digest, draw
 from grpo.distributed import Processes
 from grpo.inputs import split_data
 from grpo.model import load_model, model_spec
@@ -228,6 +229,15 @@ def test_a_draw_is_over_the_whole_file_and_the_same_for_every_checkpoint(demo):
     assert eval_script.find_samples(None, Config(seed=7), arguments) == drawn
     held_out = split_data(Config(data=(str(demo),), eval_data=str(demo), eval_samples=12, seed=1), print)[1]
     assert held_out == drawn
+
+
+def test_a_digest_is_of_what_rows_say_and_not_of_where_files_lie(demo):
+    sample, other = read_samples(demo)[:2]
+    moved = dataclasses.replace(sample, videos=(f"/elsewhere/{Path(sample.videos[0]).name}",))
+    assert digest([sample, other]) == digest([moved, other]) != digest([other, sample])
+    for change in ({"problem": "?"}, {"answer": "Z"}, {"videos": ("/elsewhere/z.mp4",)}, {"meta": {"note": "\ud83d"}}):
+        assert digest([sample]) != digest([dataclasses.replace(sample, **change)])
+    assert digest([sample, other]).startswith("2 rows, digest ")
 
 
 def test_a_runs_own_questions_are_found_under_another_video_root(tmp_path, demo):

@@ -134,7 +134,21 @@ def reward(b, text):
     return ["--reward", "accuracy:1", "mine.py:f", "--reward_timeout", "1"]
 
 
+def stopped_run(b, data):
+    """A run folder as a stop after the warm-up leaves it; data: digests, or ... for a file that is damaged."""
+    (b.folder / "run/warmup").mkdir(parents=True)
+    (b.folder / "run/versions.json").write_text("{" if data is ... else json.dumps({"data": data}))
+    return []
+
+
 MISTAKES = {
+    "data that was changed since the run stopped": (
+        "train", lambda b: stopped_run(b, {"train": "25 rows, digest 123"}), 2,
+        ("run holds a run whose data has changed since (train was 25 rows, digest 123, is 24 rows", "--resume anyway"),
+    ),
+    "a versions.json that is cut": (
+        "train", lambda b: stopped_run(b, ...), 2, ("versions.json: is damaged; --resume anyway goes on without it",),
+    ),
     "a data file that is not there": (
         "train", lambda b: ["--data", "gone.jsonl"], 2,
         ("--data gone.jsonl: no such file; a relative path starts at /",),

@@ -125,13 +125,25 @@ def test_a_run_that_stopped_after_its_warm_up_does_not_repeat_it(flags, monkeypa
     assert metrics_of(run(flags)) == whole
 
 
-def test_a_finished_run_is_only_reported(flags, capsys):
+def test_a_finished_run_is_only_reported(flags, demo_set, capsys):
+    data = demo_set["train"].with_name("own.jsonl")
+    data.write_text(demo_set["train"].read_text())
+    flags = [*flags, "--data", str(data)]
     folder = run(flags)
     before = metrics_of(folder)
     capsys.readouterr()
     run(flags)
     assert metrics_of(folder) == before
     assert f"goes on from {folder}/checkpoint-4, 4 of 4 steps are done; --resume no" in capsys.readouterr().out
+    lines = data.read_text().splitlines(keepends=True)
+    data.write_text("".join(lines[:-1]))
+    assert train.main(flags) == 2
+    error = capsys.readouterr().err
+    assert "data has changed since (train was 24 rows, digest " in error and ", is 23 rows, digest " in error
+    assert "--resume anyway goes on" in error and "held out" not in error
+    run(flags, "--resume", "anyway")
+    run(flags)
+    assert metrics_of(folder) == before
 
 
 def test_other_settings_do_not_go_on_in_the_same_folder(flags, capsys):
