@@ -19,7 +19,8 @@ _ASIAN = "\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7a3"  # kana, Han and Hangul stand
 _REWRITES = (
     (re.compile(rf"(?<=[{_ASIAN}])(?=[A-Za-z(])|(?<=[A-Za-z.:)])(?=[{_ASIAN}])"), " "),
     (re.compile(r"(?<!\w)[(\[]([A-Za-z])(?=[)\]])"), lambda found: found[1].upper()),  # "(b)" is "B)"
-    (re.compile(r"(?<![\w'])([A-Za-z])[.:)\]]+ (?=(?:is|was|can|cannot|does|would|should|must)\b)"), r"\1 "),
+    (re.compile(r"(?<![\w'])([A-Za-z])[.:)\]]+ (?=(?:is|was)(?: (?:the )?(?:wrong|incorrect|false)"
+                r"|(?:n't| not) (?:the )?(?:right|correct|answer))\b)"), r"\1 "),  # "A. is wrong" is one clause
     (re.compile(r"^[a-z](?=[.:)](?:\s|$))"), lambda found: found[0].upper()),  # "b) red" is "B) red"
     (re.compile(r"\b(?:no|without(?: a| any)?) doubt\b", re.IGNORECASE), "surely"),
     (re.compile(r"\bgo(?:ing)? with\b"), "choose"),
@@ -33,9 +34,10 @@ _BREAK = re.compile(
     r"| (?=(?:and|or) (?:\w\w|\w is))|(?<=\b[A-Z]) (?=not\b|rather\b|instead\b)|(?=因为|因此|所以|但|而不)"
 )
 _LONG = 1000  # characters; a clause this long chooses and rejects nothing
-# A clause that rejects a choice, or gives a reason.
-_REJECTS = re.compile(
-    r"^ ?(?:because|since|as|although|while)\b|^因为|n't\b|\b(?:do|does|is|would)nt\b|[不非错没别]|아니"
+# In a clause that gives a reason, a letter that stands alone is no evidence: "B because C is small".
+_REASON = re.compile(r" ?(?:because|since|as|although|while|which)\b|因为", re.IGNORECASE)
+_REJECTS = re.compile(  # a clause that rejects what it names
+    r"n't\b|\b(?:do|does|is|would)nt\b|[不错没]|非(?!常)|别选|아니"
     r"|\b(?:not|cannot|never|no|nor|neither|wrong|incorrect|false|doubt|unlikely|impossible|except|anything but|avoid"
     r"|without|rather|instead|reject|(?:exclude|eliminate|rule)d?|pas|nicht|kein|falsch|faux)\b",
     re.IGNORECASE,
@@ -100,9 +102,9 @@ def choice_letters(text: str, options: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The letters that `text` names as its choice: () for none, one for an answer, more for a text that hedges.
 
     Only letters of existing options count (A to J if the options are unknown). The letter alone ("b", "(B)?") and the
-    whole text of exactly one option choose it. Any other text is cut into clauses. Those that reject, ask or give a
-    reason are left out: "A is wrong, so B" chooses B. The others choose as `_chosen` says. A letter inside a word, a
-    lone article, and a label whose text is another option's are no answer.
+    whole text of exactly one option choose it. Any other text is cut into clauses. Those that reject or ask are left
+    out: "A is wrong, so B" chooses B. The others choose as `_chosen` says. A letter inside a word, a lone article, and
+    a label whose text is another option's are no answer.
     """
     valid = [chr(ord("A") + i) for i in range(len(options))] or list(_LETTERS_UNKNOWN)
     text = _plain(text)
@@ -122,8 +124,9 @@ def choice_letters(text: str, options: tuple[str, ...] = ()) -> tuple[str, ...]:
     for clause in dict.fromkeys(_BREAK.split(text)):
         if clause.endswith("?") or len(clause) < _LONG and _REJECTS.search(clause):
             continue
-        lone |= {found[1] or found[2] for found in _LONE.finditer(clause)}
         named |= _chosen(clause) if len(clause) < _LONG else set()
+        if not _REASON.match(clause):
+            lone |= {found[1] or found[2] for found in _LONE.finditer(clause)}
     letters = sorted((named | lone) & set(valid))
     # A lone capital is evidence against another choice, never a choice: "vitamin C" answers nothing.
     return tuple(letters) if named & set(valid) or len(letters) > 1 else ()

@@ -175,8 +175,9 @@ PHRASES = {  # what the texts have in common: (the letter chosen, texts); no opt
     "text after the letter": ("B", [
         "B, because it is blue", "B because it is blue", "B since it is blue", "B (blue)", "Option B: blue",
         "B: A man", "The answer is (B) blue", "The answer is B, which is blue", "I choose B as the answer",
-        "B. is correct", "B is correct according to the video", "B is the correct answer to the question",
-        "(B) is the answer",
+        "B. is correct", "B is correct according to the video", "B. is walking", "B) is not moving", "B.不动",
+        "B. Not visible", "Answer: B (not A)", "As the man runs the answer is B",
+        "B is the correct answer to the question", "(B) is the answer",
     ]),
     "the others are wrong": ("B", [
         "A is wrong, so B", "A is wrong so B", "A is wrong. B", "A is wrong and B is right",
@@ -225,6 +226,8 @@ DEBATABLE = [  # text, letter, why this reading
     ("I see C, so the answer is B", None, "a capital that stands alone counts against another choice"),
     ("The answer is B blue", None, "the letter could start a name, as in 'vitamin B complex'"),
     ("B红色", None, "as above"),
+    ("Since he does not turn the answer is B", None, "without a comma nobody tells what 'not' is about"),
+    ("There is no sign that the answer is A", None, "as above"),
     ("A: B", None, "'A:' may be short for 'answer', or the first label"),
     ("A错B对", None, "two clauses without a mark between them are one clause, and it rejects"),
     ("The man would pick B", "B", "'pick' is a cue, whoever picks"),
