@@ -228,6 +228,10 @@ MISTAKES = {
         "train", lambda b: ["--data", b.rows('{"problem": ' + "7" * 5000 + "}")], 2,
         ("rows.jsonl:1: holds an integer of thousands of digits",),
     ),
+    "more options than letters": (
+        "eval", lambda b: ["--data", b.rows(b.row(options=[f"thing {n}" for n in range(40)]))], 2,
+        ("rows.jsonl:1: has 40 options; there are letters for 26",),
+    ),
     "a value of 1 MB": (
         "train", lambda b: ["--data", b.rows(b.row(solution=f"<answer>{'7' * 2**20}</answer>"))], 2,
         ("rows.jsonl:1: solution '7777", "has no option letter; write e.g. <answer>B</answer>"),
@@ -240,7 +244,7 @@ MISTAKES = {
     "kinds of every type, and rows without media, while training": (
         "train", lambda b: ["--data", b.rows(b.row(kind=[]), b.row(1, kind=3, video=...), b.row(2, video=[]))], 0,
         ("2 of 3 questions to train on have no video or image: they are asked as text alone",
-         "step 1: held-out accuracy ", "of all 2 questions; 0 unreadable"),
+         "evaluation:   0%", "step 1: held-out accuracy ", "of all 2 questions; 0 unreadable"),
     ),
     "a line that is not UTF-8": (
         "scan", lambda b: ["--data", latin(b)], 2, ("rows.jsonl:2: is not UTF-8 text", "save the file as UTF-8"),

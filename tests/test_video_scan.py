@@ -1,6 +1,7 @@
 """A scan of a whole set names each bad file once, and the list it writes is what --skip_list reads."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,18 @@ def test_bad_files_are_listed_once_with_reason_and_rows(data, tmp_path, capsys):
     assert f"{len(bad) + 4}/{len(bad) + 4} [" in err and f"bad={len(bad)}]" in err
     kept, left_out = leave_out(read_mixture(str(path)), read_skip_list(tmp_path / "bad.jsonl"))
     assert len(kept) == 5 and len(left_out) == len(bad) + 1
+
+
+def test_a_file_name_that_is_not_utf8_is_listed_and_left_out(tmp_path, capsys):
+    name = os.fsdecode(b"caf\xe9\x1b[31m.mp4")
+    rows = [{"problem": "q", "solution": "A", "video": video} for video in (name, make_video(tmp_path / "good.mp4"))]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / name).write_bytes(b"no video")
+    flags = ("--output", str(tmp_path / name), "--workers", "0", "--nframes", "4")
+    assert main(["--data", str(tmp_path / "d.jsonl"), *flags]) == 0
+    assert r"caf\udce9\x1b[31m.mp4" in capsys.readouterr().out
+    kept, left_out = leave_out(read_mixture(str(tmp_path / "d.jsonl")), read_skip_list(tmp_path / name))
+    assert [sample.key for sample in kept] == ["d.jsonl:2"] and left_out[0].videos == (str(tmp_path / name),)
 
 
 def test_clips_of_a_file_are_read_apart(data):

@@ -347,7 +347,10 @@ def _build(
     if problem_type == MULTIPLE_CHOICE and not LETTER.match(answer):
         mend = "write e.g. <answer>B</answer>, or set problem_type"
         raise row.error(f"solution {answer!r:.200} has no option letter; {mend}")
-    options = lettered(row.texts("options") if options is None else options)
+    options = row.texts("options") if options is None else options
+    if len(options) > 26:
+        raise row.error(f"has {len(options)} options; there are letters for 26")
+    options = lettered(options)
     if not all(re.search(rf"\b{letter}\W+{re.escape(text)}", problem) for letter, text in _labels(options)):
         problem = "\n".join((problem.rstrip("\n"), *options))
     videos = row.paths("video", "videos") if videos is None else videos
