@@ -42,10 +42,10 @@ def tiny_vl(checkpoints):
     return load_pair(checkpoints["qwen2_vl"])
 
 
-def load_pair(folder):
+def load_pair(folder, dtype=torch.float32):
     processor = AutoProcessor.from_pretrained(folder)
-    model = load_model(folder)
-    naive = type(model).from_pretrained(folder, attn_implementation="sdpa")
+    model = load_model(folder, dtype)
+    naive = type(model).from_pretrained(folder, attn_implementation="sdpa", dtype=dtype)
     return Policy(model, model_spec(model, processor.tokenizer)), naive, processor.tokenizer
 
 
@@ -86,18 +86,23 @@ def random_completions(tokenizer, lengths, seed=0):
 
 
 def naive_logprobs(model, spec, prompt, completions, temperature=1.0):
-    """Flat (N,) log-probabilities by the model's own forward on each [prompt | completion], prompt repeated each time;
-    given the same explicit positions as the packed forward."""
-    own, first = prompt_positions(prompt, spec)
+    """Flat (N,) log-probabilities by the model's own forward on each [prompt | completion], the prompt repeated."""
     rows = []
     for tokens in completions:
-        positions = torch.cat([own, (first + torch.arange(len(tokens))).expand(3, -1)], dim=1)[:, None]
-        logits = model(
-            input_ids=torch.cat([prompt.input_ids, tokens])[None],
-            position_ids=positions,
-            **{name: value for name in PIXEL_FIELDS if (value := getattr(prompt, name)) is not None},
-            use_cache=False,
-        ).logits[0, len(prompt.input_ids) - 1 : -1].clone()  # fmt: skip
-        logits[:, list(spec.never_sampled)] = float("-inf")
+        logits = naive_logits(model, spec, prompt, tokens)
         rows.append((logits / temperature).log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
     return torch.cat(rows)
+
+
+def naive_logits(model, spec, prompt, tokens):
+    """(C, V) logits of each token of one completion by the model's own forward on [prompt | completion], given the same
+    explicit positions as the packed forward."""
+    own, first = prompt_positions(prompt, spec)
+    logits = model(
+        input_ids=torch.cat([prompt.input_ids, tokens])[None],
+        position_ids=torch.cat([own, (first + torch.arange(len(tokens))).expand(3, -1)], dim=1)[:, None],
+        **{name: value for name in PIXEL_FIELDS if (value := getattr(prompt, name)) is not None},
+        use_cache=False,
+    ).logits[0, len(prompt.input_ids) - 1 : -1].clone()  # fmt: skip
+    logits[:, list(spec.never_sampled)] = float("-inf")
+    return logits

@@ -41,11 +41,15 @@ def command(processes, folder, world, *more, tie=False, nodes=(), script="train.
 
 def start(*given, **options):
     """The process (group) of `command`, its output in one pipe."""
+    return start_command(command(*given, **options))
+
+
+def start_command(words):
+    """The process (group) of any command, its output in one pipe."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
-        command(*given, **options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        start_new_session=True,
-    )  # fmt: skip
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
 
 
 def finish(process, expect=0):

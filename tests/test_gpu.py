@@ -28,8 +28,8 @@ TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.15}
 
 
 def on_device(folder, dtype):
-    policy, naive, tokenizer = load_pair(folder)
-    return policy.to(DEVICE, dtype), naive.to(DEVICE, dtype), tokenizer
+    policy, naive, tokenizer = load_pair(folder, dtype)
+    return policy.to(DEVICE), naive.to(DEVICE), tokenizer
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

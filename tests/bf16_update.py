@@ -1,0 +1,55 @@
+"""One GRPO update of given completions in the precision of a GPU, bf16 from fp32 masters, by torchrun's processes.
+
+The first moments, which are linear in the gradient, are saved by rank 0: python -m torch.distributed.run … MODEL FILE
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from conftest import make_prompt, random_completions
+from torch.distributed.tensor import DTensor
+from transformers import AutoProcessor
+
+from grpo import distributed
+from grpo.build import build_policy, build_reference
+from grpo.config import parse_config
+from grpo.types import Rollout
+from grpo.update import add_reference, make_chunks, make_optimizer, update
+
+PROMPTS = 4
+
+
+def first_moments(folder, processes):
+    """({metric: value}, {name: whole first moment}) of an update of PROMPTS prompts, shared out over the processes."""
+    config = parse_config(
+        ["--preset", "demo", "--model", str(folder), "--prompts_per_step", str(PROMPTS), "--prompts_per_forward", "1",
+         "--kl_coef", "0.1", "--gradient_checkpointing", "--grad_clip", "1e9"]
+    )  # fmt: skip
+    processor = AutoProcessor.from_pretrained(folder)
+    policy = build_policy(folder, config, processor, processes)
+    reference = build_reference(folder, policy, config, processor, processes)
+    prompts, rollouts = [], []
+    for seed in range(processes.rank, PROMPTS, processes.world):
+        completions = random_completions(processor.tokenizer, (7, 3 + seed), seed)
+        prompts.append(make_prompt(processor.tokenizer, [("video", (2 + 2 * seed, 4, 4))] if seed else [], seed))
+        rollouts.append(Rollout(completions, [torch.full((len(t),), -6.0) for t in completions], [], []))
+        rollouts[-1].advantages = torch.tensor([1.0, -0.5])
+    made = make_chunks(prompts, rollouts, config, policy, processes)
+    add_reference(reference, made, 1.0)
+    optimizer = make_optimizer(policy, config)
+    metrics = update(policy, optimizer, made, config, processes)
+    moments = {name: optimizer.state[p]["exp_avg"] for name, p in policy.named_parameters()}
+    return metrics, {name: m.full_tensor() if isinstance(m, DTensor) else m for name, m in moments.items()}
+
+
+if __name__ == "__main__":
+    model, file = sys.argv[1:]
+    distributed.Processes.dtype = torch.bfloat16
+    processes = distributed.start("cpu")
+    result = first_moments(model, processes)
+    if processes.rank == 0:
+        torch.save(result, file)
+    distributed.stop()
