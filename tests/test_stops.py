@@ -18,7 +18,8 @@ from processes import ROOT, command, finish, metrics_of, start, wait_for
 import train
 from grpo import distributed, update
 from grpo.checkpoint import checkpoints
-from grpo.stops import RunError, count_bad, listening, lost_process, memory_message
+from grpo.stops import RunError, count_bad, exit_code, listening, lost_process, memory_message
+from video.pool import WorkersDoNotStart
 
 ENDLESS = ("--steps", "400", "--save_every", "1000")
 
@@ -209,6 +210,11 @@ def test_out_of_memory_in_an_evaluation_names_its_flag():
 
     message = memory_message([], config, torch.OutOfMemoryError("CUDA out of memory."))
     assert re.search("an evaluation: lower .*--eval_batch", message)
+
+
+def test_workers_that_do_not_start_are_one_line(capsys):
+    assert exit_code("train.py", WorkersDoNotStart("see their\nerror above")) == 2
+    assert capsys.readouterr().err == "train.py: error: see their error above\n"
 
 
 def test_a_lost_process_is_told_from_other_errors():
