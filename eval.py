@@ -159,12 +159,13 @@ def answer(variants, samples, config, temperature, predictions, processes):
                     records[variant] = [done[s.key] for s in samples]
                     continue
                 if loaded != folder:
-                    policy = None  # the memory of the other checkpoint
+                    policy, first = None, loaded is None  # None: the memory of the other checkpoint
                     processor = read_processor(folder)
                     # No masters: what is computed in is what is held, half the memory and the same numbers.
                     policy, loaded = build_policy(folder, config, processor, processes, trained=False), folder
-                    say = print if processes.is_main else lambda line: None
-                    choose_fast_paths(policy, loader, asked, config, processes, processor.tokenizer, say)
+                    if first:  # it decides for the other one too
+                        say = print if processes.is_main else lambda line: None
+                        choose_fast_paths(policy, loader, asked, config, processes, processor.tokenizer, say)
                 save = functools.partial(predictions.add, place)
                 with Progress(variant.name, len(samples) - len(done), processes, save=save) as progress:
                     records[variant] = predict(

@@ -103,7 +103,7 @@ def opened(config, processes, data, signalled, began):
 class Run:
     """One run's surroundings. `state` is what resuming needs beside weights and moments; `signalled()` is the number of
     the signal that this process has got, 0 without one; `prompts` are those at work; `bad` counts the last steps whose
-    update was left out."""
+    update was left out; `checked` says whether fast paths have been chosen."""
 
     config: Config
     processes: distributed.Processes
@@ -117,6 +117,7 @@ class Run:
     began: float  # when it would have, had it never stopped
     prompts: list = field(default_factory=list)
     bad: int = 0
+    checked: bool = False
 
     def batches(self, samples, first, last, per_step, seed, flag="--data"):
         """Yields (prompts of this process, {"skipped", "seconds_waiting"}) for steps first to last - 1.
@@ -148,9 +149,11 @@ class Run:
             asked = time.perf_counter()
 
     def choose_fast_paths(self, policy):
-        choose_fast_paths(
-            policy, self.loader, self.data.train, self.config, self.processes, self.processor.tokenizer, self.log.say
-        )
+        """See `grpo.selfcheck`. The run's first policy decides for all of the run."""
+        tokenizer, say = self.processor.tokenizer, self.log.say
+        if not self.checked:
+            choose_fast_paths(policy, self.loader, self.data.train, self.config, self.processes, tokenizer, say)
+        self.checked = True
 
     def evaluate(self, policy, control=None):
         """`summarise`d accuracy on the held-out samples, greedy; {} where there are none."""

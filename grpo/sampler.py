@@ -86,7 +86,7 @@ class Decoding:
         self.rows = torch.arange(len(draws), device=policy.device)
         self.ended = torch.zeros_like(self.rows, dtype=torch.bool)
         self.last, self.positions = torch.zeros_like(self.rows), positions[layout.prompt_of_row]
-        self.warm, self.graph, self.pool = False, None, None
+        self.warm, self.recorded, self.graph, self.pool = False, False, None, None
         self._choose(logits[layout.prompt_of_row])
 
     def _choose(self, logits):
@@ -105,18 +105,18 @@ class Decoding:
     def advance(self, graph):
         """One `step`. graph: the first call at these shapes runs it, in which libraries set themselves up, the second
         records it as a CUDA graph, and from then on the graph is replayed."""
-        if self.graph is None and not self.warm:
+        if not self.warm:
             self.step()
             self.warm = graph
             return
-        if self.graph is None:
+        if not self.recorded:  # an old graph is kept until now, as torch asks of one whose pool is used again
             self.pool = self.pool or torch.cuda.MemPool()
-            self.graph = record(self.step, self.pool)
+            self.graph, self.recorded = record(self.step, self.pool), True
         self.graph.replay()
 
     def drop_ended(self):
-        """Takes rows that have ended out of the batch: shapes and addresses change, and the graph with them."""
-        self.warm, self.graph = False, None
+        """Takes rows that have ended out of the batch: shapes and addresses change, so a new graph must be recorded."""
+        self.warm = self.recorded = False
         keep = (~self.ended).nonzero()[:, 0]
         self.layout.keep_rows(keep)
         for name in ("rows", "ended", "last", "positions"):

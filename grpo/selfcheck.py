@@ -14,7 +14,7 @@ import torch
 from grpo.attention import IN_USE
 from grpo.distributed import gathered
 from grpo.packing import pack
-from grpo.sampler import SamplingSettings, sample
+from grpo.sampler import LOOK_EVERY, SamplingSettings, sample
 from grpo.stops import RunError
 from video.prompt import Skipped
 
@@ -55,7 +55,8 @@ def choose_fast_paths(policy, loader, samples, config, processes, tokenizer, say
     IN_USE.clear()
     if processes.device.type == "cuda":
         prompt = first_prompt(loader, samples)
-        paths = [path for path in FAST_PATHS if path.name != "decoding graph" or config.decode_graph]
+        graph = config.decode_graph and config.max_new_tokens > 2 * LOOK_EVERY  # shorter ones are never recorded
+        paths = [path for path in FAST_PATHS if graph or path.name != "decoding graph"]
         with gathered(policy) as plain:
             faults = find_faults(paths, plain, prompt, config, tokenizer)
         for path, *reasons in zip(paths, *processes.gather(faults)):

@@ -1,5 +1,7 @@
 """Tiny models, prompts of every kind, and the naive forward that is the oracle of the packed one."""
 
+import sys
+
 import pytest
 import torch
 from transformers import AutoProcessor
@@ -11,6 +13,9 @@ from grpo.policy import Policy
 from grpo.positions import prompt_positions
 from video.dataset import Sample
 from video.prompt import Prompt
+
+if "softgpu" in sys.modules:  # the GPU that is not there
+    import null_train  # noqa: F401
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 PIXEL_FIELDS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import FAMILIES, PIXEL_FIELDS, load_pair, make_prompt, naive_logprobs, random_completions
+from test_selfcheck import always_faster
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,10 +20,11 @@ from grpo.checkpoint import Saver, load_training
 from grpo.config import parse_config
 from grpo.packing import pack
 from grpo.sampler import SamplingSettings, sample
-from grpo.selfcheck import using
+from grpo.selfcheck import FAST_PATHS, find_faults, using
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.gpu
+on_a_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="fast paths are a GPU's")
 # The largest difference of two log-probabilities; bf16 has 8 bits, and the two paths round at different places.
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.15}
 
@@ -76,7 +78,45 @@ def test_sampler_and_scorer_agree(checkpoints, dtype):
     assert (scored.cpu() - seen).abs().max() < TOLERANCE[dtype]
 
 
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="a CPU has no graphs")
+def installed(path):
+    if path.name == "flash-attn":
+        pytest.importorskip("flash_attn")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("path", FAST_PATHS, ids=lambda path: path.name)
+def test_the_self_check_finds_no_fault_in_a_fast_path(checkpoints, monkeypatch, path):
+    installed(path)
+    always_faster(monkeypatch)
+    policy, _, tokenizer = on_device(checkpoints["qwen2_vl"], torch.bfloat16)
+    config = parse_config(["--preset", "demo", "--max_new_tokens", "24"])
+    assert find_faults([path], policy, make_prompt(tokenizer, [("video", (4, 4, 6))]), config, tokenizer) == [None]
+
+
+@on_a_gpu
+@pytest.mark.parametrize("path", FAST_PATHS[:2], ids=lambda path: path.name)
+def test_a_fast_path_has_the_gradients_of_the_plain_one(checkpoints, path):
+    """In bf16 they differ by less than 5% of the norm of all, and each by 10% of its norm or 1% of the norm of all."""
+    installed(path)
+    policy, _, tokenizer = on_device(checkpoints["qwen2_vl"], torch.bfloat16)
+    prompt = make_prompt(tokenizer, [("video", (4, 4, 6))])
+    packed = pack([prompt], [random_completions(tokenizer, (9, 4, 7))], policy.spec).to(DEVICE)
+
+    def gradients(names):
+        policy.zero_grad()
+        with using(names):
+            policy(packed)[0].sum().backward()
+        return {name: p.grad.float() for name, p in policy.named_parameters()}
+
+    plain, fast = gradients(()), gradients({path.name})
+    whole = torch.stack([g.norm() for g in plain.values()]).norm()
+    off = {name: (fast[name] - plain[name]).norm() for name in plain}
+    assert torch.stack(list(off.values())).norm() < 0.05 * whole
+    for name, difference in off.items():
+        assert difference < 0.1 * plain[name].norm() + 0.01 * whole, name
+
+
+@on_a_gpu
 def test_decoding_by_graphs_gives_the_same_completions(checkpoints):
     policy, _, tokenizer = on_device(checkpoints["qwen2_vl"], torch.float32)
     policy.spec = replace(policy.spec, eos_ids=tuple(range(0, 390, 29)))  # rows end early, so shapes change

@@ -20,6 +20,17 @@ from video.prompt import Skipped
 PLAIN = "attention by torch's scaled_dot_product_attention; fast paths in use: none"
 
 
+def always_faster(monkeypatch):
+    """Trials take the less time, the more paths are in use."""
+    run_trial = selfcheck.run_trial
+
+    def timed(names, *given):
+        seconds = 5.0 - len(names)
+        return run_trial(names, *given)._replace(seconds={"scoring": seconds, "sampling": seconds})
+
+    monkeypatch.setattr(selfcheck, "run_trial", timed)
+
+
 @pytest.fixture
 def check(tiny_vl, monkeypatch):
     """A function of a flash-attn kernel: runs the check as a GPU does, and returns the lines that it says."""
@@ -27,11 +38,6 @@ def check(tiny_vl, monkeypatch):
     config = parse_config(["--preset", "demo", "--max_new_tokens", "8", "--group_size", "2"])
     prompt, lines = make_prompt(tokenizer, [("video", (4, 4, 6))]), []
     loader = SimpleNamespace(batches=lambda groups: ([Skipped("x", "x", "x")] if s is None else [s] for (s,) in groups))
-    real = selfcheck.run_trial
-
-    def timed(names, *given):
-        return real(names, *given)._replace(seconds={"scoring": 2.0 - len(names), "sampling": 1.0})
-
     def run(kernel, samples=(None, prompt), others=()):
         processes = Processes(0, 1, torch.device("cuda"), None)
         processes.gather = lambda item: [item, *others]
@@ -40,7 +46,7 @@ def check(tiny_vl, monkeypatch):
         return lines
 
     monkeypatch.setattr(selfcheck, "FAST_PATHS", (FastPath("flash-attn", "scoring"),))
-    monkeypatch.setattr(selfcheck, "run_trial", timed)
+    always_faster(monkeypatch)
     monkeypatch.setattr(attention, "flash_fits", lambda query: "flash-attn" in IN_USE)
     yield run
     IN_USE.clear()
@@ -111,8 +117,9 @@ def test_a_build_that_cannot_be_imported_costs_a_line(check, monkeypatch, error)
 
 
 def test_a_path_that_is_not_faster_is_left_out(check, monkeypatch):
-    monkeypatch.setattr(selfcheck, "FAST_PATHS", (FastPath("flash-attn", "sampling"),))
-    reason = "it is not faster, 1 s against 1 s without it"
+    run_trial = selfcheck.run_trial  # as the fixture has it
+    monkeypatch.setattr(selfcheck, "run_trial", lambda *given: run_trial(*given)._replace(seconds={"scoring": 1.5}))
+    reason = "it is not faster, 1.5 s against 1.5 s without it"
     assert check(flash_attn_varlen_func) == [f"flash-attn is left out: {reason}", PLAIN]
 
 
