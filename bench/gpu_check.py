@@ -6,7 +6,7 @@
 First the tests marked `gpu`. Then one whole step (rollout, reference, update) of Qwen2-VL-7B's shapes with random
 weights, as one of 4 GPUs: a "fake" process group allocates exactly what a real rank would, and its collectives do
 nothing, so times are without communication and numbers mean nothing. Then the same of 2B in one real process. Beside
-each peak stands what `--plan` predicts.
+each peak stand what `--plan` predicts, without its overhead, and what the allocator reserved.
 
 Not yet run on a GPU.
 """
@@ -108,7 +108,8 @@ def finite(clip_gradients):
 
 
 class Meter:
-    """Times a phase and notes its peak memory; `measured` is {phase: {"seconds", "gib"}}, gib None on a CPU."""
+    """Times a phase and notes its peak memory, in use and reserved; `measured` is {phase: {"seconds", "gib",
+    "reserved_gib"}}, GiB None on a CPU."""
 
     def __init__(self, device):
         self.cuda, self.measured = device.type == "cuda", {}
@@ -121,8 +122,12 @@ class Meter:
         result = work()
         if self.cuda:
             torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() / GIB if self.cuda else None
-        self.measured[phase] = {"seconds": time.perf_counter() - began, "gib": peak}
+        seconds = time.perf_counter() - began
+        peak, reserved = (
+            size() / GIB if self.cuda else None
+            for size in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
+        )
+        self.measured[phase] = {"seconds": seconds, "gib": peak, "reserved_gib": reserved}
         return result
 
 
@@ -206,7 +211,7 @@ def measure(case, tiny):
     assert vision_tokens(config, frames, settings.max_pixels)[0] == len(prompt.pixel_values_videos)
     plan = memory_plan(config, counts, settings)
     for phase, parts in plan["phases"].items():
-        meter.measured[phase]["planned_gib"] = sum(parts.values()) / GIB
+        meter.measured[phase]["planned_gib"] = (sum(parts.values()) - parts["overhead"]) / GIB  # not the allocator's
     result = {"model": "tiny" if tiny else name, "ranks": world, "real": world == 1, "phases": meter.measured,
               "prompt_tokens": len(prompt.input_ids), "completion_tokens": tokens,
               "decoded_tokens_per_second": tokens / meter.measured["rollout"]["seconds"], "decode": rates,
@@ -224,17 +229,18 @@ def table(report):
     lines = [f"# GPU check, {report['date']}", "", about, ""]
     if not report["gpu"]:
         lines += ["Tiny models on a CPU, to show that the script runs: **not yet run on a GPU**.", ""]
-    lines += ["| case | phase | peak GiB | planned GiB | seconds |", "|---|---|---|---|---|"]
+    lines += ["| case | phase | peak GiB | planned GiB | reserved GiB | seconds |", "|---|---|---|---|---|---|"]
     for name, case in report["cases"].items():
         ranks = "1 real process" if case["real"] else f"1 of {case['ranks']} ranks, fake group"
         for phase, row in case["phases"].items():
-            peak = "–" if row["gib"] is None else f"{row['gib']:.1f}"
-            lines.append(f"| {name}, {ranks} | {phase} | {peak} | {row['planned_gib']:.1f} | {row['seconds']:.2f} |")
-        lines.append(f"| {name} | whole rollout | | | {case['decoded_tokens_per_second']:.0f} tokens/s |")
-        lines.append(f"| {name} | update | | | {case['update_tflop_per_second']:.3g} TFLOP/s |")
+            peak, reserved = ("–" if row[key] is None else f"{row[key]:.1f}" for key in ("gib", "reserved_gib"))
+            memory = f"{peak} | {row['planned_gib']:.1f} | {reserved}"
+            lines.append(f"| {name}, {ranks} | {phase} | {memory} | {row['seconds']:.2f} |")
+        lines.append(f"| {name} | whole rollout | | | | {case['decoded_tokens_per_second']:.0f} tokens/s |")
+        lines.append(f"| {name} | update | | | | {case['update_tflop_per_second']:.3g} TFLOP/s |")
         for how, rate in case["decode"].items():
             figure = rate.get("error") or f"{rate['ms']:.1f} ms a token, {rate['gb_per_second']:.3g} GB/s"
-            lines.append(f"| {name} | decoding, {how} | | | {figure} |")
+            lines.append(f"| {name} | decoding, {how} | | | | {figure} |")
     return "\n".join(lines) + "\n"
 
 

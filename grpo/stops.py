@@ -11,6 +11,7 @@ import torch.distributed as dist
 from grpo.config import ConfigError
 from grpo.model import ModelError
 from video.formats import DataError, printable
+from video.pool import WorkersDoNotStart
 
 PATIENCE = 3  # seconds; torchrun and a terminal may each deliver the same Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM))  # Windows has no SIGHUP
@@ -60,7 +61,9 @@ def exit_code(program, error):
         line = f"out of memory: lower --max_frames, --max_pixels or --eval_batch ({line or type(error).__name__})"
     elif "can't start new thread" in line:
         line = "the system starts no more threads: lower --workers, or raise the limit (ulimit -u, pids of a container)"
-    elif not isinstance(error, (ConfigError, DataError, FloatingPointError, ModelError, OSError, RunError)):
+    elif not isinstance(
+        error, (ConfigError, DataError, FloatingPointError, ModelError, OSError, RunError, WorkersDoNotStart)
+    ):
         if not lost_process(error):
             raise
         line, code = f"another process is gone, see its message: {str(error).splitlines()[0]}", 3

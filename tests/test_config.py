@@ -98,7 +98,7 @@ def gpu_check(monkeypatch):
 
 
 def test_a_tiny_gpu_check_is_labelled_tiny(gpu_check, monkeypatch, tmp_path):
-    phases = {"rollout": {"seconds": 1.0, "gib": None, "planned_gib": 1.0}}
+    phases = {"rollout": {"seconds": 1.0, "gib": None, "reserved_gib": None, "planned_gib": 1.0}}
     case = {"real": True, "phases": phases, "decode": {}, "decoded_tokens_per_second": 1, "update_tflop_per_second": 1}
     monkeypatch.setattr(gpu_check, "run", lambda command: (0, f"{json.dumps(case)}\n=== 7 passed in 1.00s ===\n"))
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--tiny", "--output", str(tmp_path / "check")])

@@ -15,6 +15,7 @@ from video.dataset import Sample
 from video.frames import VideoSettings
 from video.prompt import Prompt
 
+PIXELS = {"ffv1": "bgr0", "gif": "rgb8", "mjpeg": "yuvj420p", "prores": "yuv422p10le"}  # of codecs without yuv420p
 SMALL = VideoSettings(nframes=8, min_pixels=28 * 28, max_pixels=4 * 28 * 28)
 
 
@@ -37,14 +38,16 @@ def rotated(content: bytes, degrees: int) -> bytes:
     return content[:at] + matrix + content[at + 36 :]
 
 
-def encode(path: Path, frames, times: list[int] | None = None, codec: str = "libx264", rate: int = 10) -> str:
+def encode(
+    path: Path, frames, times: list[int] | None = None, codec: str = "libx264", rate: int = 10,
+    options: dict | None = None,
+) -> str:
     """A video of frames (H, W, 3), with any codec and, where given, a time for each frame in ticks of 1/100 s: a
     variable frame rate."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
-        stream.pix_fmt = {"ffv1": "bgr0"}.get(codec, "yuv420p")
-        if codec == "libx264":
-            stream.options = {"preset": "ultrafast"}
+        stream.pix_fmt = PIXELS.get(codec, "yuv420p")
+        stream.options = options or ({"preset": "ultrafast"} if codec == "libx264" else {})
         if times:
             stream.codec_context.time_base = Fraction(1, 100)
         for number, pixels in enumerate(frames):
@@ -106,3 +109,44 @@ class Misbehaving:
         if sample.problem == "slow":
             time.sleep(0.2)
         return Prompt(sample, torch.tensor([torch.get_num_threads(), os.getpid()]), None, None, None, None, [])
+
+
+def numbered(count: int, side: int = 64) -> list[np.ndarray]:
+    """Frames (side, side, 3) that have their number, below 1024, painted into them as 4 x 4 black and white blocks."""
+    return [_paint([number >> bit & 1 for bit in range(10)], side) for number in range(count)]
+
+
+def _paint(bits: list[int], side: int) -> np.ndarray:
+    odd = sum(bits) % 2
+    coarse = np.array([*bits, odd, 1 - odd, 1, 0, 1, 0], np.uint8).reshape(4, 4, 1).repeat(3, axis=2)
+    return (20 + 215 * coarse).repeat(side // 4, axis=0).repeat(side // 4, axis=1)
+
+
+def numbers(frames: torch.Tensor) -> list[int | None]:
+    """The numbers painted into frames (T, 3, H, W) of `numbered`; None for a frame in which none can be read."""
+    found = []
+    for frame in frames.float().mean(1):
+        height, width = frame.shape
+        blocks = frame[height // 8 :: height // 4, width // 8 :: width // 4][:4, :4].flatten()
+        bits = (blocks > 128).int().tolist()
+        whole = bits[10] == sum(bits[:10]) % 2 and bits[11:] == [1 - bits[10], 1, 0, 1, 0]
+        found.append(sum(bit << place for place, bit in enumerate(bits[:10])) if whole else None)
+    return found
+
+
+def remux(path: Path, source: Path, start: float | None = None, seconds: float = 1e9) -> str:
+    """`source`, an mp4, without coding again; with `start`, as `ffmpeg -ss start -t seconds -i source -c copy` cuts it.
+
+    Frames from the last key frame to `start` come along, with times below 0: mp4 and mov hide them by an edit list.
+    """
+    with av.open(str(source)) as given, av.open(str(path), "w") as container:
+        stream, shift = given.streams.video[0], 0
+        copy = container.add_stream_from_template(stream)
+        if start is not None:
+            shift = round(start / stream.time_base)
+            given.seek(shift, stream=stream)
+        for packet in given.demux(stream):
+            if packet.size and packet.dts < shift + seconds / stream.time_base:
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
+                container.mux(packet)
+    return str(path)

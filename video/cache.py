@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from video import frames
 from video.formats import WHOLE, Clip, DataError
 
-VERSION = 2  # of what is stored; raise it when frames are chosen or resized otherwise
+VERSION = 3  # of what is stored; raise it when frames are chosen or resized otherwise
 SUFFIX = ".frames"  # of an entry: safetensors, and the crc32 of its bytes in the last four
 KEEP = 0.9  # of the limit is left after evicting
 SCANS_PER_LIMIT = 256  # how often the folder's size is measured while a limit's worth of frames is written
@@ -24,7 +24,7 @@ class FrameCache:
     """Reads videos as `frames.read_video` does, keeping what it read in `folder`, at most `gigabytes` (10**9 bytes).
 
     An entry belongs to a file's real path, size and time of change (its content is not hashed: reading 100 GB for that
-    would cost what the cache saves), to the clip, all settings, the patch factor and the decoder. Any number of
+    would cost what the cache saves), to the clip, all settings and the patch factor. Any number of
     processes may share a folder: a file appears whole or not at all, and one that is damaged or gone is a miss. The
     limit is kept to within 1/256 for each process that writes; the files longest unused go first.
     """
@@ -60,8 +60,7 @@ class FrameCache:
         except (OSError, frames.VideoError):
             return None
         identity = [(real, found.st_size, found.st_mtime_ns) for real, found in status]
-        decoder = "pyav" if frames.decord is None else "decord"
-        text = repr((VERSION, decoder, identity, settings, factor, clip))
+        text = repr((VERSION, identity, settings, factor, clip))
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}{SUFFIX}"
 
     def _store(self, entry: Path, pixels: torch.Tensor, rate: float) -> None:

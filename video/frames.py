@@ -4,6 +4,8 @@ Departures, each with its reason:
 - One sampling stage. Open-R1-Video samples at 2 fps and then spreads 16 frames over the result, which rounds twice and
   repeats frames of short clips; here `fps` and `max_frames` act together, once, on the original frame numbers.
 - `smart_resize` never returns a side of 0 (qwen-vl-utils can, for a picture 30 high and 6000 wide, and then fails).
+- PyAV decodes, and a frame is what its decoder shows. qwen-vl-utils reads by decord, which counts and shows frames that
+  an edit list hides, and takes wrong ones, without a word, from AVI, MPEG-2, WMV, HEVC, open GOPs and joined clips.
 - A file that cannot be read raises; qwen-vl-utils tries another reader.
 - A folder of frames is a video like any other: its frames are sampled too, none is repeated to make their number even,
   and they are resized once (qwen-vl-utils takes all, repeats the last, and first resizes to multiples of 56).
@@ -14,35 +16,35 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
+from itertools import accumulate, chain
 
 import av
 import numpy as np
 import torch
+from av.video.frame import PictureType
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from video.formats import WHOLE, Clip
 
-try:
-    import decord
-except ImportError:  # no wheel on Arm and macOS: PyAV decodes there
-    decord = None
-else:
-    decord.logging.set_level(decord.logging.QUIET)  # FFmpeg's complaints; what matters is in the error raised
-
 FRAME_FACTOR = 2  # frames come in pairs: the vision tower's temporal patch
 MAX_RATIO = 200  # a longer strip than this is refused, as the model's own processor does
 VIDEO_MAX_TOKENS = 768  # per frame, qwen-vl-utils' ceiling whatever max_pixels says
 FOLDER_FPS = 2.0  # of a folder of frames, where its row does not say; qwen-vl-utils' sample_fps
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # PIL knows more, and hands one of them (EPS) to Ghostscript
 MAX_FRAME_PIXELS = 64 * 2**20  # 8K has 33 million
+CUT_FRAMES = 4  # at the end of a clip cut without coding again, among which some are left out
 WHOLE_SHARE = 0.9  # of the frames that a header tells of; a file with fewer is taken for a broken download
-DECODE_CHUNK = 8  # frames held at full size at a time, so that memory does not grow with their number
+SEEK_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # each packet has the time at which it is shown
+SEEK_CODECS = ("h264", "hevc", "vp8", "vp9", "libdav1d")  # a decoder may begin at any of their key frames
+SKIP_CODECS = ("h264", "hevc")  # frames that no other is predicted from can be left out, as late as at decoding
 CONTEXT_TOKENS = 128_000  # qwen-vl-utils' budget of a whole video is 90% of this, in merged patches
 
 
@@ -208,16 +210,18 @@ def probe(path: str, clip: Clip = WHOLE) -> tuple[int, float, int, int]:
 
 @lru_cache(maxsize=2**16)
 def _probe(path: str, *_) -> tuple[int, float, int, int]:
-    errors = (av.FFmpegError, OSError, ValueError)
-    with blamed(path, "cannot be opened as a video: ", errors), av.open(path) as container:
-        stream = _video_stream(container, path)
-        fps, height, width = stream.average_rate, stream.height, stream.width
+    with _opened(path, "cannot be opened as a video: ") as (container, stream):
+        height, width = stream.height, stream.width
         if height * width > MAX_FRAME_PIXELS:
             raise VideoError(path, f"its frames of {width} x {height} pixels are above the limit of {MAX_FRAME_PIXELS}")
-        frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+        frames, fps = stream.frames, _rate(stream)
+        index = stream.index_entries  # complete in mp4 and AVI: there no packet is read
+        if not frames or len(index) != frames or any(entry.is_discard for entry in index):
+            packets = _Packets(container, stream)
+            frames, fps = packets.count, packets.fps
     if not (frames and fps and height and width):
         raise VideoError(path, "its header gives no frames, rate or size")
-    return frames, float(fps), height, width
+    return frames, fps, height, width
 
 
 def frame_files(folder: str) -> list[str]:
@@ -235,7 +239,7 @@ def read_video(path: str, settings: VideoSettings, factor: int, clip: Clip = WHO
     `factor` is the model's patch size x merge size: H and W are multiples of it. Raises VideoError.
     """
     probe(path, clip)  # for the limit of the frames' size
-    reader = _read_folder if os.path.isdir(path) else _read_pyav if decord is None else _read_decord
+    reader = _read_folder if os.path.isdir(path) else _read_file
     with blamed(path):
         return reader(path, settings, factor, clip)
 
@@ -269,50 +273,128 @@ def _open_image(path: str) -> Image.Image:
     errors = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
     with blamed(path, "cannot be opened as an image: ", errors), warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(path)
+        return Image.open(path, formats=IMAGE_FORMATS)
 
 
-def _read_decord(path: str, settings: VideoSettings, factor: int, clip: Clip) -> tuple[torch.Tensor, float]:
-    try:
-        reader = decord.VideoReader(path, num_threads=1)  # processes, not threads, decode in parallel
-        told = probe(path)[0]
-        if len(reader) < WHOLE_SHARE * told:  # else the frames would be those of another, shorter stretch of time
-            raise VideoError(path, f"is cut short: holds {len(reader)} of the {told} frames that its header tells of")
-        indices, rate = choose(len(reader), reader.get_avg_fps(), settings, clip)
-        size = partial(frame_size, count=len(indices), settings=settings, factor=factor)
-        frames = [
-            _resize(reader.get_batch(indices[start : start + DECODE_CHUNK]).asnumpy(), size)
-            for start in range(0, len(indices), DECODE_CHUNK)
-        ]
-    except (decord.DECORDError, RuntimeError, IndexError, OSError) as error:
-        if "must exactly match" in str(error):  # decord 0.6 cannot copy frames 8 to 72 pixels wide, some of them
-            return _read_pyav(path, settings, factor, clip)
-        raise VideoError(path, f"cannot be decoded: {_one_line(error)}") from error
-    return torch.cat(frames), rate
+class _Packets:
+    """What the packets of a video tell, in the order of decoding: reads the container to its end, decodes nothing.
+
+    `count` frames are shown, `fps` a second. A packet that its container hides, as an edit list does, is no frame, nor
+    is one shown before the first key frame, which no decoder can predict from anything. `told`: frames by the header,
+    0 or less if it does not say. `numbers`: time -> number of the frame shown then; None if times cannot be relied on.
+    """
+
+    def __init__(self, container, stream):
+        found = [(item.pts, item.is_keyframe, item.is_discard) for item in container.demux(stream) if item.size]
+        self.times, self.keys = [time for time, *_ in found], [key for _, key, _ in found]
+        shown, self.numbers = [time for time, _, hidden in found if not hidden], None
+        hidden = len(found) - len(shown)
+        self.told, self.fps = stream.frames - hidden, _rate(stream)
+        if container.format.name in SEEK_CONTAINERS and stream.codec_context.name in SEEK_CODECS and self._in_order():
+            shown = sorted(time for time in shown if time >= self.times[0])
+            self.numbers = {time: number for number, time in enumerate(shown)}
+            evenly = shown[:-CUT_FRAMES]
+            if hidden and len(evenly) > 1:  # average_rate may count those too
+                self.fps = float((len(evenly) - 1) / ((evenly[-1] - evenly[0]) * stream.time_base))
+        self.count = len(shown)
+
+    def _in_order(self) -> bool:
+        """Whether it begins with a key frame, and what is decoded before a key frame is shown before all the rest."""
+        if None in self.times or len(set(self.times)) < len(self.times) or not any(self.keys[:1]):
+            return False
+        latest = list(accumulate(self.times, max))
+        earliest = list(accumulate(reversed(self.times), min))[::-1]
+        return all(latest[at - 1] < earliest[at] for at, key in enumerate(self.keys) if key and at)
+
+    def needed(self, wanted: list[int]) -> bytearray:
+        """1 for each packet that has to be decoded to show the frames `wanted`, else 0; a 0 after the last."""
+        needed, key, before = bytearray(len(self.times) + 1), 0, 0  # the last key frame, and the one before it
+        wanted = set(wanted)
+        for at, time in enumerate(self.times):
+            if self.keys[at]:
+                key, before = at, key
+            if self.numbers.get(time) in wanted:
+                begin = key if time >= self.times[key] else before  # open GOP: shown before the key frame it follows
+                needed[begin : at + 1] = b"\1" * (at + 1 - begin)
+        return needed
 
 
-def _read_pyav(path: str, settings: VideoSettings, factor: int, clip: Clip) -> tuple[torch.Tensor, float]:
-    """As `_read_decord`. Decodes from the start to the last frame wanted: measured faster than seeking."""
-    total, fps, _, _ = probe(path)
-    indices, rate = choose(total, fps, settings, clip)
-    size = partial(frame_size, count=len(indices), settings=settings, factor=factor)
-    wanted, found = set(indices), {}
-    with blamed(path, "cannot be decoded: ", (av.FFmpegError, OSError)), av.open(path) as container:
-        stream = _video_stream(container, path)
-        stream.codec_context.thread_count = 1
-        for number, frame in enumerate(container.decode(stream)):
-            if number in wanted:
-                upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90 % 4)  # decord turns too
-                found[number] = _resize(np.ascontiguousarray(upright)[None], size)
-            if number == indices[-1]:
-                break
-    if len(found) < len(wanted):
-        raise VideoError(path, f"cannot be decoded: {len(wanted) - len(found)} of {len(wanted)} frames are missing")
-    return torch.cat([found[i] for i in indices]), rate
+def _read_file(path: str, settings: VideoSettings, factor: int, clip: Clip) -> tuple[torch.Tensor, float]:
+    """As `read_video`. Decodes what the chosen frames need or, where that is not known for sure, all up to the last."""
+    with _opened(path, "cannot be decoded: ") as (container, stream):
+        packets = _Packets(container, stream)
+    _check_whole(path, packets.count, packets.told)
+    indices, rate = choose(packets.count, packets.fps, settings, clip)
+    found = {}
+    if packets.numbers:
+        with suppress(VideoError):  # damaged, or not what its packets promise: then it is decoded whole, which decides
+            found, _ = _take(_decode_needed(path, packets, indices), indices, settings, factor)
+    if len(found) < len(indices):
+        to_end = indices[-1] == packets.count - 1
+        found, count = _take(_decode_all(path), indices, settings, factor, to_end)
+        if count <= indices[-1] or to_end and count != packets.count:  # a packet need not be a frame in every codec
+            _check_whole(path, count, packets.told)
+            indices, rate = choose(count, packets.fps, settings, clip)
+            found, _ = _take(_decode_all(path), indices, settings, factor)
+    if missing := len(indices) - len(found):
+        raise VideoError(path, f"cannot be decoded: {missing} of the {len(indices)} frames chosen are damaged")
+    return torch.cat([found[index] for index in indices]), rate
+
+
+def _decode_all(path: str) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Yields (number, frame) of every frame."""
+    with _opened(path, "cannot be decoded: ") as (container, stream):
+        yield from enumerate(container.decode(stream))
+
+
+def _decode_needed(path: str, packets: _Packets, wanted: list[int]) -> Iterator[tuple[int | None, av.VideoFrame]]:
+    """Yields (number, frame) of the frames `wanted` and of some more, decoding little else.
+
+    Where decoding begins within the file, the numbers are None unless the key frame there is one: with x264's
+    intra-refresh it is a picture that the next second mends.
+    """
+    needed, wanted, decoding = packets.needed(wanted), set(wanted), 0
+    with _opened(path, "cannot be decoded: ") as (container, stream):
+        decoder = stream.codec_context
+        found = (packet for packet in container.demux(stream) if packet.size)
+        for position, (packet, decode) in enumerate(zip(chain(found, (None,)), needed)):
+            frames = []
+            if decode:
+                if not decoding:
+                    begin, whole = packet.pts, position == 0
+                if decoder.name in SKIP_CODECS:
+                    decoder.skip_frame = "DEFAULT" if packets.numbers.get(packet.pts) in wanted else "NONREF"
+                frames = decoder.decode(packet)
+            elif decoding:  # a gap: get what the decoder still holds, and make it ready for the next key frame
+                frames = decoder.decode(None)
+                decoder.flush_buffers()
+            decoding = decode
+            for frame in frames:
+                whole = whole or frame.pts == begin and frame.pict_type == PictureType.I
+                yield packets.numbers.get(frame.pts) if whole else None, frame
+
+
+def _take(frames: Iterable[tuple[int | None, av.VideoFrame]], wanted: list[int], settings: VideoSettings, factor: int,
+          to_end: bool = False) -> tuple[dict[int, torch.Tensor], int]:
+    """({number: frame (1, 3, H, W), resized} of the frames `wanted` that are whole, how many frames came).
+
+    It stops at the last of them, or goes on `to_end`, to count all.
+    """
+    converter, found, seen = VideoReformatter(), {}, 0
+    for seen, (number, frame) in enumerate(frames, 1):
+        if number in wanted and not frame.is_corrupt:
+            if not found:
+                width, height = frame.width, frame.height  # of all: they may change within a file
+            image = converter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
+            upright = np.ascontiguousarray(np.rot90(image.to_ndarray(), frame.rotation // 90 % 4))
+            found[number] = _resize(upright, frame_size(*upright.shape[:2], len(wanted), settings, factor))
+        if number == wanted[-1] and not to_end:
+            break
+    return found, seen
 
 
 def _read_folder(path: str, settings: VideoSettings, factor: int, clip: Clip) -> tuple[torch.Tensor, float]:
-    """As `_read_decord`, of a folder of frames; resized by PIL as images are, as qwen-vl-utils does with a list."""
+    """As `read_video`, of a folder of frames; resized by PIL as images are, as qwen-vl-utils does with a list."""
     files = frame_files(path)
     total, fps, height, width = probe(path, clip)
     indices, rate = choose(total, fps, settings, clip)
@@ -326,22 +408,41 @@ def _read_folder(path: str, settings: VideoSettings, factor: int, clip: Clip) ->
     return torch.stack(frames), rate
 
 
-def _resize(frames: np.ndarray, size: Callable[[int, int], tuple[int, int]]) -> torch.Tensor:
-    """Frames (T, H, W, 3) as (T, 3, *size(H, W)), both uint8."""
-    tensor = torch.from_numpy(frames).permute(0, 3, 1, 2)
-    return resize(tensor, list(size(*tensor.shape[2:])), interpolation=InterpolationMode.BICUBIC, antialias=True)
+def _resize(frame: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+    """A frame (H, W, 3) as (1, 3, *size), both uint8."""
+    tensor = torch.from_numpy(frame).permute(2, 0, 1)[None]
+    return resize(tensor, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
 
 
-def _video_stream(container, path: str):
-    if not container.streams.video:
-        raise VideoError(path, "has no video stream")
-    stream = container.streams.video[0]
-    if stream.codec_context is None:
-        raise VideoError(path, "its video stream is of a kind that no decoder here knows")
-    return stream
+@contextmanager
+def _opened(path: str, what: str):
+    """Gives (container, video stream) of a file; what reading it raises becomes a VideoError that begins with `what`.
+
+    On damaged files PyAV raises errors of many types, an IndexError if a stream turns up late, for one. So the block
+    does nothing but read, and all of them are caught.
+    """
+    with blamed(path, what, (Exception,)), av.open(path, metadata_errors="replace") as container:
+        stream = container.streams.best("video")
+        if stream is None:
+            raise VideoError(path, "has no video stream")
+        if stream.codec_context is None:
+            raise VideoError(path, "its video stream is of a kind that no decoder here knows")
+        stream.codec_context.thread_count = 1  # processes, not threads, decode in parallel
+        stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # of any frame: the header may say less
+        yield container, stream
+
+
+def _rate(stream) -> float:
+    return float(stream.average_rate or stream.guessed_rate or 0)
+
+
+def _check_whole(path: str, count: int, told: int) -> None:
+    if count < WHOLE_SHARE * told:  # else the frames would be those of another, shorter stretch of time
+        raise VideoError(path, f"is cut short: holds {count} of the {told} frames that its header tells of")
 
 
 def _one_line(error: BaseException) -> str:
-    """An error's first line, without the time and place in its own source that decord puts before it."""
-    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return re.sub(r"\[[\d:]+\] \S+:\d+: ", "", text.splitlines()[0])[:200]
+    """An error's first line, after the name of its type where the line alone may say little."""
+    text = getattr(error, "strerror", None) or str(error).strip()
+    name = "" if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+    return f"{name}{text.splitlines()[0] if text else ''}"[:200]

@@ -24,6 +24,7 @@ from video.dataset import read_mixture, write_rows
 from video.formats import WHOLE, DataError, Sample, printable
 from video.frames import VideoSettings, read_image, read_video
 from video.loader import PromptLoader
+from video.pool import WorkersDoNotStart
 from video.prompt import Skipped, with_clips
 
 BATCH = 64  # files handed to the workers at a time
@@ -91,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("video.scan: stopped; no list was written", file=sys.stderr)
         return 130
-    except (DataError, ValueError, OSError) as error:
+    except (DataError, ValueError, OSError, WorkersDoNotStart) as error:
         print(f"video.scan: error: {printable(error)}", file=sys.stderr)
         return 2
     rows = {row for entry in bad for row in entry["rows"]}
