@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -179,7 +180,8 @@ def measure(case, tiny):
         processes = distributed.start(device.type)
     compute = None if tiny else torch.bfloat16
     policy = build(config, device, processes, torch.float32, compute)
-    reference = build(config, device, processes, compute or torch.float32, compute).requires_grad_(False)
+    holders = processes if world > 1 else replace(processes, mesh=None)  # as in `grpo.build`
+    reference = build(config, device, holders, compute or torch.float32, compute).requires_grad_(False)
     if reference.sharded:
         reference.set_reshard_after_forward(True, recurse=False)
     optimizer = update.make_optimizer(policy, settings)
