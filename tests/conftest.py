@@ -75,6 +75,13 @@ def make_prompt(tokenizer, kinds, seed=0, words="Which direction does the shape 
     )  # fmt: skip
 
 
+def assert_close_to_scale(ours, theirs, tolerance, name=""):
+    """Equal to `tolerance` of the largest value of `theirs`: sums that cancel, as gradients do, leave rounding of that
+    size in every entry, however small the entry is."""
+    gap, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    assert gap <= tolerance * scale, f"{name}: off by {gap:.1e}, the largest value is {scale:.1e}"
+
+
 PROMPT_KINDS = {
     "video": [("video", (4, 4, 6))],
     "long small video": [("video", (9, 2, 2))],

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from conftest import assert_close_to_scale
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import train
 
@@ -106,12 +109,39 @@ def weights_of(folder, step=3):
     return load_file(Path(folder) / f"checkpoint-{step}" / "model.safetensors")
 
 
+def training_of(folder, step=3):
+    """{"master.NAME", "exp_avg.NAME" or "exp_avg_sq.NAME": whole tensor} of a checkpoint, however it was sharded."""
+    reader = HuggingFaceStorageReader(str(Path(folder) / f"checkpoint-{step}" / "training"))
+    shapes = {name: stored.size for name, stored in reader.read_metadata().state_dict_metadata.items()}
+    tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
 def assert_same_run(one, other, folder, other_folder, step=3):
-    """Step metrics and last weights are equal to 1e-5."""
+    """Step metrics, both moments and the weights of two runs are equal but for rounding, on any CPU.
+
+    Moments are sums of gradients and of their squares: they are compared to 1e-4 of a tensor's largest value (rounding
+    makes 5e-6 between two instruction sets, 1.5e-6 between one process and two). Adam divides by sqrt(v): if a weight's
+    gradient is rounding, so is its step, of up to the learning rate. So weights that v says are above rounding are
+    compared, and one in twenty may be off by more than a fiftieth of a step.
+    """
     for a, b in zip(one, other, strict=True):
+        tolerance = 1e-4 if a["step"] else 1e-5  # later steps start from the weights that Adam made
         for name in COMPARED:
-            assert a[name] == pytest.approx(b[name], abs=1e-5, rel=1e-5), (name, a["step"])
-    ours, theirs = weights_of(folder, step), weights_of(other_folder, step)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=0)
+            assert a[name] == pytest.approx(b[name], abs=tolerance, rel=tolerance), (name, a["step"])
+    ours, theirs = training_of(folder, step), training_of(other_folder, step)
+    assert ours.keys() == theirs.keys() and ours
+    for name in (name for name in ours if not name.startswith("master.")):
+        assert_close_to_scale(ours[name], theirs[name], 1e-4, name)
+    masters = [name.removeprefix("master.") for name in ours if name.startswith("master.")]
+    deviations = {name: theirs[f"exp_avg_sq.{name}"].sqrt() for name in masters}
+    floor = 1e-4 * max(deviation.max() for deviation in deviations.values())
+    small = max(row["learning_rate"] for row in other) / 50
+    compared = 0
+    for name in masters:
+        above = deviations[name] > floor
+        off = (ours[f"master.{name}"] - theirs[f"master.{name}"]).abs()[above] > small
+        assert off.sum() <= 0.05 * len(off), f"{name}: {off.sum()} of {len(off)} weights differ"
+        compared += len(off)
+    assert compared > 0.5 * sum(theirs[f"master.{name}"].numel() for name in masters)

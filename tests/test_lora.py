@@ -75,6 +75,12 @@ def test_merge_by_hand():
     assert merged["q.weight"].tolist() == [[7.0, 12.0], [0.0, 1.0]]
 
 
+def merged_by_peft(base, adapters):
+    """The transformers model of a folder with the adapters of another merged in by peft."""
+    naive = type(load_model(base)).from_pretrained(base)
+    return peft.PeftModel.from_pretrained(naive, adapters).merge_and_unload()
+
+
 def test_a_run_with_adapters(world, tmp_path):
     """KL 0 at step 1, adapters that peft reads, merged weights that agree with them, and resume bit for bit."""
     data, models = world
@@ -91,16 +97,14 @@ def test_a_run_with_adapters(world, tmp_path):
     masters = [path for path in (last / "training").glob("*.safetensors")]
     assert all("lora_" in name for path in masters for name in load_file(path))
 
-    tokenizer = AutoProcessor.from_pretrained(models[False]).tokenizer
-    naive = type(load_model(models[False])).from_pretrained(models[False])
-    theirs = peft.PeftModel.from_pretrained(naive, last).merge_and_unload()
+    theirs = merged_by_peft(models[False], last)
     ours = load_model(tmp_path / "run" / "merged")
     base = load_model(models[False])
     changed = 0
     for (name, a), b, c in zip(ours.named_parameters(), theirs.parameters(), base.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0, msg=name)
         changed += not torch.equal(a, c)
-    assert changed == 7 * 2 and tokenizer
+    assert changed == 7 * 2
 
     for checkpoint in checkpoints(tmp_path / "run"):
         if checkpoint.name != "checkpoint-2":
@@ -115,6 +119,8 @@ def test_a_run_with_adapters(world, tmp_path):
 def test_two_processes_equal_one(world, tmp_path):
     alone = run_here(tmp_path / "1", world, *FLAGS, "--lora_merge")
     together, _ = launch(2, tmp_path / "2", world, *FLAGS, "--lora_merge")
-    for folder in ("1", "2"):
-        (tmp_path / folder / "checkpoint-9").symlink_to(tmp_path / folder / "merged")
-    assert_same_run(together, alone, tmp_path / "2", tmp_path / "1", step=9)
+    assert_same_run(together, alone, tmp_path / "2", tmp_path / "1", step=4)
+    _, models = world
+    ours, theirs = load_model(tmp_path / "2" / "merged"), merged_by_peft(models[False], tmp_path / "2" / "checkpoint-4")
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0, msg=name)

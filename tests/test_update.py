@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import FAMILIES, PROMPT_KINDS, load_pair, make_prompt, random_completions
+from conftest import FAMILIES, PROMPT_KINDS, assert_close_to_scale, load_pair, make_prompt, random_completions
 from transformers.trainer_pt_utils import get_parameter_names
 
 from grpo import model as models
@@ -65,7 +65,7 @@ def test_accumulation_equals_one_batch(setting, normaliser):
     parts, part_metrics = gradients(policy, prompts, rollouts, config_of(*flags, "--prompts_per_forward", "1"))
     assert len(whole) > 20
     for name in whole:
-        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6)
+        assert_close_to_scale(parts[name], whole[name], 1e-4, name)
     for name in ("loss", "entropy", "grad_norm", "sampler_gap"):
         assert part_metrics[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6)
 
@@ -245,7 +245,7 @@ def test_a_frozen_tower_runs_once_a_step_for_sampler_reference_and_policy(checkp
     policy.model.model.visual.requires_grad_(False)
     shared, none = step("--freeze_vision")
     assert (many, none) == (2, 0), "vision passes of the update"
-    torch.testing.assert_close(shared, apart, atol=1e-6, rtol=0)
+    torch.testing.assert_close(shared, apart, atol=1e-5, rtol=0)
     passes.clear()
     rollout(
         policy,
