@@ -13,7 +13,7 @@ from video_helpers import assert_gone, blocks, encode, make_video, rotated
 
 from demo.tiny import build_tiny_model
 from video.formats import Sample
-from video.frames import VideoSettings, read_video
+from video.frames import VideoError, VideoSettings, read_video
 from video.loader import PromptLoader
 from video.prompt import Prompt, PromptEncoder, Skipped
 
@@ -180,3 +180,30 @@ def test_a_set_of_300_damaged_files_costs_its_bad_samples_alone(tmp_path):
     for pid, then in memory[third][1].items():
         for _, now in memory[third:]:
             assert now.get(pid, 0) < then + 60, "MB of a worker"
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_mutated_files_raise_nothing_but_the_error_that_is_counted(tmp_path, count):
+    suffixes = {".mp4": "libx264", ".ts": "libx264", ".mkv": "libx264", ".avi": "mpeg4", ".webm": "libvpx-vp9",
+                ".mpg": "mpeg2video", ".gif": "gif"}  # fmt: skip
+    whole = {
+        suffix: Path(encode(tmp_path / f"whole{suffix}", blocks(12, 64, 64), codec=codec, rate=25)).read_bytes()
+        for suffix, codec in suffixes.items()
+    }
+    rng, refused = np.random.default_rng(0), 0
+    for number in range(count):
+        suffix = list(whole)[number % len(whole)]
+        content = flip(whole[suffix], rng, int(rng.integers(1, 40)))
+        if number % 3 == 0:
+            content = content[: int(rng.integers(1, len(content)))]
+        if number % 5 == 0:
+            content = zero(content + bytes(400), rng)
+        path = tmp_path / f"{number}{suffix}"
+        path.write_bytes(content)
+        try:
+            assert read_video(str(path), SETTINGS, 28)[0].shape[1] == 3
+        except VideoError as error:
+            refused += 1
+            assert error.path == str(path) and "\n" not in error.reason
+        path.unlink()
+    assert 0.1 * count < refused < 0.95 * count

@@ -1,13 +1,16 @@
 """Worker processes that are killed at any moment, hang, or lose their trainer."""
 
 import functools
+import gc
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,14 @@ def work(what, when=0.0):
     if what == "slow":
         time.sleep(0.3)
     return os.getpid()
+
+
+def send_in_two(what):
+    if what == "half":  # a message's length, a part of it, and the end: what a kill in the middle of sending leaves
+        for pipe in (item for item in gc.get_objects() if isinstance(item, Connection)):
+            os.write(pipe.fileno(), struct.pack("!i", 2**20) + bytes(1000))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "whole"
 
 
 class DoesNotStart:
@@ -67,6 +78,36 @@ def test_a_worker_killed_between_calls_loses_none(pool):
         os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
         assert pool.submit("").result() != pid
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_is_stopped_while_idle_is_replaced(pool):
+    pid = pool.submit("").result()
+    os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    assert pool.submit("").result(timeout=50) != pid
+    assert time.monotonic() - began < 15, "2 s, the limit of a call, and a start"
+    assert_gone([pid])
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_killed_while_it_sends_costs_that_call_alone():
+    """15 times, in the middle of a message: recv raises a plain OSError then."""
+    pool = WorkerPool(send_in_two, 1, timeout=30)
+    for _ in range(15):
+        with pytest.raises(WorkerDied, match="exit code -9"):
+            pool.submit("half").result(timeout=30)
+    assert pool.submit("").result(timeout=30) == "whole"
+    pool.close()
+
+
+@pytest.mark.timeout(60)
+def test_a_start_that_takes_long_says_so_while_it_lasts(monkeypatch, capfd):
+    monkeypatch.setattr(video.pool, "SLOW_SECONDS", 0.001)
+    pool = WorkerPool(work, 1, timeout=30)
+    assert pool.submit("").result(timeout=50) != os.getpid()
+    pool.close()
+    assert "a worker process has been starting for 0.001 s: is disk or machine slow?" in capfd.readouterr().err
 
 
 @pytest.mark.timeout(60)

@@ -18,6 +18,7 @@ PRELOAD = (
     "transformers.models.qwen2_vl.video_processing_qwen2_vl", "transformers.models.qwen2_vl.image_processing_qwen2_vl",
     "transformers.models.qwen2_5_vl.processing_qwen2_5_vl", "transformers.models.qwen2.tokenization_qwen2",
 )
+SLOW_SECONDS = 60.0  # after each of which a start that still lasts says so
 START_SECONDS = 600.0  # imports on a busy machine; then the worker counts as one that does not start
 STARTS = 3  # attempts, one after the other, before a call fails because no worker starts
 STARTS_AND_ENDS = threading.Lock()  # a start asks after all others, and an exit code can be read once
@@ -117,19 +118,28 @@ class _Worker:
         """Whether the worker took the call; where not, it had died before, and the call is not to blame."""
         try:
             if not self.ready:
-                self._receive(START_SECONDS)
+                self._await_start()
                 self.ready = True
             self.pipe.send(args)
-            self._receive(START_SECONDS)
+            self._receive(self.pool.timeout)  # or it has been stopped, say by SIGSTOP
         except (OSError, EOFError):  # TimeoutError is an OSError
             return False
         return True
+
+    def _await_start(self) -> None:
+        for minutes in range(1, int(START_SECONDS / SLOW_SECONDS)):
+            try:
+                return self._receive(SLOW_SECONDS)
+            except TimeoutError:
+                text = f"a worker process has been starting for {minutes * SLOW_SECONDS:g} s: is disk or machine slow?"
+                print(text, file=sys.stderr, flush=True)
+        return self._receive(SLOW_SECONDS)
 
     def finish(self) -> tuple[bool, object]:
         """(whether the call raised, what it raised or returned)."""
         try:
             return self._receive(self.pool.timeout)
-        except (EOFError, ConnectionError) as error:
+        except EOFError as error:
             raise WorkerDied(f"exit code {self._exit_code()}") from error
 
     def end(self) -> None:
@@ -152,7 +162,10 @@ class _Worker:
             raise WorkersDoNotStart("the pool was closed")
         if not ready:
             raise TimeoutError
-        return self.pipe.recv()
+        try:
+            return self.pipe.recv()
+        except OSError as error:  # killed in the middle of a message: OSError itself, of which TimeoutError is one too
+            raise EOFError(str(error)) from error
 
 
 def _work(pipe: Connection, function: Callable, longest: float) -> None:
