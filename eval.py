@@ -36,12 +36,13 @@ from grpo import distributed
 from grpo.build import build_policy
 from grpo.config import Config, ConfigError, OneLineParser, add_flag, check, load_config
 from grpo.data import draw
-from grpo.inputs import check_answers, say_text_only, split_data
+from grpo.inputs import check_answers, say_text_only, sole_use, split_data
 from grpo.metrics import quiet_libraries
 from grpo.model import read_processor
 from grpo.selfcheck import choose_fast_paths
 from grpo.stops import exit_code
 from video.dataset import read_samples
+from video.files import write_text
 from video.formats import DataError
 from video.loader import PromptLoader
 from video.prompt import PromptEncoder
@@ -95,8 +96,10 @@ def make_config(folder, arguments):
     check(config)
     for name, least in (("temperature", 0.0), ("samples", 1), ("report_samples", 0)):
         value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise ConfigError(f"--{name} {value}: must be at least {least}")
+        if value is not None and not least <= value < float("inf"):
+            raise ConfigError(f"--{name} {value}: must be at least {least}, and finite")
+    if arguments.output == "":
+        raise ConfigError("--output: is empty; name a folder")
     return config
 
 
@@ -197,18 +200,16 @@ def evaluate(arguments):
     if processes.is_main:
         say_text_only(samples, "to answer", print)
     settings = settings_of(config, samples, arguments.temperature, processes.device.type)
-    try:
-        predictions = Predictions(output, settings, processes)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise ConfigError(f"--output {output}: cannot be written to ({error.strerror}); choose another") from error
     variants = make_variants(arguments, folder, against)
-    records = answer(variants, samples, config, arguments.temperature, predictions, processes)
-    predictions.close()
+    with sole_use(output, processes):
+        predictions = Predictions(output, settings, processes)
+        records = answer(variants, samples, config, arguments.temperature, predictions, processes)
+        predictions.close()
     result = {"results": {v.name: summarise(rows) for v, rows in records.items()}, "paired": compare(variants, records)}
     if arguments.benchmark:
         result["score"] = {name: benchmark_score(arguments.benchmark, s) for name, s in result["results"].items()}
     if processes.is_main:
-        (output / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_text(output / "results.json", json.dumps(result, indent=2) + "\n")
         print(f"\n{evaluation_table(result)}")
         columns = {v.name: rows for v, rows in records.items()}
         path = show(arguments, config, output, folder, ask(samples, variants[0].mode, config), result, columns)

@@ -28,13 +28,15 @@ from grpo import distributed, update
 from grpo.build import build_policy, build_reference
 from grpo.checkpoint import load_training
 from grpo.config import parse_config
+from grpo.inputs import check_inputs, sole_use
 from grpo.metrics import quiet_libraries
 from grpo.plan import plan_text
 from grpo.rollout import rollout
-from grpo.run import opened, prepare
+from grpo.run import opened
 from grpo.stops import Stopped, exit_code, listening
 from grpo.warmup import warm_up
 from rewards import parse_rewards
+from video.files import write_text
 
 
 def grpo(run, policy, reference, optimizer):
@@ -69,15 +71,15 @@ def train(config, signalled):
     processes = distributed.start(config.device, config.shard_size)
     if config.threads:
         torch.set_num_threads(config.threads)
-    data = prepare(config, processes)
-    with opened(config, processes, data, signalled, began) as run:
+    check_inputs(config)
+    with sole_use(config.output, processes), opened(config, processes, signalled, began) as run:
         start = supervised(run) if config.sft_steps else config.model
         policy = build_policy(start, config, run.processor, processes, adapters=config.lora_rank > 0)
         run.choose_fast_paths(policy)
         reference = build_reference(start, policy, config, run.processor, processes)
         optimizer = update.make_optimizer(policy, config)
-        if data.checkpoint:
-            load_training(data.checkpoint, policy, optimizer, processes)
+        if run.data.checkpoint:
+            load_training(run.data.checkpoint, policy, optimizer, processes)
         else:
             run.state["before"] = run.evaluate(policy)
             run.log.evaluation(0, run.state["before"])
@@ -93,13 +95,13 @@ def train(config, signalled):
         run.log.evaluation(config.steps, after)
         if config.lora_merge:
             run.saver.save_weights(folder / "merged", policy)
-        asked = CONTROLS if config.controls and data.held_out else ()
+        asked = CONTROLS if config.controls and run.data.held_out else ()
         controls = {control: run.evaluate(policy, control) for control in asked}
         run.saver.wait()
 
     summary = summary_of(run.state["before"], after, controls, time.time() - run.began)
     if processes.is_main:
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         if table := summary_table(summary):
             print(f"\nheld-out accuracy of {summary['questions']} questions\n{table}")
         print(f"{summary['seconds']:.0f} s; curve: {plot_run(folder)}; events: tensorboard --logdir {folder}")

@@ -4,11 +4,11 @@ python -m evaluation.plot runs/a runs/b [--output compare.png]
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from grpo.config import OneLineParser
+from video.files import read_rows
 
 # (title, what of a step's metrics it shows, what of an evaluation's is drawn beside it)
 PANELS = (
@@ -25,10 +25,8 @@ PANELS = (
 
 
 def read_metrics(folder, phase):
-    """The lines of one phase of a run's metrics.jsonl; a last line that a kill cut short is left out."""
-    with open(Path(folder) / "metrics.jsonl") as file:
-        rows = [json.loads(line) for line in file if line.endswith("\n")]
-    return [row for row in rows if row["phase"] == phase]
+    """The rows of one phase of a run's metrics.jsonl."""
+    return [row for row in read_rows(Path(folder) / "metrics.jsonl", ("phase", "step")) if row["phase"] == phase]
 
 
 def letters(row):

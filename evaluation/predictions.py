@@ -7,11 +7,11 @@ FOLDER/predictions.jsonl   one line an answer: checkpoint, mode, control, key, c
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from grpo.config import ConfigError
 from grpo.data import digest
+from video.files import append_rows, read_rows, write_rows, write_text
 
 VARIANT = ("checkpoint", "mode", "control")  # what tells apart two answers to one question in one file
 
@@ -27,47 +27,37 @@ class Predictions:
         _check_settings(path, settings)
         processes.barrier()
         if processes.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(settings, indent=2) + "\n")
+            write_text(path, json.dumps(settings, indent=2) + "\n")
             self._merge()
         processes.barrier()
         self.done = {}
-        for record in _read(self.folder / "predictions.jsonl"):
+        for record in read_rows(self.folder / "predictions.jsonl", (*VARIANT, "key")):
             self.done.setdefault(tuple(record.pop(name) for name in VARIANT), {})[record["key"]] = record
         processes.barrier()
-        self.file = open(self.own, "a")  # open as long as the evaluation runs
 
     def add(self, variant, records):
-        lines = [json.dumps({**dict(zip(VARIANT, variant)), **record}) + "\n" for record in records]
-        self.file.write("".join(lines))
-        self.file.flush()
+        append_rows(self.own, [{**dict(zip(VARIANT, variant)), **record} for record in records])
 
     def close(self):
-        self.file.close()
         self.processes.barrier()
         if self.processes.is_main:
             self._merge()
 
     def _merge(self):
-        """One line for each answer in predictions.jsonl; what a kill cut short is dropped, and made again."""
-        parts = sorted(self.folder.glob("predictions*.jsonl"))
-        rows = {tuple(r[name] for name in (*VARIANT, "key")): r for part in parts for r in _read(part)}
-        partial = self.folder / "predictions.partial"
-        partial.write_text("".join(json.dumps(rows[place]) + "\n" for place in sorted(rows, key=repr)))
-        os.replace(partial, self.folder / "predictions.jsonl")
+        """One line for each answer in predictions.jsonl; an answer whose line is damaged is made again."""
+        parts, names = sorted(self.folder.glob("predictions*.jsonl")), (*VARIANT, "key")
+        rows = {tuple(row[name] for name in names): row for part in parts for row in read_rows(part, names)}
+        write_rows(self.folder / "predictions.jsonl", [rows[place] for place in sorted(rows, key=repr)])
         for part in parts:
             if part.name != "predictions.jsonl":
                 part.unlink()
 
 
-def _read(path):
-    """The whole lines of a file of records; none where there is no file."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
 def _check_settings(path, settings):
-    saved = json.loads(path.read_text()) if path.exists() else settings
+    try:
+        saved = dict(json.loads(path.read_text()) if path.exists() else settings)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"--output {path.parent}: settings.json is damaged; choose another --output") from error
     other = [
         f"{name} was {old!r}, is {settings.get(name)!r}" for name, old in saved.items() if settings.get(name) != old
     ]

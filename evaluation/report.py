@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from evaluation.evaluate import CONTROLS
+from video.files import write_text
 from video.prompt import Skipped
 
 
@@ -195,7 +196,7 @@ def write_report(path, title, result, columns, samples, loader, most, picture=No
         + "\n".join(cards)
         + f"\n<script>{script}</script></html>\n"
     )
-    path.write_text(page, encoding="utf-8", errors="backslashreplace")  # a file name may be no UTF-8
+    write_text(path, page)
     return path
 
 

@@ -5,11 +5,13 @@
                                 file of its own (torch.distributed.checkpoint): any number of processes can load them
 
 Everything is copied to the host's memory first, and written by a thread while training goes on. Written under a
-temporary name and renamed, so a checkpoint that exists is whole. Nothing in it is a pickle. Randomness needs no saving:
-it is derived from seed, step and prompt; the data position is the step.
+temporary name, synced to the disk and renamed, so a checkpoint that exists is whole. Nothing in it is a pickle.
+Randomness needs no saving: it is derived from seed, step and prompt; the data position is the step.
 """
 
+import errno
 import json
+import os
 import shutil
 import threading
 from itertools import accumulate
@@ -23,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from grpo.config import save_config
 from grpo.lora import merge, save_adapters
 from grpo.model import empty_model, save_model
+from video.files import write_text
 
 PREFIX, UNFINISHED = "checkpoint-", ".partial"
 LOST = "could not be saved, earlier checkpoints are whole"
@@ -35,10 +38,28 @@ class CheckpointError(OSError):
 
 
 def checkpoints(folder):
-    """The run folder's whole checkpoints, oldest first."""
+    """The run folder's checkpoints, oldest first."""
     named = [p for p in Path(folder).glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
-    found = [p for p in named if (p / "training" / "state.json").exists()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+    return sorted((p for p in named if (p / "training" / "state.json").exists()), key=step_of)
+
+
+def step_of(checkpoint):
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def damage(checkpoint):
+    """What keeps a checkpoint from being loaded; None if it is whole: its state can be read, and each file of tensors,
+    of the model and of every process, has the size that was written."""
+    try:
+        sizes = load_state(checkpoint)["files"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return "training/state.json is damaged"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} of {size} bytes"
 
 
 class Saver:
@@ -68,7 +89,7 @@ class Saver:
         folder, best = Path(self.config.output), state.get("best", {}).get("step")
         target, self.step = folder / f"{PREFIX}{step}", step
         steps = {name: int(optimizer.state[p]["step"]) for name, p in _trained(policy)}
-        state = json.dumps({**state, "step": step, "adam_steps": steps})
+        state = {**state, "step": step, "adam_steps": steps}
         write_model = self._export(policy, adapters=self.config.lora_rank > 0)
         partial = self._prepare(target)
         # Copied here, once: dcp.async_save copies each shard twice.
@@ -81,7 +102,8 @@ class Saver:
 
         def write(partial):
             write_model(partial)
-            (partial / "training" / "state.json").write_text(state)
+            sizes = {str(file.relative_to(partial)): file.stat().st_size for file in partial.rglob("*.safetensors")}
+            write_text(partial / "training" / "state.json", json.dumps({**state, "files": sizes}))
 
         def finish():
             try:
@@ -161,8 +183,10 @@ class Saver:
 
         def publish():
             write(partial)
+            _settle(partial)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
+            _sync(folder.parent)
 
         try:
             if ready:
@@ -187,6 +211,28 @@ class Saver:
         reasons = [r for r in self.processes.gather(reason, self.group) if r]
         if reasons:
             raise CheckpointError(f"{failure}: {reasons[0]}")
+
+
+def _settle(folder):
+    """Puts a folder's files on the disk before it takes its name, and gives all of them the mode of run.json, which the
+    user's umask set: safetensors writes its files for their owner alone."""
+    mode = (folder / "run.json").stat().st_mode
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_mode != mode:
+            path.chmod(mode)
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path):
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot sync a folder
+            raise
+    finally:
+        os.close(number)
 
 
 def _remove_old(folder, keep, best):

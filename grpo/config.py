@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rewards import parse_rewards
 from video.cache import FrameCache
+from video.files import write_text
 from video.frames import VideoSettings
 from video.prompt import TEMPLATE
 
@@ -109,7 +110,7 @@ class Config:
     frame_cache_gb: float = flag(20.0, "Largest size of that folder, in GB.", above=0.0)
 
     device: str = flag("auto", "Where to run.", choices=("auto", "cuda", "cpu"), section="memory and speed")
-    threads: int = flag(0, "CPU threads of each process; 0 leaves torch's choice.", least=0)
+    threads: int = flag(0, "CPU threads of each process; 0 leaves torch's choice.", least=0, most=1024)
     shard_size: int = flag(0, "Processes that share one copy of the weights; 0: those of a node.", least=0)
     prompts_per_forward: int = flag(1, "Prompts packed into one forward and backward.", least=1)
     prompts_per_rollout: int = flag(1, "Prompts whose completions are decoded together.", least=1)
@@ -244,7 +245,7 @@ def check(config):
         value, limits = getattr(config, item.name), item.metadata
         if value is None:
             continue
-        if isinstance(value, float) and math.isinf(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"--{item.name} {value}: must be finite")
         for name, holds, words in (
             ("least", lambda v, c: v >= c, "at least"),
@@ -253,6 +254,8 @@ def check(config):
         ):
             if name in limits and not holds(value, limits[name]):
                 raise ConfigError(f"--{item.name} {value}: must be {words} {limits[name]}")
+    if not config.output:
+        raise ConfigError("--output: is empty; name a folder")
     if "{problem}" not in config.prompt_template:
         raise ConfigError("--prompt_template must hold {problem}, where the question goes")
     if config.sft_steps and not config.sft_data:
@@ -271,7 +274,7 @@ def check(config):
 
 
 def save_config(config, path):
-    Path(path).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    write_text(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def load_config(path):

@@ -1,16 +1,19 @@
 """What a run is given: settings that fit together, data that can be read, a folder that is new or its own."""
 
+import fcntl
 import importlib.util
 import json
 import os
 import shutil
-import tempfile
+import socket
+import sys
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from grpo.checkpoint import UNFINISHED, checkpoints
+from grpo.checkpoint import UNFINISHED, checkpoints, damage, step_of
 from grpo.config import Config, ConfigError, as_typed, demo_makes, load_config
 from grpo.data import draw, hold_out
 from rewards import check_sample
@@ -22,8 +25,12 @@ DEMO_COMMAND = "python train.py --preset demo"
 
 def check_inputs(config):
     """Raises ConfigError before anything loads where weights or data are missing: what, and how to get them."""
-    if config.resume == "no" and Path(config.output).resolve() in Path(config.model).resolve().parents:
-        raise ConfigError(f"--resume no would remove --model {config.model}, which is in --output; choose another")
+    removed = {path.resolve() for path in files_of_run(config.output)} if config.resume == "no" else set()
+    for name in ("model", "data", "eval_data", "sft_data", "skip_list", "video_root", "frame_cache"):
+        given = getattr(config, name)
+        for path in [split_spec(spec)[0] for spec in given] if name == "data" else filter(None, [given]):
+            if removed & {Path(path).resolve(), *Path(path).resolve().parents}:
+                raise ConfigError(f"--resume no would remove --{name} {path}, which is in --output; choose another")
     if config.lora_rank and importlib.util.find_spec("peft") is None:
         raise ConfigError("--lora_rank needs peft: pip install peft")
     missing = []
@@ -42,12 +49,41 @@ def check_inputs(config):
         missing.append(f"--model {config.model}: not on this machine; {get}")
     if missing:
         raise ConfigError("; ".join([*missing, f"or try `{DEMO_COMMAND}`, which needs neither"]))
+
+
+@contextmanager
+def sole_use(folder, processes):
+    """Holds the folder of a run or an evaluation for these processes; makes it if there is none. Raises ConfigError if
+    another process holds it, or if it cannot be written to.
+
+    The first process itself holds it, since a torchrun that was killed leaves its processes training; and by a lock of
+    the system's, which ends with the process, whatever ends it.
+    """
+    with ExitStack() as stack:
+        reason = None
+        if processes.is_main:
+            try:
+                reason = _lock(stack, Path(folder))
+            except OSError as error:
+                reason = f"cannot be written to ({error.strerror}); choose another"
+        if reason := processes.gather(reason)[0]:
+            raise ConfigError(f"--output {folder}: {reason}")
+        yield
+
+
+def _lock(stack, folder):
+    """Locks the file .lock in a folder until the stack is closed; returns why it could not, if another process has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = stack.enter_context(open(folder / ".lock", "ab+", buffering=0))
     try:
-        Path(config.output).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=config.output):
-            pass
-    except OSError as error:
-        raise ConfigError(f"--output {config.output}: cannot be written to ({error.strerror})") from error
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return f"{file.read().decode()} is writing there; wait for it, end it, or choose another"
+    except OSError as error:  # some network file systems have no locks: they must not keep a run from starting
+        print(f"{folder}: cannot be locked ({error.strerror}): take care that no other run uses it", file=sys.stderr)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 # What may differ between a run and its continuation without making it another run.
@@ -68,13 +104,17 @@ def on_this_machine(model):
 
 def clear_run(folder, anew):
     """Removes what a run that was killed while saving has left in its folder; `anew`: all that a run leaves there."""
-    own = [name + UNFINISHED for name in ("checkpoint-*", "warmup", "merged")]
-    if anew:
-        own += [c.name for c in checkpoints(folder)] + ["warmup", "merged", "events.out.tfevents.*", "run.json"]
-        own += ["versions.json", "summary.json", "metrics.jsonl", "curve.png"]
-    for name in own:
-        for path in Path(folder).glob(name):
+    for path in files_of_run(folder):
+        if anew or path.name.endswith(UNFINISHED):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def files_of_run(folder):
+    """What a run leaves in its folder, run.json last: a kill while they are removed leaves it what it says it is."""
+    names = [name + UNFINISHED for name in ("checkpoint-*", "warmup", "merged")]
+    names += [c.name for c in checkpoints(folder)] + ["warmup", "merged", "events.out.tfevents.*", "versions.json"]
+    names += ["summary.json", "metrics.jsonl", "curve.png", "run.json"]
+    return [path for name in names for path in Path(folder).glob(name)]
 
 
 def made_before(first, last, warmed, phase, step):
@@ -89,14 +129,14 @@ def made_before(first, last, warmed, phase, step):
 
 
 def find_checkpoint(config):
-    """The newest checkpoint in the run folder, None where there is none.
+    """The newest checkpoint in the run folder, None if there is none or the run is to start anew.
 
-    Raises ConfigError where the folder belongs to a run with other settings.
+    Raises ConfigError if the folder belongs to a run with other settings, or the newest checkpoint is not whole.
     """
     found, path = checkpoints(config.output), Path(config.output) / "run.json"
-    if not path.exists():
-        if found:
-            raise ConfigError(f"--output {config.output}: holds {found[-1].name} but no run.json; choose another")
+    if found and not path.exists():
+        raise ConfigError(f"--output {config.output}: holds {found[-1].name} but no run.json; choose another")
+    if config.resume == "no" or not path.exists():
         return None
     saved = load_config(path)
     other = [
@@ -110,7 +150,16 @@ def find_checkpoint(config):
             f"(and --model {found[-1] if found else path.parent / 'warmup'} to go on from its weights), or --resume no "
             "to start anew there"
         )
-    return found[-1] if found else None
+    if not found:
+        return None
+    newest = found[-1]
+    if fault := damage(newest):
+        whole = next((older for older in reversed(found) if not damage(older)), None)
+        ways = f"remove it to go on from {whole}, which is whole" if whole else "--resume no starts anew"
+        raise ConfigError(f"{newest}: {fault}; copy it again, or {ways}")
+    if step_of(newest) > config.steps:
+        raise ConfigError(f"--steps {config.steps}: {newest} has more; give it another --output")
+    return newest
 
 
 def check_same_data(folder, digests):

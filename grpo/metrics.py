@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import transformers
 from tqdm import tqdm
 
 from grpo.config import save_config
+from video.files import append_rows, naming, read_rows, write_rows, write_text
 from video.formats import printable
 
 
@@ -20,6 +22,9 @@ def quiet_libraries():
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # saving from one process
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    # TensorBoard's thread also hands a full disk to the next call, which ends the run with one line.
+    unseen = lambda end: isinstance(end.exc_value, OSError)
+    threading.excepthook = lambda end: None if unseen(end) else threading.__excepthook__(end)
 
 
 class RunLog:
@@ -36,20 +41,17 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # slow to import; only here
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        lines = [line for line in lines if line.endswith("\n")]  # a kill can cut the last one
-        kept = [line for line in lines if keep(*(json.loads(line)[name] for name in ("phase", "step")))]
-        made = [row["step"] for row in map(json.loads, kept) if row["phase"] == "train"]
-        path.write_text("".join(kept))
-        self.file = open(path, "a")
+        self.file = self.folder / "metrics.jsonl"
+        kept = [row for row in read_rows(self.file, ("phase", "step")) if keep(row["phase"], row["step"])]
+        made = [row["step"] for row in kept if row["phase"] == "train"]
+        write_rows(self.file, kept)
         self.board = SummaryWriter(self.folder, purge_step=1 + max(made) if made else None)
 
     def describe(self, config, versions):
         """run.json: the whole configuration; versions.json: command, versions, git revision."""
         if self.is_main:
             save_config(config, self.folder / "run.json")
-            (self.folder / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+            write_text(self.folder / "versions.json", json.dumps(versions, indent=2) + "\n")
 
     def start(self, title, total, first=0):
         self.bar = tqdm(
@@ -65,11 +67,11 @@ class RunLog:
     def write(self, phase, step, metrics):
         if not self.is_main:
             return
-        self.file.write(json.dumps({"phase": phase, "step": step, **metrics}) + "\n")
-        self.file.flush()
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(f"{phase}/{name}", value, step)
+        append_rows(self.file, [{"phase": phase, "step": step, **metrics}])
+        with naming(f"{self.folder}/events.out.tfevents.*"):
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)):
+                    self.board.add_scalar(f"{phase}/{name}", value, step)
 
     def evaluation(self, step, summary):
         """Held-out accuracy of a `evaluation.evaluate.summarise`: of the kinds trained on, overall, and by kind."""
@@ -94,18 +96,20 @@ class RunLog:
     def close(self):
         self.stop()
         if self.is_main:
-            self.file.close()
-            self.board.close()
+            with naming(f"{self.folder}/events.out.tfevents.*"):
+                self.board.close()
 
 
 def describe_run():
-    """{what a reader needs to run this again}: command, versions, git revision ("" outside a checkout)."""
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
+    """{what a reader needs to run this again}: command, versions, git revision ("" without a checkout or git)."""
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        revision = subprocess.run(describe, capture_output=True, timeout=20).stdout.decode(errors="replace").strip()
+    except (OSError, subprocess.SubprocessError):  # many machines have no git
+        revision = ""
     return {
         "command": " ".join(sys.argv),
-        "revision": git.stdout.strip(),
+        "revision": revision,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

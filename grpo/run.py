@@ -18,7 +18,7 @@ from grpo import distributed
 from grpo.checkpoint import Saver, load_state, note_if_best
 from grpo.config import Config, ConfigError
 from grpo.data import digest, step_samples, steps_of
-from grpo.inputs import check_inputs, check_same_data, clear_run, find_checkpoint, made_before, read_data
+from grpo.inputs import check_same_data, clear_run, find_checkpoint, made_before, read_data
 from grpo.metrics import RunLog, describe_run
 from grpo.model import read_processor
 from grpo.selfcheck import choose_fast_paths
@@ -43,7 +43,6 @@ class Data(NamedTuple):
 def prepare(config, processes):
     """What there is before any weight loads: the `Data`, with config.steps set. Raises ConfigError and DataError.
     """
-    check_inputs(config)
     if config.demo and processes.is_main:
         build_demo(config)
     processes.barrier()
@@ -53,13 +52,14 @@ def prepare(config, processes):
     digests = {"train": digest(train), "held out": digest(held_out), "warm-up": digest(warmup)}
     if config.resume == "auto":
         check_same_data(config.output, digests)
-    return Data(train, held_out, warmup, digests, find_checkpoint(config) if config.resume != "no" else None)
+    return Data(train, held_out, warmup, digests, find_checkpoint(config))
 
 
 @contextmanager
-def opened(config, processes, data, signalled, began):
-    """Yields the `Run`: processor, decoding workers and logs; closes them. Clears the folder of a run that is to start
-    anew, once it is known that it can."""
+def opened(config, processes, signalled, began):
+    """Yields the `Run`: data, processor, decoding workers and logs; closes them. Clears the folder of a run that is to
+    start anew, once it is known that it can."""
+    data = prepare(config, processes)
     state = load_state(data.checkpoint) if data.checkpoint else {"step": 0}
     processor = read_processor(config.model)
     saver = Saver(processes, processor, config)

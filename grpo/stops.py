@@ -56,7 +56,9 @@ def listening():
 def exit_code(program, error):
     """Prints the one line that tells a user of an error; returns the exit code: 3 if another process is gone, else 2.
     To be called in `except`: it raises again an error that nobody foresaw."""
-    line, code = printable(" ".join(str(error).split())), 2
+    line, code = " ".join(str(error).split()), 2
+    if isinstance(error, OSError) and error.strerror:
+        line = f"{error.filename or 'the system'}: {error.strerror}; once that is mended, the same command goes on"
     if out_of_memory(error):
         line = f"out of memory: lower --max_frames, --max_pixels or --eval_batch ({line or type(error).__name__})"
     elif "can't start new thread" in line:
@@ -67,7 +69,7 @@ def exit_code(program, error):
         if not lost_process(error):
             raise
         line, code = f"another process is gone, see its message: {str(error).splitlines()[0]}", 3
-    print(f"{program}: error: {line}", file=sys.stderr)
+    print(f"{program}: error: {printable(line)}", file=sys.stderr)
     return code
 
 

@@ -1,5 +1,6 @@
 """train.py in processes of its own: started, watched, read. A run that hangs fails its own test."""
 
+import errno
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import train
+import video.files
 
 ROOT = Path(__file__).parent.parent
 WATCHDOG = 150  # seconds after which a hang fails its own test
@@ -87,6 +90,53 @@ def metrics_of(folder):
     path = Path(folder) / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+@contextmanager
+def full_disk(name):
+    """Every write to a file whose name holds `name` fails, as on a full disk; half of a text is written before."""
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, attribute):
+            return getattr(self.file, attribute)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, text):
+            self.file.write(text[: len(text) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def open_full(path, *given, **named):
+        file = open(path, *given, **named)
+        return Full(file) if name in str(path) else file
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video.files, "open", open_full, raising=False)
+        yield
+
+
+@contextmanager
+def held(folder):
+    """Another process holds a folder as a run does; it is killed at the end."""
+    code = (
+        "import fcntl, os, sys, time; file = open(sys.argv[1] + '/.lock', 'w'); fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "print(f'process {os.getpid()} on here', end='', file=file, flush=True); print('held', flush=True)\n"
+        "time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def wait_for(condition, process):

@@ -1,6 +1,7 @@
 """Checkpoints of real processes: any number of them resumes, no moment of death matters, a full disk loses nothing."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -129,6 +130,51 @@ def test_what_a_killed_run_left_unfinished_is_removed(world, tmp_path):
     (tmp_path / "mine.partial").mkdir()
     assert train.main(flags) == 0
     assert [path.name for path in tmp_path.glob("*.partial")] == ["mine.partial"]
+
+
+def test_a_damaged_checkpoint_is_named_and_so_is_the_next_older_whole_one(world, tmp_path, capsys):
+    flags = command(1, tmp_path, world, "--save_every", "1", "--keep_checkpoints", "9")[2:]
+    assert train.main(flags) == 0
+
+    def said_of(newest):
+        assert train.main(flags) == 2
+        start = f"train.py: error: {tmp_path / newest}: "
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(start)
+        return error.removeprefix(start)
+
+    ways = f"copy it again, or remove it to go on from {tmp_path}/checkpoint-1, which is whole"
+    for name in ("model.safetensors", "training/shard-00001-model-00001-of-00001.safetensors"):
+        contents = {step: (tmp_path / f"checkpoint-{step}" / name).read_bytes() for step in (2, 3)}
+        for step, content in contents.items():
+            (tmp_path / f"checkpoint-{step}" / name).write_bytes(content[:1000])
+        assert said_of("checkpoint-3") == f"{name} has 1000 of {len(contents[3])} bytes; {ways}"
+        (tmp_path / "checkpoint-3" / name).unlink()
+        assert said_of("checkpoint-3") == f"{name} is missing; {ways}"
+        for step, content in contents.items():
+            (tmp_path / f"checkpoint-{step}" / name).write_bytes(content)
+    for step, state in ((1, ""), (2, "\0" * 40), (3, "{}")):
+        (tmp_path / f"checkpoint-{step}" / "training" / "state.json").write_text(state)
+    ways = "copy it again, or --resume no starts anew"
+    assert said_of("checkpoint-3") == f"training/state.json is damaged; {ways}"
+
+
+def test_a_checkpoint_is_readable_by_whom_the_umask_lets_and_on_the_disk_before_it_has_its_name(saved, monkeypatch):
+    save, *_, saver = saved
+    synced, sync, rename = [], checkpoint._sync, Path.rename
+    monkeypatch.setattr(checkpoint, "_sync", lambda path: synced.append(path.name) or sync(path))
+    monkeypatch.setattr(Path, "rename", lambda *given: synced.append("renamed") or rename(*given))
+    before = os.umask(0o027)
+    try:
+        folder = save(1)
+        saver.wait()
+    finally:
+        os.umask(before)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o640"}
+    last = synced.index("renamed")
+    assert {path.name for path in folder.rglob("*")} | {"checkpoint-1.partial"} <= set(synced[:last])
+    assert synced[last + 1] == folder.parent.name
 
 
 @pytest.mark.parametrize("processes", [pytest.param(1), pytest.param(2, marks=pytest.mark.slow)])

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import full_disk, held
 from transformers import AutoProcessor
 
 import eval as eval_script
@@ -280,6 +281,8 @@ def test_unreadable_videos_are_reported_apart(tmp_path, demo, tiny_folder):
         (("--ckpt", "TINY"), "give --data or --benchmark"),
         (("--ckpt", "TINY", "--data", "none.jsonl"), "--data none.jsonl: no such file"),
         (("--ckpt", "TINY", "--data", "DATA", "--temperature", "-1"), "--temperature -1.0: must be at least 0"),
+        (("--ckpt", "TINY", "--data", "DATA", "--temperature", "inf"), "--temperature inf: must be at least 0"),
+        (("--ckpt", "TINY", "--data", "DATA", "--temperature", "nan"), "--temperature nan: must be at least 0"),
         (("--ckpt", "TINY", "--data", "DATA", "--max_frames", "1"), "--max_frames"),
         (("--ckpt", "TINY", "--benchmark", "mvbench"), "--benchmark needs --benchmark_dir"),
         (("--ckpt", "TINY", "--benchmark", "mvbench", "--benchmark_dir", "EMPTY"), "hf download OpenGVLab/MVBench"),
@@ -308,8 +311,7 @@ def test_answers_under_other_settings_are_not_mixed(tmp_path, capsys, demo, tiny
 def test_a_line_cut_short_is_dropped_and_weights_are_told_apart(tmp_path, tiny_folder, checkpoints):
     predictions = Predictions(tmp_path, {"fps": 2.0}, ALONE)
     predictions.add(("m", "think", None), [{"key": "a", "score": 1.0}, {"key": "b", "score": 0.0}])
-    predictions.file.close()  # as a kill leaves it: not merged
-    path = tmp_path / "predictions-0.jsonl"
+    path = tmp_path / "predictions-0.jsonl"  # as a kill leaves it: not merged
     path.write_text(path.read_text()[:-9])
     again = Predictions(tmp_path, {"fps": 2.0}, ALONE)
     assert again.done == {("m", "think", None): {"a": {"key": "a", "score": 1.0}}}
@@ -337,8 +339,8 @@ def test_stopped_at_five_random_batches_and_resumed_gives_the_same_bytes(tmp_pat
             nonlocal left
             left -= 1
             if left == 0:  # half of a line is on the disk
-                self.file.write(json.dumps(records[0])[:20])
-                self.file.flush()
+                with open(self.own, "a") as file:
+                    file.write(json.dumps(records[0])[:20])
                 raise Killed
             add(self, variant, records)
 
@@ -349,6 +351,54 @@ def test_stopped_at_five_random_batches_and_resumed_gives_the_same_bytes(tmp_pat
     assert run(tiny_folder, tmp_path / "parts", *flags)[0] == 0
     for name in ("predictions.jsonl", "results.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_damaged_lines_are_left_out_and_their_questions_asked_again(tmp_path, demo, tiny_folder, capsys):
+    """By a power loss, which leaves NUL bytes and what is no UTF-8, and by an editor."""
+    flags = ("--data", str(demo), "--samples", "5", "--report_samples", "0")
+    assert run(tiny_folder, tmp_path, *flags)[0] == 0
+    path = tmp_path / "predictions.jsonl"
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    lines[1:4] = [b"\0" * len(lines[1]) + b"\n", b"\xff\xfe" + lines[2], b'{"key": "a"}\n']
+    path.write_bytes(b"".join(lines))
+    capsys.readouterr()
+    assert run(tiny_folder, tmp_path, *flags)[0] == 0
+    assert f"{path}: 3 damaged lines are left out" in capsys.readouterr().err
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["settings.json", "predictions-0.jsonl", "results.json", "report.html"])
+def test_a_full_disk_ends_an_evaluation_with_one_line_and_it_goes_on(tmp_path, demo, tiny_folder, capsys, name):
+    flags = ("--data", str(demo), "--samples", "3")
+    with full_disk(name):
+        assert run(tiny_folder, tmp_path, *flags)[0] == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert name in error and ": No space left on device; once that is mended, the same command goes on" in error
+    assert not list(tmp_path.glob("*.part"))
+    assert run(tiny_folder, tmp_path, *flags)[0] == 0 and len(answers(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"fps": 2'])
+def test_damaged_settings_are_one_line(tmp_path, demo, tiny_folder, capsys, text):
+    (tmp_path / "settings.json").write_text(text)
+    assert run(tiny_folder, tmp_path, "--data", str(demo), "--samples", "3")[0] == 2
+    assert "settings.json is damaged; choose another --output" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_evaluation_keeps_its_folder_to_itself(tmp_path, demo, tiny_folder, capsys):
+    with held(tmp_path) as holder:
+        assert run(tiny_folder, tmp_path, "--data", str(demo), "--samples", "3")[0] == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"--output {tmp_path}: process {holder.pid} on " in error and "is writing there" in error
+    assert run(tiny_folder, tmp_path, "--data", str(demo), "--samples", "3")[0] == 0, "a SIGKILL leaves no lock behind"
+
+
+@pytest.mark.parametrize("output", ["/dev/null/a", "x" * 300, "/proc/nowhere"])
+def test_an_output_that_cannot_be_written_to_is_one_line(demo, tiny_folder, capsys, output):
+    assert eval_script.main(["--ckpt", str(tiny_folder), "--output", output, "--data", str(demo)]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert f"--output {output}: cannot be written to (" in error[-1] and "choose another" in error[-1]
 
 
 def command(tiny_folder, output, demo, *flags, launcher=()):

@@ -1,13 +1,19 @@
 """The scripts as a user runs them: a whole tiny run, the same seed twice, resume, a reward that rises, bad input."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
+from processes import full_disk, held
 from safetensors.torch import load_file
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 import demo.build
 import train
@@ -16,9 +22,11 @@ from demo.synthetic import DemoSpec, make_demo_set
 from grpo.checkpoint import Saver
 from grpo.config import METRICS, PRESETS, Config, ConfigError, load_config, parse_config, save_config
 from grpo.data import step_samples, steps_of
+from grpo.metrics import describe_run
 from grpo.stops import Stopped
 
 ROOT = Path(__file__).parent.parent
+SHORT = ("--sft_steps", "0", "--eval_samples", "0")
 TIMES = ("seconds", "seconds_waiting", "seconds_sampling")
 
 
@@ -244,6 +252,76 @@ def test_a_diverged_model_is_one_line(flags, capsys):
     assert "not finite" in capsys.readouterr().err.splitlines()[-1]
 
 
+@contextmanager
+def full_disk_of_tensorboard(calls):
+    """It writes in a thread of its own, which hands its error to the next call."""
+
+    def write(*given):
+        next(counter) < calls or refuse(errno.ENOSPC)
+        return real(*given)
+
+    real, counter = RecordWriter.write, count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecordWriter, "write", write)
+        yield
+
+
+def refuse(number):
+    raise OSError(number, os.strerror(number))
+
+
+def test_a_full_disk_ends_a_run_with_one_line_and_it_goes_on(flags, capfd):
+    flags = [*flags, *SHORT, "--steps", "2"]
+    for name in ("run.json", "versions.json", "metrics.jsonl", "tfevents", "state.json", "summary.json"):
+        with full_disk_of_tensorboard(20) if name == "tfevents" else full_disk(name):
+            assert train.main(flags) == 2
+        error = capfd.readouterr().err
+        assert name in error.splitlines()[-1] and "No space left on device" in error.splitlines()[-1]
+        assert "Traceback" not in error
+    folder = run(flags)
+    assert [row["step"] for row in metrics_of(folder) if row["phase"] == "train"] == [0, 1]
+    assert not list(folder.rglob("*.part"))
+
+
+def test_damaged_metrics_are_dropped_with_a_word_and_a_full_disk_at_resume_spares_the_rest(flags, capsys):
+    flags = [*flags, *SHORT]
+    path = run(flags) / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"\0" * 40 + b"\n" + b"\xff" + lines[2] + b"[1]\n" + lines[3][:-20])
+    damaged = path.read_bytes()
+    with full_disk("metrics.jsonl"):
+        assert train.main(flags) == 2
+    assert path.read_bytes() == damaged
+    capsys.readouterr()
+    run(flags)
+    assert f"{path}: 4 damaged lines are left out" in capsys.readouterr().err
+    assert path.read_bytes() == lines[0]
+
+
+def test_a_run_keeps_its_folder_to_itself(flags, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    with held(tmp_path / "run") as holder:
+        assert train.main(flags) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"--output {tmp_path / 'run'}: process {holder.pid} on here is writing there; wait for it" in error
+    run(flags, *SHORT, "--steps", "1")  # a SIGKILL leaves no lock behind
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_word(flags, monkeypatch, capsys):
+    monkeypatch.setattr("grpo.inputs.fcntl.flock", lambda *_: refuse(errno.ENOLCK))
+    run(flags, *SHORT, "--steps", "1")
+    assert "cannot be locked (No locks available): take care" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("git", [FileNotFoundError("git"), PermissionError(), subprocess.TimeoutExpired("git", 20)])
+def test_no_git_costs_one_empty_field(monkeypatch, git):
+    def fail(*_, **__):
+        raise git
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    assert describe_run()["revision"] == "" and describe_run()["torch"] == torch.__version__
+
+
 BAD_INPUT = {
     "--data": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     "--model": (["--model", "no/such/model"], "no/such/model"),
@@ -259,6 +337,12 @@ BAD_INPUT = {
     "--seed": (["--seed", "99999999999999999999"], "at most"),
     "--output": (["--output", __file__], "cannot be written"),
     "--device": (["--device", "cuda"], "GPU"),
+    "--output ": (["--output", ""], "is empty; name a folder"),
+    "--threads": (["--threads", "100000"], "at most 1024"),
+    "--learning_rate": (["--learning_rate", "inf"], "must be finite"),
+    "--kl_coef": (["--kl_coef", "inf"], "must be finite"),
+    "--frame_cache_gb": (["--frame_cache_gb", "inf"], "must be finite"),
+    "--data ": (["--data", f"{__file__}:1e9"], "at most 1000"),
 }
 
 
@@ -268,7 +352,7 @@ def test_bad_settings_are_one_line(flags, name, capsys, monkeypatch):
     more, words = BAD_INPUT[name]
     assert train.main([*flags, *more]) == 2
     error = capsys.readouterr().err
-    assert name in error and words in error and error.count("\n") == 1 and "Traceback" not in error
+    assert name.strip() in error and words in error and error.count("\n") == 1 and "Traceback" not in error
 
 
 @pytest.mark.parametrize("more, words", [(["--no_such_flag", "1"], ""), (["--steps", "many"], "many"),
@@ -386,6 +470,30 @@ def test_resume_no_removes_nothing_before_the_new_run_can_start(flags, capsys):
         assert train.main([*flags, "--resume", "no", *more]) == 2
         assert sorted(path.name for path in folder.iterdir()) == before
     assert "--resume no would remove --model" in capsys.readouterr().err
+
+
+def test_resume_no_leaves_a_run_without_run_json_and_its_own_inputs_alone(flags, demo_set, capsys):
+    """Else old checkpoints would count as the newest: new ones were removed as older, and the next start would go on
+    from an old one."""
+    flags = [*flags, *SHORT]
+    folder = run(flags)
+    for name, value in (("data", demo_set["train"]), ("eval_data", demo_set["val"])):
+        inside = folder / "merged" / "rows.jsonl"
+        inside.parent.mkdir(exist_ok=True)
+        inside.write_bytes(value.read_bytes())
+        assert train.main([*flags, f"--{name}", str(inside), "--resume", "no"]) == 2
+        assert f"--resume no would remove --{name} {inside}" in capsys.readouterr().err and inside.exists()
+    (folder / "run.json").unlink()
+    assert train.main([*flags, "--resume", "no"]) == 2
+    assert f"--output {folder}: holds checkpoint-4 but no run.json; choose another" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_more_steps_than_the_run_has_is_refused(flags, capsys):
+    flags = [*flags, *SHORT]
+    folder = run(flags)
+    (folder / "checkpoint-4").rename(folder / "checkpoint-9")
+    assert train.main(flags) == 2
+    assert f"--steps 4: {folder / 'checkpoint-9'} has more; give it another --output" in capsys.readouterr().err
 
 
 def test_a_run_that_could_use_no_sample_fails_each_time_it_is_asked(flags, tmp_path, capsys):

@@ -10,7 +10,8 @@ import argparse
 import os
 import sys
 
-from video.dataset import read_samples, write_rows
+from video.dataset import read_samples
+from video.files import write_rows
 from video.formats import CLIP_FIELDS, MARKS, MULTIPLE_CHOICE, DataError, Sample, printable
 
 

@@ -1,7 +1,6 @@
 """Files of questions as lists of `Sample`s: several of them weighed against each other, without the known bad ones."""
 import hashlib
 import json
-import math
 import os
 import random
 import uuid
@@ -116,14 +115,6 @@ def read_skip_list(path: str | Path) -> dict[str, str]:
     return listed
 
 
-def write_rows(path: str | Path, rows: Iterable[dict]) -> None:
-    """Writes a .jsonl file, which is there whole or not at all. What UTF-8 cannot write is escaped, as JSON has it."""
-    partial = Path(f"{path}.part")
-    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
-    partial.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, path)
-
-
 def leave_out(samples: list[Sample], listed: dict[str, str]) -> tuple[list[Sample], list[Sample]]:
     """(samples that use no file of `listed`, those that use one), each in order."""
     bad = {s.key for s in samples if any(os.path.abspath(path) in listed for path in s.media)}
@@ -139,8 +130,8 @@ def split_spec(spec: str) -> tuple[str, float]:
         weight = float(number)
     except ValueError:
         return spec, 1.0
-    if not (math.isfinite(weight) and weight > 0):
-        raise DataError(f"--data {spec}: the weight must be above 0; to drop a file, leave it out")
+    if not 0 < weight <= 1000:
+        raise DataError(f"--data {spec}: the weight must be above 0 and at most 1000; to drop a file, leave it out")
     return path, weight
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from video.dataset import read_mixture, write_rows
+from video.dataset import read_mixture
+from video.files import write_rows
 from video.formats import WHOLE, DataError, Sample, printable
 from video.frames import VideoSettings, read_image, read_video
 from video.loader import PromptLoader
