@@ -240,7 +240,7 @@ def read_video(path: str, settings: VideoSettings, factor: int, clip: Clip = WHO
     """
     probe(path, clip)  # for the limit of the frames' size
     reader = _read_folder if os.path.isdir(path) else _read_file
-    with blamed(path):
+    with blamed(path, errors=(Exception,)):  # a damaged frame's conversion too raises errors of many types
         return reader(path, settings, factor, clip)
 
 
