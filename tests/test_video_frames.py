@@ -328,3 +328,13 @@ def test_broken_images_raise(tmp_path):
 def test_settings_out_of_range_name_the_flag(options, flag):
     with pytest.raises(ValueError, match=flag):
         VideoSettings(**options)
+
+
+def test_formats_that_are_not_wanted_are_not_opened(tmp_path):
+    """PIL would hand EPS to Ghostscript, whatever the file is called."""
+    Image.new("RGB", (40, 40)).save(tmp_path / "e.png", format="EPS")
+    with pytest.raises(VideoError, match="cannot be opened as an image: cannot identify image file"):
+        read_image(str(tmp_path / "e.png"), VideoSettings(), FACTOR)
+    for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF"):
+        Image.new("RGB", (40, 40)).save(tmp_path / "i", format=name)
+        assert read_image(str(tmp_path / "i"), VideoSettings(), FACTOR).shape[0] == 3
