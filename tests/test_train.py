@@ -342,7 +342,6 @@ BAD_INPUT = {
     "--learning_rate": (["--learning_rate", "inf"], "must be finite"),
     "--kl_coef": (["--kl_coef", "inf"], "must be finite"),
     "--frame_cache_gb": (["--frame_cache_gb", "inf"], "must be finite"),
-    "--data ": (["--data", f"{__file__}:1e9"], "at most 1000"),
 }
 
 

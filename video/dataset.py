@@ -130,8 +130,8 @@ def split_spec(spec: str) -> tuple[str, float]:
         weight = float(number)
     except ValueError:
         return spec, 1.0
-    if not 0 < weight <= 1000:
-        raise DataError(f"--data {spec}: the weight must be above 0 and at most 1000; to drop a file, leave it out")
+    if not 0 < weight < float("inf"):
+        raise DataError(f"--data {spec}: the weight must be above 0; to drop a file, leave it out")
     return path, weight
 
 
