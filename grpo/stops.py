@@ -13,6 +13,7 @@ from grpo.model import ModelError
 from video.formats import DataError, printable
 from video.pool import WorkersDoNotStart
 
+NAMED = 3  # samples in a message about memory
 PATIENCE = 3  # seconds; torchrun and a terminal may each deliver the same Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM))  # Windows has no SIGHUP
 
@@ -87,8 +88,10 @@ def lost_process(error):
 
 
 def memory_message(prompts, config, error):
-    """What went out of memory, in samples and tokens, and the flags that help."""
-    samples = ", ".join(f"{p.sample.key} ({len(p.input_ids)} tokens)" for p in prompts) or "weights or an evaluation"
+    """What went out of memory, the longest three samples by name, and the flags that help."""
+    longest = sorted(prompts, key=lambda p: len(p.input_ids), reverse=True)[:NAMED]
+    samples = ", ".join(f"{p.sample.key} ({len(p.input_ids)} tokens)" for p in longest) or "weights or an evaluation"
+    samples += f" and {len(prompts) - NAMED} more" if len(prompts) > NAMED else ""
     mends = ["--max_frames", "--max_pixels", "--max_new_tokens", "--group_size"]
     crowded = ("prompts_per_forward", "prompts_per_rollout") if prompts else ("eval_batch",)
     mends += [f"--{name}" for name in crowded if getattr(config, name) > 1]

@@ -24,12 +24,17 @@ def target_tokens(tokenizer, text):
     return torch.tensor([*encoded["input_ids"], tokenizer.eos_token_id]), torch.tensor([*marks, False])
 
 
-def refuse_vision_tokens(prompts, targets, spec):
-    """Raises DataError, naming the row, for a completion that holds a vision token: it would have no features."""
+def check_targets(prompts, targets, spec, longest):
+    """Raises DataError, naming the row, for a completion that holds a vision token, which would have no features, or
+    one of more than `longest` tokens, which would take all memory."""
     forbidden = torch.tensor(spec.never_sampled)
     for prompt, group in zip(prompts, targets):
         if any(bool(torch.isin(tokens, forbidden).any()) for tokens, _ in group):
             raise DataError(f"{prompt.sample.key}: a completion holds a vision token such as <|video_pad|>; remove it")
+        if (most := max(len(tokens) for tokens, _ in group)) > longest:
+            raise DataError(
+                f"{prompt.sample.key}: a completion of {most} tokens is over --max_prompt_tokens {longest}; shorten it"
+            )
 
 
 def determined(probabilities, marks, completions):
@@ -51,7 +56,7 @@ def warm_up(policy, run):
         rate = learning_rate(step, config.sft_steps, config.sft_learning_rate, "constant", RAMP)
         set_learning_rate(optimizer, rate)
         targets = [[target_tokens(tokenizer, text) for text in prompt.sample.completions] for prompt in prompts]
-        refuse_vision_tokens(prompts, targets, policy.spec)
+        check_targets(prompts, targets, policy.spec, config.max_prompt_tokens)
         loss, probabilities = supervised_step(
             policy, optimizer, prompts, [[tokens for tokens, _ in group] for group in targets], config, processes
         )

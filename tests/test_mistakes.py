@@ -202,6 +202,10 @@ MISTAKES = {
         "train", lambda b: ["--sft_steps", "1", "--sft_data", b.rows(b.row(), b.row(1))], 2,
         ("2 of 2 rows cannot be used: rows.jsonl:1: --sft_data rows need `completions`",),
     ),
+    "a completion of a million letters": (
+        "train", lambda b: ["--sft_steps", "1", "--sft_data", b.rows(b.row(completions=["red " * 250_000]))], 2,
+        ("rows.jsonl:1: a completion of", "tokens is over --max_prompt_tokens 8192; shorten it"),
+    ),
     "half an emoji in a question": (
         "train", lambda b: ["--data", b.rows(b.row(), b.row(problem="What? \ud83d\nA. x"))], 2,
         (r"rows.jsonl:2: holds half a character ('\ud83d')", "mend or delete it"),

@@ -212,6 +212,15 @@ def test_out_of_memory_in_an_evaluation_names_its_flag():
     assert re.search("an evaluation: lower .*--eval_batch", message)
 
 
+def test_out_of_memory_names_the_longest_three_prompts():
+    config = SimpleNamespace(
+        prompts_per_forward=1, prompts_per_rollout=1, gradient_checkpointing=True, freeze_vision=True
+    )
+    prompts = [SimpleNamespace(sample=SimpleNamespace(key=f"f:{n}"), input_ids=[0] * n) for n in (3, 9, 5, 7, 1)]
+    message = memory_message(prompts, config, MemoryError())
+    assert message.startswith("out of memory on f:9 (9 tokens), f:7 (7 tokens), f:5 (5 tokens) and 2 more: lower ")
+
+
 def test_workers_that_do_not_start_are_one_line(capsys):
     assert exit_code("train.py", WorkersDoNotStart("see their\nerror above")) == 2
     assert capsys.readouterr().err == "train.py: error: see their error above\n"
