@@ -38,7 +38,7 @@ from grpo.config import Config, ConfigError, OneLineParser, add_flag, check, loa
 from grpo.data import draw
 from grpo.inputs import check_answers, say_text_only, sole_use, split_data
 from grpo.metrics import quiet_libraries
-from grpo.model import read_processor
+from grpo.model import check_folder, read_processor
 from grpo.selfcheck import choose_fast_paths
 from grpo.stops import exit_code
 from video.dataset import read_samples
@@ -69,6 +69,7 @@ class Variant:
 
 def find_checkpoint(flag, path):
     """The local folder of a checkpoint folder or hub name. Raises ConfigError, and as `read_processor`."""
+    check_folder(flag, path)
     folder = Path(path)
     if not folder.exists():
         try:

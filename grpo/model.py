@@ -92,11 +92,20 @@ def _is_json(file):
     return True
 
 
+def check_folder(flag, path):
+    """Raises ModelError, naming the models beside it, if `path` is missing and can be no hub name (OWNER/NAME)."""
+    parent = Path(path).parent
+    if not Path(path).exists() and (parent.is_dir() or str(path).count("/") > 1):
+        there = ", ".join(sorted(file.parent.name for file in parent.glob("*/config.json"))) or "no model"
+        raise ModelError(f"{flag} {path}: no such folder; {parent} has {there}")
+
+
 def read_config(path):
     """The transformers config of a folder or hub name; only its config.json is needed.
 
     Raises ModelError for a model that cannot be built from it, or is not supported.
     """
+    check_folder("--model", path)
     for file in Path(path).glob("*"):
         if file.exists() and not (file.is_file() or file.is_dir()):  # opening a named pipe would wait for ever
             raise ModelError(f"--model {path}: {file.name} is not a regular file")
