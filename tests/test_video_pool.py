@@ -101,13 +101,26 @@ def test_a_worker_killed_while_it_sends_costs_that_call_alone():
     pool.close()
 
 
+class SlowToArrive:
+    """`work`, which takes a worker a second to unpickle."""
+
+    def __call__(self, argument):
+        return work(argument)
+
+    def __getstate__(self):
+        return {"seconds": 1.0}
+
+    def __setstate__(self, state):
+        time.sleep(state["seconds"])
+
+
 @pytest.mark.timeout(60)
 def test_a_start_that_takes_long_says_so_while_it_lasts(monkeypatch, capfd):
-    monkeypatch.setattr(video.pool, "SLOW_SECONDS", 0.001)
-    pool = WorkerPool(work, 1, timeout=30)
+    monkeypatch.setattr(video.pool, "SLOW_SECONDS", 0.1)
+    pool = WorkerPool(SlowToArrive(), 1, timeout=30)
     assert pool.submit("").result(timeout=50) != os.getpid()
     pool.close()
-    assert "a worker process has been starting for 0.001 s: is disk or machine slow?" in capfd.readouterr().err
+    assert "a worker process has been starting for 0.1 s: is disk or machine slow?" in capfd.readouterr().err
 
 
 @pytest.mark.timeout(60)
