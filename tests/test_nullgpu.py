@@ -79,7 +79,8 @@ def test_processes_train_as_on_the_cpu(world, tmp_path, on_cpu, count):
     )  # fmt: skip
     assert f"{count} x cuda" in finish(process)
     rows = [row for row in metrics_of(tmp_path) if row["phase"] == "train"]
-    assert relative(rows, on_cpu) < 1e-6
+    assert relative(rows[:1], on_cpu[:1]) < 1e-6
+    assert relative(rows, on_cpu) < 1e-5  # 3e-7 was seen; but Adam makes whole steps of gradients that are rounding
 
 
 KINDS = {
