@@ -5,6 +5,7 @@ limit nor a signal handler of its process runs meanwhile.
 """
 
 import asyncio
+import contextlib
 import copy
 import importlib.util
 import inspect
@@ -13,6 +14,7 @@ import multiprocessing
 import numbers
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -88,11 +90,18 @@ class RewardFile:
                 start_new_session=True,  # Ctrl-C does not reach it: the trainer first ends its step
             )
 
+    def _kill(self) -> None:
+        """Kills the process with what it has forked, and ends the pipe, which a child outside its session may hold."""
+        if self._process.returncode is None:  # until then no other process can have its number
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with socket.socket(fileno=os.dup(self._pipe.fileno())) as end, contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+
     def _end(self) -> int:
         """Its exit code."""
         if self._process is None:
             return 0
-        self._process.kill()
+        self._kill()
         code, self._process = self._process.wait(), None
         self._pipe.close()
         return code
@@ -100,22 +109,23 @@ class RewardFile:
     def _receive(self, count: int, seconds: float, *messages) -> tuple[list, str]:
         """`count` answers to the messages; or fewer, and why: the process was late or has ended, and is ended then."""
         answers, deadline = [], time.monotonic() + seconds
-        timer = threading.Timer(seconds, self._process.kill)  # a time limit on receiving alone could hang in sending
+        timer = threading.Timer(seconds, self._kill)  # a time limit on receiving alone could hang in sending
         timer.start()
         try:
-            for message in messages:
-                self._pipe.send(message)
-            while len(answers) < count:
-                answers.append(self._pipe.recv())
-            self._pipe.send(("", [], 0.0))
-        except (EOFError, OSError):
-            pass
+            try:
+                for message in messages:
+                    self._pipe.send(message)
+                while len(answers) < count:
+                    answers.append(self._pipe.recv())
+                self._pipe.send(("", [], 0.0))
+            except (EOFError, OSError):
+                pass
+            finally:
+                timer.cancel()
+                timer.join()
         except BaseException:  # as Ctrl-C: answers that nobody has read must not be taken for those of a later call
             self._end()
             raise
-        finally:
-            timer.cancel()
-            timer.join()
         late = time.monotonic() > deadline
         if late or len(answers) < count:
             code = self._end()
@@ -136,6 +146,7 @@ def _serve(descriptor: int, path: str) -> None:
                 value, error = asyncio.run_coroutine_threadsafe(_outcome(value), loop).result()
                 if error:
                     raise error
+            value = value.item() if hasattr(value, "item") else value  # NumPy's bool, a tensor of one number
             if not isinstance(value, numbers.Real) or not math.isfinite(value):
                 raise TypeError(f"returned {value!r}, not a finite number")
             value = float(value)
@@ -160,7 +171,7 @@ def _serve(descriptor: int, path: str) -> None:
             for i, call in enumerate(calls):
                 threading.Thread(target=work, args=(i, getattr(module, name), call), daemon=True).start()
     except (EOFError, OSError):
-        os._exit(0)  # whatever its threads do
+        os.killpg(0, signal.SIGKILL)  # whatever its threads do, and with all that it has forked
 
 
 async def _outcome(coroutine) -> tuple:
@@ -196,4 +207,8 @@ def arguments_needed(function) -> int | None:
 
 
 def _one_line(error: BaseException) -> str:
-    return printable(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+    try:
+        text = str(error)
+    except Exception as second:
+        text = f"its message raises {type(second).__name__}"
+    return printable(" ".join(f"{type(error).__name__}: {text}".split()), 300)

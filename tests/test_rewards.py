@@ -445,6 +445,18 @@ def changes(completion, sample):
 def neighbour(completion, sample): return SHARE
 def count(completion, sample): calls.append(completion); return len(calls)
 def pid(completion, sample): return os.getpid()
+def forks(completion, sample):
+    pid = os.fork()
+    if not pid and completion == "leaves its session": os.setsid()
+    if not pid: time.sleep(20); os._exit(0)
+    with open(os.path.join(os.path.dirname(__file__), "forked"), "w") as file: file.write(str(pid))
+    os.waitpid(pid, 0)
+class Unreadable(Exception):
+    def __str__(self): raise ValueError
+def unreadable(completion, sample): raise Unreadable
+class Item:  # as NumPy's bool and a tensor without dimensions: no numbers.Real
+    def item(self): return True
+def item(completion, sample): return Item()
 number = 3
 """
 
@@ -520,6 +532,32 @@ def test_a_user_reward_that_ends_its_process_costs_a_zero(mine):
     assert (score.total, score.failed) == ([4.0], 0), "killed between two calls: it costs neither of them"
 
 
+@pytest.mark.parametrize("completion", ["stays", "leaves its session"])
+def test_a_user_reward_that_forks_is_killed_with_its_children(completion, mine):
+    """They hold the other end of the pipe open, so the end of their parent alone is not seen."""
+    assert user(mine, "words", ["a"]).failed == 0  # the process is there
+    began = time.monotonic()
+    score = user(mine, "forks", [completion], reward_timeout=0.5)
+    assert time.monotonic() - began < 5
+    assert (score.failed, score.errors) == (1, {"forks": "no result within 0.5 s"})
+    forked = int(Path(mine).with_name("forked").read_text())
+    if completion == "stays":
+        assert_gone([forked])
+    else:
+        os.kill(forked, signal.SIGKILL)
+    assert user(mine, "words", ["a b"]).total == [4.0], "the next group is scored as ever"
+
+
+def test_a_user_reward_may_return_what_holds_one_number(mine):
+    assert user(mine, "item", ["a"]).parts == {"item": [1.0]}
+
+
+def test_an_error_whose_own_text_raises_costs_one_call_at_once(mine):
+    began = time.monotonic()
+    message = user(mine, "unreadable", ["a"], reward_timeout=20).errors["unreadable"]
+    assert message == "Unreadable: its message raises ValueError" and time.monotonic() - began < 10
+
+
 def test_an_interrupted_call_leaves_no_answers_for_the_next_one(mine):
     assert user(mine, "words", ["a"]).failed == 0  # the process is there
 
@@ -573,7 +611,12 @@ def test_a_user_file_that_hangs_or_ends_at_import_is_one_line(text, reason, tmp_
 
 
 @pytest.mark.parametrize(
-    "body", ["time.sleep(600)", pytest.param("re.match('(a+)+$', 'a' * 40 + 'b')", marks=pytest.mark.slow)]
+    "body",
+    [
+        "time.sleep(600)",
+        "(child := os.fork()) or time.sleep(600); print(child); time.sleep(600)",
+        pytest.param("re.match('(a+)+$', 'a' * 40 + 'b')", marks=pytest.mark.slow),
+    ],
 )
 def test_no_process_of_a_user_reward_outlives_a_killed_trainer(body, tmp_path):
     (tmp_path / "mine.py").write_text(
@@ -582,12 +625,12 @@ def test_no_process_of_a_user_reward_outlives_a_killed_trainer(body, tmp_path):
     code = "import rewards; rewards.score_group(rewards.parse_rewards(['mine.py:f']), ['a'], None, reward_timeout=1)"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     trainer = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, env=environment)
-    pid = int(trainer.stdout.readline())
+    pids = [int(trainer.stdout.readline()) for _ in range(1 + body.count("print"))]
     trainer.kill()
     trainer.wait()
     trainer.stdout.close()
     time.sleep(1 if "sleep" in body else 8)
-    assert_gone([pid])
+    assert_gone(pids)
 
 
 def test_a_built_in_error_is_raised_not_scored():
