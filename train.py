@@ -37,6 +37,7 @@ from grpo.stops import Stopped, exit_code, listening
 from grpo.warmup import warm_up
 from rewards import parse_rewards
 from video.files import write_text
+from video.pool import WorkersDoNotStart
 
 
 def grpo(run, policy, reference, optimizer):
@@ -131,7 +132,13 @@ def main(arguments=None):
             print(plan_text(config))
             return 0
         with listening() as signalled:
-            train(config, signalled)
+            try:
+                train(config, signalled)
+            except WorkersDoNotStart:  # the signal may have reached them too
+                if not signalled():
+                    raise
+                print("train.py: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+                return 128 + signalled()
     except Stopped as stop:
         distributed.stop()
         if not int(os.environ.get("RANK", 0)):

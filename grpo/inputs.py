@@ -162,22 +162,33 @@ def find_checkpoint(config):
     return newest
 
 
-def check_same_data(folder, digests):
-    """Raises ConfigError if there is a run to go on with in the folder that has had other data than that of `digests`.
-    versions.json of the run says which data that was."""
-    path = Path(folder) / "versions.json"
-    if not path.exists() or not (checkpoints(folder) or (path.parent / "warmup").exists()):
-        return
+def data_before(config, digests, say):
+    """The digests of other data that the run to go on with has had, oldest first, as its versions.json has them.
+
+    Raises ConfigError if its last data was other than that of `digests`; under --resume anyway says so instead.
+    """
+    path = Path(config.output) / "versions.json"
+    found = checkpoints(config.output) or (path.parent / "warmup").exists()
+    if config.resume == "no" or not path.exists() or not found:
+        return []
     try:
-        saved = json.loads(path.read_text()).get("data", digests)
+        versions = json.loads(path.read_text())
     except ValueError as error:
+        if config.resume == "anyway":
+            say(f"{path}: is damaged; goes on without it, as --resume anyway asks")
+            return []
         raise ConfigError(f"{path}: is damaged; --resume anyway goes on without it, if the data is the same") from error
+    saved, before = versions.get("data", digests), versions.get("data_before", [])
     changed = [f"{name} was {old}, is {digests[name]}" for name, old in saved.items() if digests[name] != old]
-    if changed:
+    if not changed:
+        return before
+    if config.resume == "auto":
         raise ConfigError(
-            f"--output {folder} holds a run whose data has changed since ({'; '.join(changed)}); --resume anyway goes "
-            "on, --resume no starts anew there, another --output does elsewhere"
+            f"--output {config.output} holds a run whose data has changed since ({'; '.join(changed)}); --resume "
+            "anyway goes on, --resume no starts anew there, another --output does elsewhere"
         )
+    say(f"data has changed ({'; '.join(changed)}); goes on as --resume anyway asks")
+    return [*before, saved]
 
 
 def read_data(config, say):

@@ -18,7 +18,7 @@ from grpo import distributed
 from grpo.checkpoint import Saver, load_state, note_if_best
 from grpo.config import Config, ConfigError
 from grpo.data import digest, step_samples, steps_of
-from grpo.inputs import check_same_data, clear_run, find_checkpoint, made_before, read_data
+from grpo.inputs import clear_run, data_before, find_checkpoint, made_before, read_data
 from grpo.metrics import RunLog, describe_run
 from grpo.model import read_processor
 from grpo.selfcheck import choose_fast_paths
@@ -26,17 +26,19 @@ from grpo.stops import RunError, Stopped, count_bad, memory_message, out_of_memo
 from rewards.diagnostics import answer_stats
 from video.dataset import DataError
 from video.loader import PromptLoader
+from video.pool import WorkersDoNotStart
 from video.prompt import PromptEncoder, Skipped
 
 
 class Data(NamedTuple):
-    """Samples to train on, held out, and of the supervised pass, and the `digest` of each; the newest checkpoint, None
-    where there is none."""
+    """Samples to train on, held out, and of the supervised pass, and the `digest` of each; those of other data that the
+    run had before; the newest checkpoint, None where there is none."""
 
     train: list
     held_out: list
     warmup: list
     digests: dict
+    digests_before: list
     checkpoint: Path | None
 
 
@@ -46,13 +48,13 @@ def prepare(config, processes):
     if config.demo and processes.is_main:
         build_demo(config)
     processes.barrier()
-    train, held_out, warmup = read_data(config, print if processes.is_main else lambda line: None)
+    say = print if processes.is_main else lambda line: None
+    train, held_out, warmup = read_data(config, say)
     if config.steps is None:
         config.steps = steps_of(config.epochs, len(train), config.prompts_per_step)
     digests = {"train": digest(train), "held out": digest(held_out), "warm-up": digest(warmup)}
-    if config.resume == "auto":
-        check_same_data(config.output, digests)
-    return Data(train, held_out, warmup, digests, find_checkpoint(config))
+    before = data_before(config, digests, say)
+    return Data(train, held_out, warmup, digests, before, find_checkpoint(config))
 
 
 @contextmanager
@@ -76,7 +78,7 @@ def opened(config, processes, signalled, began):
     warmed = (Path(config.output) / "warmup").exists()
     log = RunLog(config.output, processes.is_main, partial(made_before, state["step"], config.steps, warmed))
     with closing(log), PromptLoader(encoder, config.workers, config.decode_timeout) as loader:
-        log.describe(config, {**describe_run(), "data": data.digests})
+        log.describe(config, {**describe_run(), "data": data.digests, "data_before": data.digests_before})
         if config.top_k or config.top_p < 1:
             log.say("--top_k or --top_p is on: sampling sees fewer tokens than the log-probabilities are over")
         began -= state.get("seconds", 0)
@@ -130,7 +132,7 @@ class Run:
         shares = (distinct_keys(step_samples(samples, step, per_step, seed))[own] for step in range(first, last))
         encoded, asked = self.loader.batches(shares), time.perf_counter()
         used = self.state.setdefault("used", {})
-        for step, batch in enumerate(encoded, start=first):
+        for step, batch in enumerate(self.until_signalled(encoded), start=first):
             waited = time.perf_counter() - asked
             prompts = [p for p in batch if not isinstance(p, Skipped)]
             for p in batch:
@@ -147,6 +149,15 @@ class Run:
                 raise DataError(f"{flag}: every sample was skipped, for the reasons above: nothing was trained")
             yield prompts, {"skipped": int(sums["skipped"]), "seconds_waiting": waited}
             asked = time.perf_counter()
+
+    def until_signalled(self, batches):
+        """Yields the batches; an empty one, for all processes to stop at, where a signal has ended the workers too."""
+        try:
+            yield from batches
+        except WorkersDoNotStart:
+            if not self.signalled():
+                raise
+            yield []
 
     def choose_fast_paths(self, policy):
         """See `grpo.selfcheck`. The run's first policy decides for all of the run."""

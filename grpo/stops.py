@@ -1,9 +1,10 @@
 """Ends of a run before its last step: signals, a lost process, too little memory, updates that keep failing."""
 
+import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,9 @@ from video.formats import DataError, printable
 from video.pool import WorkersDoNotStart
 
 NAMED = 3  # samples in a message about memory
+STOPPING = (
+    "\ntrain.py: stopping: saves after this step or evaluation; a second Ctrl-C ends at once, without saving\n"
+)
 PATIENCE = 3  # seconds; torchrun and a terminal may each deliver the same Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM))  # Windows has no SIGHUP
 
@@ -43,6 +47,9 @@ def listening():
     def note(number, _):
         if got and time.monotonic() - got[0][1] > PATIENCE:
             raise KeyboardInterrupt
+        if not got and not int(os.environ.get("RANK", 0)):
+            with suppress(OSError):  # the terminal is closed
+                os.write(2, STOPPING.encode())  # print must not be called while it is at work
         got.append((number, time.monotonic()))
 
     heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP

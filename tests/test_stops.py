@@ -1,5 +1,6 @@
 """Runs that end early: signals, a process that dies, updates that are not finite, too little memory; one line each."""
 
+import itertools
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ import train
 from grpo import distributed, update
 from grpo.checkpoint import checkpoints
 from grpo.stops import RunError, count_bad, exit_code, listening, lost_process, memory_message
+from video.loader import PromptLoader
 from video.pool import WorkersDoNotStart
 
 ENDLESS = ("--steps", "400", "--save_every", "1000")
@@ -79,6 +81,32 @@ def test_a_run_under_nohup_takes_no_notice_of_a_terminal_that_closes():
             assert signalled() == signal.SIGTERM
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("rank, lines", [("0", 1), ("1", 0)])
+def test_the_first_signal_is_answered_at_once_by_the_main_process(rank, lines, monkeypatch, capfd):
+    monkeypatch.setenv("RANK", rank)
+    with listening():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        error = capfd.readouterr().err
+    assert error.count("stopping: saves after this step or evaluation; a second Ctrl-C ends at once") == lines
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_signal_that_ends_the_workers_too_saves_and_is_no_error(world, tmp_path, monkeypatch, capfd, done):
+    batches = PromptLoader.batches
+
+    def interrupted(loader, shares, control=None):
+        yield from itertools.islice(batches(loader, shares, control), done)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise WorkersDoNotStart("see their error above")
+
+    monkeypatch.setattr(PromptLoader, "batches", interrupted)
+    assert train.main(command(1, tmp_path, world, "--eval_samples", str(5 * (1 - done)))[2:]) == 130
+    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-1"] * done
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert "; the same command goes on from" in last and "error" not in last
 
 
 @pytest.mark.slow

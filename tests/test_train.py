@@ -149,9 +149,15 @@ def test_a_finished_run_is_only_reported(flags, demo_set, capsys):
     error = capsys.readouterr().err
     assert "data has changed since (train was 24 rows, digest " in error and ", is 23 rows, digest " in error
     assert "--resume anyway goes on" in error and "held out" not in error
+    old = json.loads((folder / "versions.json").read_text())["data"]
     run(flags, "--resume", "anyway")
+    output = capsys.readouterr().out
+    assert f"data has changed (train was {old['train']}, is 23 rows, digest " in output
+    assert "); goes on as --resume anyway asks" in output
     run(flags)
     assert metrics_of(folder) == before
+    versions = json.loads((folder / "versions.json").read_text())
+    assert versions["data_before"] == [old] and versions["data"]["train"].startswith("23 rows")
 
 
 def test_other_settings_do_not_go_on_in_the_same_folder(flags, capsys):

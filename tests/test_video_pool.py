@@ -179,6 +179,41 @@ def test_a_start_that_the_system_refuses_is_tried_again_and_then_an_error(failur
 
 
 @pytest.mark.timeout(60)
+def test_ctrl_c_does_not_reach_workers_or_the_server_that_forks_them_while_they_start(tmp_path):
+    """To the whole group, from before the server has imported what it preloads until a worker answers."""
+    (tmp_path / "preloaded.py").write_text("import time; time.sleep(1)")
+    (tmp_path / "script.py").write_text(
+        "import os, signal, time, video.pool as p\n"
+        "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, lambda *_: None)\n"
+        "    p.PRELOAD = ('preloaded',); pool = p.WorkerPool(time.sleep, 2, 20.0); calls = []\n"
+        "    for _ in range(40):\n"
+        "        os.killpg(0, signal.SIGINT); calls.append(pool.submit(0)); time.sleep(0.05)\n"
+        "    print([call.result() for call in calls] == [None] * 40); pool.close()\n"
+    )
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"}, timeout=50,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+@pytest.mark.timeout(60)
+def test_the_reason_why_no_worker_starts_is_printed_once(monkeypatch, capfd):
+    def refuse(_):
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr(video.pool, "_Worker", refuse)
+    pool = WorkerPool(work, 3, timeout=30)
+    for call in [pool.submit("") for _ in range(3)]:
+        with pytest.raises(WorkersDoNotStart):
+            call.result(timeout=50)
+    pool.close()
+    assert capfd.readouterr().err.count("could not be started") == 1
+
+
+@pytest.mark.timeout(60)
 def test_closing_ends_workers_that_hang():
     pool = WorkerPool(work, 2, timeout=600)
     pid = pool.submit("").result()

@@ -4,6 +4,7 @@ Every worker has a pipe and a thread of its own and shares no lock with the othe
 the system for its memory or by a decoder's crash, can neither stop nor break the rest.
 """
 import multiprocessing
+import multiprocessing.resource_tracker
 import queue
 import signal
 import sys
@@ -43,6 +44,7 @@ class WorkerPool:
     def __init__(self, function: Callable, count: int, timeout: float):
         self.function, self.timeout = function, timeout
         self._context, self._tasks = _context(), queue.SimpleQueue()
+        self._said = set()  # reasons, each printed once
         self._closed, self._close = multiprocessing.Pipe(duplex=False)  # ready for reading once closed
         self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(count)]
         for thread in self._threads:
@@ -63,6 +65,7 @@ class WorkerPool:
 
     def _serve(self) -> None:
         """One thread: starts a worker, hands it calls one by one, replaces it when it dies or overruns."""
+        _block_interrupts()
         worker = None
         while not self._close.closed:
             worker = worker or self._start()
@@ -98,7 +101,11 @@ class WorkerPool:
         try:
             return _Worker(self)
         except Exception as error:  # or this thread would end, and its calls would wait for ever
-            print(f"a worker process could not be started: {type(error).__name__}: {error}", file=sys.stderr)
+            text = f"a worker process could not be started: {type(error).__name__}: {error}"
+            with STARTS_AND_ENDS:
+                if text not in self._said:
+                    print(text, file=sys.stderr)
+                self._said.add(text)
             return None
 
 
@@ -188,6 +195,14 @@ def _work(pipe: Connection, function: Callable, longest: float) -> None:
             alarm(getattr(signal, "ITIMER_REAL", 0), 0)
     except (EOFError, ConnectionError):
         return
+
+
+def _block_interrupts() -> None:
+    """From here on processes that this thread starts, and the server that forks for it, never notice Ctrl-C: it reaches
+    the whole group, and would break their imports. To be called in a thread of its own; Windows has no such mask."""
+    if hasattr(signal, "pthread_sigmask"):
+        multiprocessing.resource_tracker.ensure_running()  # first: where it has to start, it unblocks the signal again
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def _context():
