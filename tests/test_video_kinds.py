@@ -113,6 +113,25 @@ def test_clips_cut_without_coding_again_show_what_was_asked_for(tmp_path, codec,
         assert asked[-1] == pytest.approx(shown[0] + 15, abs=1.5)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("codec,options", [("libx264", H264_CLOSED), ("libx265", HEVC_CLOSED)])
+@pytest.mark.parametrize("swapped", [False, True], ids=["", "swapped"])
+def test_times_that_are_those_of_decoding_are_not_relied_on(tmp_path, codec, options, suffix, swapped):
+    """As after `ffmpeg -i x.h264 -c copy x.mp4`; with two of them swapped, they do not even rise."""
+    raw = encode(tmp_path / ("x.h264" if codec == "libx264" else "x.hevc"), numbered(FRAMES), codec=codec, rate=RATE,
+                 options=options)  # fmt: skip
+    path = str(tmp_path / f"copied{suffix}")
+    with av.open(raw) as given, av.open(path, "w") as container:
+        stream = given.streams.video[0]
+        copy = container.add_stream_from_template(stream)
+        for number, packet in enumerate(packet for packet in given.demux(stream) if packet.size):
+            shown = {4: 5, 5: 4}.get(number, number) if swapped else number
+            ticks = 1 / (RATE * packet.time_base)
+            packet.pts, packet.dts, packet.stream = round((shown + 1) * ticks), round(number * ticks), copy
+            container.mux(packet)
+    assert check(path) == list(range(FRAMES))
+
+
 def test_joined_clips_are_read_in_the_order_of_decoding(tmp_path):
     """Times begin anew in the middle, as after `cat a.ts b.ts > c.ts`."""
     paths = [Path(make(tmp_path, name)) for name in ("closed.ts", "open.ts")]

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from video import frames
 from video.formats import WHOLE, Clip, DataError
 
-VERSION = 3  # of what is stored; raise it when frames are chosen or resized otherwise
+VERSION = 4  # of what is stored; raise it when frames are chosen or resized otherwise
 SUFFIX = ".frames"  # of an entry: safetensors, and the crc32 of its bytes in the last four
 KEEP = 0.9  # of the limit is left after evicting
 SCANS_PER_LIMIT = 256  # how often the folder's size is measured while a limit's worth of frames is written

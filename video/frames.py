@@ -290,7 +290,8 @@ class _Packets:
         shown, self.numbers = [time for time, _, hidden in found if not hidden], None
         hidden = len(found) - len(shown)
         self.told, self.fps = stream.frames - hidden, _rate(stream)
-        if container.format.name in SEEK_CONTAINERS and stream.codec_context.name in SEEK_CODECS and self._in_order():
+        decoder, timed = stream.codec_context, container.format.name in SEEK_CONTAINERS
+        if timed and decoder.name in SEEK_CODECS and self._in_order(decoder.has_b_frames):
             shown = sorted(time for time in shown if time >= self.times[0])
             self.numbers = {time: number for number, time in enumerate(shown)}
             evenly = shown[:-CUT_FRAMES]
@@ -298,11 +299,16 @@ class _Packets:
                 self.fps = float((len(evenly) - 1) / ((evenly[-1] - evenly[0]) * stream.time_base))
         self.count = len(shown)
 
-    def _in_order(self) -> bool:
-        """Whether it begins with a key frame, and what is decoded before a key frame is shown before all the rest."""
+    def _in_order(self, reordered: bool) -> bool:
+        """Whether it begins with a key frame, and what is decoded before a key frame is shown before all the rest.
+
+        If frames are `reordered`, times that only rise are those of decoding, as of a raw stream copied into an mp4.
+        """
         if None in self.times or len(set(self.times)) < len(self.times) or not any(self.keys[:1]):
             return False
         latest = list(accumulate(self.times, max))
+        if reordered and latest == self.times:
+            return False
         earliest = list(accumulate(reversed(self.times), min))[::-1]
         return all(latest[at - 1] < earliest[at] for at, key in enumerate(self.keys) if key and at)
 
@@ -351,9 +357,9 @@ def _decode_needed(path: str, packets: _Packets, wanted: list[int]) -> Iterator[
     """Yields (number, frame) of the frames `wanted` and of some more, decoding little else.
 
     Where decoding begins within the file, the numbers are None unless the key frame there is one: with x264's
-    intra-refresh it is a picture that the next second mends.
+    intra-refresh it is a picture that the next second mends. Raises VideoError if frames do not come in their order.
     """
-    needed, wanted, decoding = packets.needed(wanted), set(wanted), 0
+    needed, wanted, decoding, latest = packets.needed(wanted), set(wanted), 0, -math.inf
     with _opened(path, "cannot be decoded: ") as (container, stream):
         decoder = stream.codec_context
         found = (packet for packet in container.demux(stream) if packet.size)
@@ -370,6 +376,9 @@ def _decode_needed(path: str, packets: _Packets, wanted: list[int]) -> Iterator[
                 decoder.flush_buffers()
             decoding = decode
             for frame in frames:
+                if frame.pts <= latest:
+                    raise VideoError(path, "its frames are shown in another order than the times of its packets say")
+                latest = frame.pts
                 whole = whole or frame.pts == begin and frame.pict_type == PictureType.I
                 yield packets.numbers.get(frame.pts) if whole else None, frame
 
