@@ -21,6 +21,13 @@ _REWRITES = (
     (re.compile(r"(?<!\w)[(\[]([A-Za-z])(?=[)\]])"), lambda found: found[1].upper()),  # "(b)" is "B)"
     (re.compile(r"(?<![\w'])([A-Za-z])[.:)\]]+ (?=(?:is|was)(?: (?:the )?(?:wrong|incorrect|false)"
                 r"|(?:n't| not) (?:the )?(?:right|correct|answer))\b)"), r"\1 "),  # "A. is wrong" is one clause
+    # "A: wrong" at the start of a sentence is "A is wrong". "B. No" rather quotes an option.
+    (re.compile(r"(?<![^\n.,;!-] )(?<![\w'])((?:option )?[A-Z])"
+                r"(?:[)\]]?: ?|[.)\]] ?(?!no|false)| [-\u2013\u2014] ?| [(\[])"
+                r"(?=(?:wrong|incorrect|not (?:correct|right)|错误?|不对)"
+                r"(?:[)\].,;:!]| (?:[-\u2013\u2014(]|because\b|[A-Z][.:)])|$)"
+                r"|(?:no|false)(?:[)\].;]|$))", re.IGNORECASE | re.MULTILINE), r"\1 is "),
+    (re.compile(r"(?<=\bé )a (?=[A-Z]\b)"), ""),  # the article: "A resposta é a B"
     (re.compile(r"^[a-z](?=[.:)](?:\s|$))"), lambda found: found[0].upper()),  # "b) red" is "B) red"
     (re.compile(r"\b(?:no|without(?: a| any)?) doubt\b", re.IGNORECASE), "surely"),
     (re.compile(r"\bgo(?:ing)? with\b"), "choose"),
@@ -31,15 +38,16 @@ _BREAK = re.compile(
     r"\n|(?<=\?)|[;!。]|\.(?= |$)|(?<=\b[A-Za-z])[:)\]]| [-\u2013\u2014] | [(\[]"
     r"|[,、](?! ?(?:and |or )?[A-Z](?:,| and\b| or\b| are\b))"
     r"|(?<!anything) (?=(?i:because|since|as|although|while|which|so|but|therefore|thus|hence)\b)"
-    r"| (?=(?:and|or) (?:\w\w|\w is))|(?<=\b[A-Z]) (?=not\b|rather\b|instead\b)|(?=因为|因此|所以|但|而不)"
+    r"| (?=(?:and|or) (?:\w\w|\w is))|(?<=\b[A-Z]) (?=not\b|rather\b|instead\b|over [A-Z]\b)|(?=因为|因此|所以|但|而不)"
 )
 _LONG = 1000  # characters; a clause this long chooses and rejects nothing
 # In a clause that gives a reason, a letter that stands alone is no evidence: "B because C is small".
 _REASON = re.compile(r" ?(?:because|since|as|although|while|which)\b|因为", re.IGNORECASE)
 _REJECTS = re.compile(  # a clause that rejects what it names
-    r"n't\b|\b(?:do|does|is|would)nt\b|[不错没]|非(?!常)|别选|아니"
+    r"n't\b|\b(?:do|does|is|would)nt\b|[不错没]|非(?!常)|别选|아니|^over [A-Z]\b"
     r"|\b(?:not|cannot|never|no|nor|neither|wrong|incorrect|false|doubt|unlikely|impossible|except|anything but|avoid"
-    r"|without|rather|instead|reject|(?:exclude|eliminate|rule)d?|pas|nicht|kein|falsch|faux)\b",
+    r"|without|rather|instead|reject|(?:exclude|eliminate|rule)d?|unlike|initially thought|my second"
+    r"|pas|nicht|keine?|falsch|faux|não|non è)\b",
     re.IGNORECASE,
 )
 _ARTICLE = re.compile(  # and the pronoun I
@@ -50,7 +58,7 @@ _ARTICLE = re.compile(  # and the pronoun I
 _LONE = re.compile(r"(?<![\w'-])(?:([B-HJ-Z])|(A)(?! (?!or\b|and\b|nor\b|vs\b)\w))(?![\w'-])")
 _TOKEN = re.compile(rf"[{_ASIAN}]|[^\s:={_ASIAN}]+")
 _CUES = frozenset(
-    "answer option choice choose select pick correct réponse antwort respuesta opción risposta resposta"
+    "answer option choice choose select pick correct réponse antwort respuesta opción risposta resposta opção"
     " 答 选 選 択 답".split()
 )
 # What else may stand beside the letter in a clause that chooses it.
@@ -58,8 +66,8 @@ _WORDS = _CUES | frozenset(
     "the my final letter right best true only is was be will would should must might may could seems so thus "
     "therefore hence then and or but i'd i'll i'm it it's that that's this one here chose selected picked think "
     "believe guess say conclude most likely probably definitely surely undoubtedly clearly perhaps maybe yes ok "
-    "la le bonne est c'est donc je choisis lettre die ist also correcta es corretta correta è é".split()
-) | frozenset("案是为择正确对应该所以因此我故项的最终但和或えはがです解정은이입니다")
+    "la le bonne est c'est donc je choisis lettre die ist also correcta es corretta correta è é sino sondern".split()
+) | frozenset("案是为择正确对应该所以因此我故项而的最终但和或えはがです解정은이입니다")
 
 
 def answers_given(completion: str, strict: bool = True) -> tuple[str, ...]:
@@ -169,6 +177,8 @@ def _plain(text: str) -> str:
     """`text` with full-width forms folded, mark-up removed and whitespace collapsed within its lines."""
     text = unicodedata.normalize("NFKC", text).replace("\u2019", "'")
     text = re.sub(r"\\(?:boxed|text|textbf|mathrm) ?\{|[*_`$}{\"\u201c\u201d【】「」『』]", "", text)
+    text = re.sub(r"[\u200b-\u200f\u2060\ufeff]", "", text)  # nothing that is seen
+    text = re.sub(r"<(b|i|u|p|em|strong)>([^<>]*)</\1>", r"\2", text)
     return "\n".join(" ".join(line.split()) for line in text.splitlines() if line.strip()).strip(" '")
 
 

@@ -150,9 +150,23 @@ PHRASES = {  # what the texts have in common: (the letter chosen, texts); no opt
     ]),
     "elimination in other languages": ("B", [
         "A不对，选B", "A错了，所以选B", "A错所以选B", "选B，因为A不对", "选B而不是A", "A是错的，B是对的",
+        "不是A，而是B", "Nicht A, sondern B", "Die Antwort ist nicht A, sondern B", "No es A, sino B", "Não é A, é B",
+        "Non è A, è B",
+    ]),
+    "a Portuguese article": ("B", [
+        "A resposta correta é a B", "A resposta é a B", "A opção correta é a B",
+    ]),
+    "one verdict a letter": ("B", [
+        "A: incorrect. B: correct.", "A - wrong\nB - right", "A: No\nB: Yes", "A (wrong), B (right)",
+        "A: false; B: true", "A) Incorrect.\nB) Correct.\nC) Incorrect - too far.", "- A: wrong\n- B: right",
+        "Answer: B\nA: wrong", "B: right", "B: wrong way",
+    ]),
+    "a letter preferred to another": ("B", [
+        "I would pick B over A", "Unlike A, B is correct", "I initially thought A, but the answer is B",
     ]),
     "the letter and a mark": ("B", [
-        "B?", "(B)?", "B!", "B...", "<B>", "- B", "(B", "B]",
+        "B?", "(B)?", "B!", "B...", "<B>", "- B", "(B", "B]", "<b>B</b>", "<strong>(B)</strong>", "<b>",
+        "B\u200b", "\ufeffB",
     ]),
     "a small letter after a cue": ("B", [
         "option b", "Option b.", "choice b", "answer: b", "the answer is b",
@@ -194,6 +208,9 @@ PHRASES = {  # what the texts have in common: (the letter chosen, texts); no opt
         "Choose anything but A", "All except A", "I doubt that the answer is A", "It is unlikely to be A",
         "It is impossible that the answer is A", "I rule out A", "Neither A nor B", "不选A", "不是A", "答案不是A",
         "A不对", "我不认为答案是A", "La réponse n'est pas A", "Die Antwort ist nicht A", "La respuesta no es A",
+        "A: wrong", "A: incorrect", "A - wrong", "A (wrong)", "(A): wrong", "A. Wrong.", "Option A: wrong", "A: No",
+        "A. incorrect B. correct",
+        "A: 错误", "Keine Antwort A", "My second choice is A",
     ]),
     "a question": (None, [
         "Could it be A?", "Should I choose A?", "Is A correct?", "A or B?", "A? No.",
@@ -232,6 +249,9 @@ DEBATABLE = [  # text, letter, why this reading
     ("A错B对", None, "two clauses without a mark between them are one clause, and it rejects"),
     ("The man would pick B", "B", "'pick' is a cue, whoever picks"),
     ("1. B", "B", "a numbered list of one"),
+    ("B. No", "B", "'no' and 'false' after a label are more often the text of an option than a verdict"),
+    ("B: No, he sits", "B", "as above, if more text follows; 'B: No' alone is a verdict"),
+    ("B is my first choice, my second is A", None, "'second' rejects A, but 'first' is no word of a choice"),
 ]
 
 ANSWERS = [  # completion, strict answer, lenient answer
@@ -343,6 +363,9 @@ def test_several_answers_are_told_from_none():
         "(b) ",
         "I ",
         "no doubt ",
+        "A: wrong. ",
+        "A over ",
+        "<b>",
     ],
 )
 def test_100_000_characters_take_less_than_50_ms(unit):
