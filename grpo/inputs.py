@@ -173,13 +173,13 @@ def data_before(config, digests, say):
         return []
     try:
         versions = json.loads(path.read_text())
-    except ValueError as error:
+        saved, before = dict(versions.get("data", digests)), list(versions.get("data_before", []))
+    except (AttributeError, TypeError, ValueError) as error:
         if config.resume == "anyway":
             say(f"{path}: is damaged; goes on without it, as --resume anyway asks")
             return []
         raise ConfigError(f"{path}: is damaged; --resume anyway goes on without it, if the data is the same") from error
-    saved, before = versions.get("data", digests), versions.get("data_before", [])
-    changed = [f"{name} was {old}, is {digests[name]}" for name, old in saved.items() if digests[name] != old]
+    changed = [f"{name} was {old}, is {digests.get(name)}" for name, old in saved.items() if digests.get(name) != old]
     if not changed:
         return before
     if config.resume == "auto":

@@ -53,8 +53,8 @@ def prepare(config, processes):
     if config.steps is None:
         config.steps = steps_of(config.epochs, len(train), config.prompts_per_step)
     digests = {"train": digest(train), "held out": digest(held_out), "warm-up": digest(warmup)}
-    before = data_before(config, digests, say)
-    return Data(train, held_out, warmup, digests, before, find_checkpoint(config))
+    checkpoint = find_checkpoint(config)  # first: other settings may make other data
+    return Data(train, held_out, warmup, digests, data_before(config, digests, say), checkpoint)
 
 
 @contextmanager

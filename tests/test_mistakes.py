@@ -141,6 +141,13 @@ def stopped_run(b, data):
     return []
 
 
+def with_settings(b, **settings):
+    """A run.json of these settings in the run folder."""
+    (b.folder / "run").mkdir()
+    (b.folder / "run/run.json").write_text(json.dumps(settings))
+    return []
+
+
 MISTAKES = {
     "data that was changed since the run stopped": (
         "train", lambda b: stopped_run(b, {"train": "25 rows, digest 123"}), 2,
@@ -148,6 +155,16 @@ MISTAKES = {
     ),
     "a versions.json that is cut": (
         "train", lambda b: stopped_run(b, ...), 2, ("versions.json: is damaged; --resume anyway goes on without it",),
+    ),
+    "a versions.json without digests": (
+        "train", lambda b: stopped_run(b, None), 2, ("versions.json: is damaged; --resume anyway goes on without it",),
+    ),
+    "a versions.json with a digest of something else": (
+        "train", lambda b: stopped_run(b, {"other": "1 rows"}), 2, ("has changed since (other was 1 rows, is None)",),
+    ),
+    "settings that change which data is held out": (
+        "train", lambda b: [*with_settings(b, eval_samples=3), *stopped_run(b, {"held out": "3 rows, digest 1"})], 2,
+        ("holds a run with other settings (", "--eval_samples was 3, is "),
     ),
     "a data file that is not there": (
         "train", lambda b: ["--data", "gone.jsonl"], 2,
