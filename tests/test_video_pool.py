@@ -34,10 +34,10 @@ def work(what, when=0.0):
 
 
 def send_in_two(what):
-    if what == "half":  # a message's length, a part of it, and the end: what a kill in the middle of sending leaves
+    if what in ("half", "stop"):  # a message's length, a part of it, and the end: killed or stopped in mid-sending
         for pipe in (item for item in gc.get_objects() if isinstance(item, Connection)):
             os.write(pipe.fileno(), struct.pack("!i", 2**20) + bytes(1000))
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL if what == "half" else signal.SIGSTOP)
     return "whole"
 
 
@@ -99,6 +99,28 @@ def test_a_worker_killed_while_it_sends_costs_that_call_alone():
             pool.submit("half").result(timeout=30)
     assert pool.submit("").result(timeout=30) == "whole"
     pool.close()
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_stopped_while_it_sends_is_killed_at_the_limit():
+    pool = WorkerPool(send_in_two, 1, timeout=1.0)
+    with pytest.raises(TimeoutError):
+        pool.submit("stop").result(timeout=30)
+    assert pool.submit("").result(timeout=30) == "whole"
+    pool.close()
+
+
+@pytest.mark.timeout(60)
+def test_closing_ends_a_worker_stopped_while_it_sends():
+    pool = WorkerPool(send_in_two, 1, timeout=600)
+    assert pool.submit("").result(timeout=30) == "whole"
+    call = pool.submit("stop")
+    time.sleep(0.5)
+    began = time.monotonic()
+    pool.close()
+    assert time.monotonic() - began < 5
+    with pytest.raises(WorkersDoNotStart, match="the pool was closed"):
+        call.result(timeout=0)
 
 
 class SlowToArrive:

@@ -9,6 +9,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing.connection import Connection, wait
@@ -46,6 +47,7 @@ class WorkerPool:
         self._context, self._tasks = _context(), queue.SimpleQueue()
         self._said = set()  # reasons, each printed once
         self._closed, self._close = multiprocessing.Pipe(duplex=False)  # ready for reading once closed
+        self.workers: set[_Worker] = set()  # all that run
         self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(count)]
         for thread in self._threads:
             thread.start()
@@ -58,6 +60,8 @@ class WorkerPool:
     def close(self) -> None:
         if not self._close.closed:
             self._close.close()
+            for worker in list(self.workers):
+                worker.kill()  # a thread may be receiving from one that has been stopped
             for _ in self._threads:
                 self._tasks.put(None)
             for thread in self._threads:
@@ -119,6 +123,7 @@ class _Worker:
         self.process = pool._context.Process(target=_work, args=args, daemon=True)
         with STARTS_AND_ENDS:
             self.process.start()
+        pool.workers.add(self)
         other.close()  # so that its end reads as the end of the pipe
 
     def begin(self, args: tuple) -> bool:
@@ -149,10 +154,14 @@ class _Worker:
         except EOFError as error:
             raise WorkerDied(f"exit code {self._exit_code()}") from error
 
-    def end(self) -> None:
+    def kill(self) -> None:
         with STARTS_AND_ENDS:
             self.process.kill()
+
+    def end(self) -> None:
+        self.kill()
         self._exit_code()
+        self.pool.workers.discard(self)
         self.pipe.close()
 
     def _exit_code(self) -> int:
@@ -163,16 +172,27 @@ class _Worker:
             return self.process.exitcode
 
     def _receive(self, seconds: float):
-        """Its next message. TimeoutError; EOFError where it has ended; WorkersDoNotStart where the pool was closed."""
+        """Its next message. TimeoutError; EOFError where it has ended; WorkersDoNotStart where the pool was closed.
+
+        Once a message has begun, its rest has as long again: a worker that is stopped while it sends is killed then.
+        """
         ready = wait([self.pipe, self.pool._closed], seconds)
         if self.pool._closed in ready:
             raise WorkersDoNotStart("the pool was closed")
         if not ready:
             raise TimeoutError
+        deadline, timer = time.monotonic() + seconds, threading.Timer(seconds, self.kill)
+        timer.start()
         try:
             return self.pipe.recv()
-        except OSError as error:  # killed in the middle of a message: OSError itself, of which TimeoutError is one too
-            raise EOFError(str(error)) from error
+        except (OSError, EOFError) as error:  # killed in the middle of a message: OSError itself
+            if self.pool._close.closed:
+                raise WorkersDoNotStart("the pool was closed") from error
+            if time.monotonic() >= deadline:
+                raise TimeoutError from error
+            raise EOFError(str(error)) from error  # TimeoutError is an OSError too
+        finally:
+            timer.cancel()
 
 
 def _work(pipe: Connection, function: Callable, longest: float) -> None:
