@@ -164,6 +164,15 @@ def test_a_header_that_counts_a_few_frames_too_many_is_no_reason_to_refuse(tmp_p
         read(str(tmp_path / "60.avi"), 4)
 
 
+def test_an_avi_whose_header_counts_ticks_is_read_whole(tmp_path):
+    """As after `ffmpeg -i v.webm -c copy v.avi`: of its clock, a frame lasts 40 ticks."""
+    path = encode(tmp_path / "v.webm", numbered(FRAMES), codec="libvpx", rate=RATE, options={"g": "24"})
+    path = remux(tmp_path / "v.avi", path)
+    assert check(path) == list(range(FRAMES))
+    assert probe(path)[:2] == (FRAMES, pytest.approx(RATE))
+    assert read(path, 4, Clip(1.0, 3.0)) == [25, 42, 58, 75]
+
+
 def test_metadata_that_is_not_utf_8_is_no_reason_to_refuse(tmp_path):
     path = Path(make_video(tmp_path / "v.mp4"))
     path.write_bytes(path.read_bytes().replace(b"Lavf", b"\xff\xfe\xfd\xfc"))

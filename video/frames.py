@@ -10,6 +10,8 @@ Departures, each with its reason:
 - A folder of frames is a video like any other: its frames are sampled too, none is repeated to make their number even,
   and they are resized once (qwen-vl-utils takes all, repeats the last, and first resizes to multiples of 56).
 - Above MAX_FRAME_PIXELS nothing is decoded: a file of a few kB can claim a frame of many GB.
+- None in time: that of a frame is its number / the average rate, as in qwen-vl-utils. So clips (`video_start`) of a
+  file whose frame rate varies can show other seconds than those asked for.
 - Frames stay uint8. qwen-vl-utils resizes in uint8 as well, so its float frames hold the same integers.
 """
 import math
@@ -285,11 +287,16 @@ class _Packets:
     """
 
     def __init__(self, container, stream):
-        found = [(item.pts, item.is_keyframe, item.is_discard) for item in container.demux(stream) if item.size]
-        self.times, self.keys = [time for time, *_ in found], [key for _, key, _ in found]
-        shown, self.numbers = [time for time, _, hidden in found if not hidden], None
+        packets = (item for item in container.demux(stream) if item.size)
+        found = [(item.pts, item.is_keyframe, item.is_discard, item.dts) for item in packets]
+        self.times, self.keys = [time for time, *_ in found], [key for _, key, *_ in found]
+        shown, self.numbers = [time for time, _, hidden, _ in found if not hidden], None
         hidden = len(found) - len(shown)
         self.told, self.fps = stream.frames - hidden, _rate(stream)
+        clock = [ticks for *_, ticks in found if ticks is not None]
+        if container.format.name == "avi" and len(clock) > 1 and clock[-1] - clock[0] >= len(clock):
+            ticks = (clock[-1] - clock[0]) / (len(clock) - 1)  # a frame may last several, and the header counts them
+            self.told, self.fps = round(self.told / ticks), float(1 / (ticks * stream.time_base))
         decoder, timed = stream.codec_context, container.format.name in SEEK_CONTAINERS
         if timed and decoder.name in SEEK_CODECS and self._in_order(decoder.has_b_frames):
             shown = sorted(time for time in shown if time >= self.times[0])
