@@ -37,14 +37,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from demo.tiny import build_tiny_model
 from grpo import distributed, sampler, update
 from grpo.config import parse_config
-from grpo.model import (
-    FAMILIES,
-    ModelSpec,
-    checkpoint_activations,
-    materialise,
-    read_config,
-    use_own_kernels,
-)
+from grpo.model import FAMILIES, ModelSpec, checkpoint_activations, materialise, read_config, use_own_kernels
 from grpo.plan import GIB, memory_plan, parameter_counts, published_config, vision_tokens
 from grpo.policy import Policy
 from grpo.selfcheck import using

@@ -6,6 +6,7 @@ video played backwards is distributed exactly as one of the opposite direction. 
 the path's middle and from its start at once: their difference *is* the direction. So the first frame alone allows 84%
 (best guess from its position, of four ways), a middle one 34%: travel is short against the room.
 """
+
 import json
 import os
 import tempfile

@@ -147,6 +147,7 @@ METRICS = frozenset(
     "all_wrong_share no_answer_share several_answers_share shuffled_accuracy temporal_bonus phase step".split()
 )
 
+
 def demo_paths(seed):
     """The paths that --preset demo gives. Each seed has a folder of its own, so that no demo touches another's videos;
     that of the default seed has a short name."""
@@ -168,14 +169,35 @@ PRESETS = {
     # over each sequence, then over sequences.
     "qwen2-vl-7b": {"loss_normaliser": "sequence"},
     "demo": dict(
-        **demo_paths(Config.seed), demo=True,
-        sft_steps=1200, sft_until=0.9, sft_learning_rate=1e-3, sft_prompts_per_step=32,
-        steps=400, prompts_per_step=32, group_size=8, max_new_tokens=24,
-        reward=("accuracy:1", "format:0.5"), kl_coef=0.15, learning_rate=5e-4, lr_schedule="cosine", adam_beta2=0.95,
-        prompt_template="{problem}", min_pixels=28 * 28, max_pixels=28 * 28, nframes=8,
-        threads=1, workers=1, prompts_per_forward=32, prompts_per_rollout=32, gradient_checkpointing=False,
+        **demo_paths(Config.seed),
+        demo=True,
+        sft_steps=1200,
+        sft_until=0.9,
+        sft_learning_rate=1e-3,
+        sft_prompts_per_step=32,
+        steps=400,
+        prompts_per_step=32,
+        group_size=8,
+        max_new_tokens=24,
+        reward=("accuracy:1", "format:0.5"),
+        kl_coef=0.15,
+        learning_rate=5e-4,
+        lr_schedule="cosine",
+        adam_beta2=0.95,
+        prompt_template="{problem}",
+        min_pixels=28 * 28,
+        max_pixels=28 * 28,
+        nframes=8,
+        threads=1,
+        workers=1,
+        prompts_per_forward=32,
+        prompts_per_rollout=32,
+        gradient_checkpointing=False,
         save_every=200,
-        eval_samples=1000, eval_every=100, eval_batch=128, controls=True,
+        eval_samples=1000,
+        eval_every=100,
+        eval_batch=128,
+        controls=True,
     ),  # fmt: skip
 }
 

@@ -48,7 +48,7 @@ def hold_out(samples, count, seed):
 
 
 def digest(samples):
-    """"COUNT rows, digest HEX" of all that the rows say, with the names of their files but not the folders: a data set
+    """ "COUNT rows, digest HEX" of all that the rows say, with the names of their files but not the folders: a data set
     that was moved is the same."""
     total = hashlib.sha256()
     for s in samples:

@@ -28,10 +28,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from grpo import attention
 from video.prompt import load_processor
 
-FAMILIES = {
-    "qwen2_vl": Qwen2VLForConditionalGeneration,
-    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
-}
+FAMILIES = {"qwen2_vl": Qwen2VLForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
 
 STORED = ("BF16", "F16", "F32", "F64")  # as safetensors names them; any other number is quantised, and needs its scale
 
@@ -113,9 +110,12 @@ def read_config(path):
         raise ModelError(f"--model {path}: holds adapters; take the run's `merged` folder (train with --lora_merge)")
     what, fix = "its config.json cannot be used", "compare it with the original model's"
     if not (Path(path) / "config.json").exists():
-        what, fix = "no model there", (
-            "give a folder with config.json and safetensors, a hub name that this machine can download, or try "
-            "`python train.py --preset demo`"
+        what, fix = (
+            "no model there",
+            (
+                "give a folder with config.json and safetensors, a hub name that this machine can download, or try "
+                "`python train.py --preset demo`"
+            ),
         )
     with reading(path, what, fix):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)

@@ -43,8 +43,7 @@ class Data(NamedTuple):
 
 
 def prepare(config, processes):
-    """What there is before any weight loads: the `Data`, with config.steps set. Raises ConfigError and DataError.
-    """
+    """What there is before any weight loads: the `Data`, with config.steps set. Raises ConfigError and DataError."""
     if config.demo and processes.is_main:
         build_demo(config)
     processes.barrier()

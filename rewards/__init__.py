@@ -30,8 +30,15 @@ from rewards.text import rouge
 from rewards.user import RewardFile, arguments_needed
 
 # problem_type -> f(prediction, sample), in [0, 1]. The prediction is the content of the answer tag.
-ACCURACY: dict[str, Callable] = {"multiple choice": choice, "numerical": numeric, "mra": mean_relative_accuracy,
-                                 "OCR": ocr, "free-form": rouge, "regression": regression, "math": math}
+ACCURACY: dict[str, Callable] = {
+    "multiple choice": choice,
+    "numerical": numeric,
+    "mra": mean_relative_accuracy,
+    "OCR": ocr,
+    "free-form": rouge,
+    "regression": regression,
+    "math": math,
+}
 
 
 @dataclass(frozen=True)
@@ -94,9 +101,14 @@ def check_sample(sample) -> None:
     score_prediction(None, sample)
 
 
-REWARDS: dict[str, Callable] = {"accuracy": accuracy, "format": format, "tag_count": tag_count,
-                                "repetition": repetition, "length_window": length_window,
-                                "length_cosine": length_cosine}
+REWARDS: dict[str, Callable] = {
+    "accuracy": accuracy,
+    "format": format,
+    "tag_count": tag_count,
+    "repetition": repetition,
+    "length_window": length_window,
+    "length_cosine": length_cosine,
+}
 
 
 def parse_rewards(specs: list[str]) -> list[Reward]:
@@ -111,8 +123,10 @@ def parse_rewards(specs: list[str]) -> list[Reward]:
         file, is_file, rest = spec.partition(".py:")
         name, _, weight = (rest if is_file else spec).partition(":")
         if not is_file and name not in REWARDS:
-            raise ValueError(f"--reward {spec}: no reward is called {name!r}; use one of {', '.join(REWARDS)}, "
-                             "or FILE.py:FUNCTION for your own")
+            raise ValueError(
+                f"--reward {spec}: no reward is called {name!r}; use one of {', '.join(REWARDS)}, "
+                "or FILE.py:FUNCTION for your own"
+            )
         if is_file:
             function, needed = _user_function(spec, file + ".py", name)
         else:
@@ -127,8 +141,13 @@ def parse_rewards(specs: list[str]) -> list[Reward]:
     return sorted(rewards, key=lambda reward: reward.name != "accuracy")  # first, since the group rewards read it
 
 
-def score_group(rewards: list[Reward], completions: list[str], sample, lengths: list[int] | None = None,
-                reward_timeout: float = 60.0) -> GroupScore:
+def score_group(
+    rewards: list[Reward],
+    completions: list[str],
+    sample,
+    lengths: list[int] | None = None,
+    reward_timeout: float = 60.0,
+) -> GroupScore:
     """The total and the named parts of each completion of one prompt.
 
     total[i] = sum over rewards r of r.weight * parts[r.name][i]. `lengths` are in tokens; the length rewards need them.
@@ -143,8 +162,10 @@ def score_group(rewards: list[Reward], completions: list[str], sample, lengths: 
         group = Group(completions, 0, lengths or [], score.parts.get("accuracy", []))
         if not reward.user and reward.wants_group and len(group.lengths) != len(completions):
             raise ValueError(f"{reward.name} needs the length in tokens of each completion")
-        calls = [(completion, sample, replace(group, index=i)) if reward.wants_group else (completion, sample)
-                 for i, completion in enumerate(completions)]
+        calls = [
+            (completion, sample, replace(group, index=i)) if reward.wants_group else (completion, sample)
+            for i, completion in enumerate(completions)
+        ]
         if reward.user:
             part, errors = reward.function(calls, reward_timeout)
             score.failed += len(errors)

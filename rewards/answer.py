@@ -19,14 +19,25 @@ _ASIAN = "\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7a3"  # kana, Han and Hangul stand
 _REWRITES = (
     (re.compile(rf"(?<=[{_ASIAN}])(?=[A-Za-z(])|(?<=[A-Za-z.:)])(?=[{_ASIAN}])"), " "),
     (re.compile(r"(?<!\w)[(\[]([A-Za-z])(?=[)\]])"), lambda found: found[1].upper()),  # "(b)" is "B)"
-    (re.compile(r"(?<![\w'])([A-Za-z])[.:)\]]+ (?=(?:is|was)(?: (?:the )?(?:wrong|incorrect|false)"
-                r"|(?:n't| not) (?:the )?(?:right|correct|answer))\b)"), r"\1 "),  # "A. is wrong" is one clause
+    (
+        re.compile(
+            r"(?<![\w'])([A-Za-z])[.:)\]]+ (?=(?:is|was)(?: (?:the )?(?:wrong|incorrect|false)"
+            r"|(?:n't| not) (?:the )?(?:right|correct|answer))\b)"
+        ),
+        r"\1 ",
+    ),  # "A. is wrong" is one clause
     # "A: wrong" at the start of a sentence is "A is wrong". "B. No" rather quotes an option.
-    (re.compile(r"(?<![^\n.,;!-] )(?<![\w'])((?:option )?[A-Z])"
-                r"(?:[)\]]?: ?|[.)\]] ?(?!no|false)| [-\u2013\u2014] ?| [(\[])"
-                r"(?=(?:wrong|incorrect|not (?:correct|right)|错误?|不对)"
-                r"(?:[)\].,;:!]| (?:[-\u2013\u2014(]|because\b|[A-Z][.:)])|$)"
-                r"|(?:no|false)(?:[)\].;]|$))", re.IGNORECASE | re.MULTILINE), r"\1 is "),
+    (
+        re.compile(
+            r"(?<![^\n.,;!-] )(?<![\w'])((?:option )?[A-Z])"
+            r"(?:[)\]]?: ?|[.)\]] ?(?!no|false)| [-\u2013\u2014] ?| [(\[])"
+            r"(?=(?:wrong|incorrect|not (?:correct|right)|错误?|不对)"
+            r"(?:[)\].,;:!]| (?:[-\u2013\u2014(]|because\b|[A-Z][.:)])|$)"
+            r"|(?:no|false)(?:[)\].;]|$))",
+            re.IGNORECASE | re.MULTILINE,
+        ),
+        r"\1 is ",
+    ),
     (re.compile(r"(?<=\bé )a (?=[A-Z]\b)"), ""),  # the article: "A resposta é a B"
     (re.compile(r"^[a-z](?=[.:)](?:\s|$))"), lambda found: found[0].upper()),  # "b) red" is "B) red"
     (re.compile(r"\b(?:no|without(?: a| any)?) doubt\b", re.IGNORECASE), "surely"),
@@ -62,12 +73,17 @@ _CUES = frozenset(
     " 答 选 選 択 답".split()
 )
 # What else may stand beside the letter in a clause that chooses it.
-_WORDS = _CUES | frozenset(
-    "the my final letter right best true only is was be will would should must might may could seems so thus "
-    "therefore hence then and or but i'd i'll i'm it it's that that's this one here chose selected picked think "
-    "believe guess say conclude most likely probably definitely surely undoubtedly clearly perhaps maybe yes ok "
-    "la le bonne est c'est donc je choisis lettre die ist also correcta es corretta correta è é sino sondern".split()
-) | frozenset("案是为择正确对应该所以因此我故项而的最终但和或えはがです解정은이입니다")
+_WORDS = (
+    _CUES
+    | frozenset(
+        "the my final letter right best true only is was be will would should must might may could seems so thus "
+        "therefore hence then and or but i'd i'll i'm it it's that that's this one here chose selected picked think "
+        "believe guess say conclude most likely probably definitely surely undoubtedly clearly perhaps maybe yes ok "
+        "la le bonne est c'est donc je choisis lettre die ist also correcta es corretta correta è é sino "
+        "sondern".split()
+    )
+    | frozenset("案是为择正确对应该所以因此我故项而的最终但和或えはがです解정은이입니다")
+)
 
 
 def answers_given(completion: str, strict: bool = True) -> tuple[str, ...]:
@@ -90,7 +106,7 @@ def answers_given(completion: str, strict: bool = True) -> tuple[str, ...]:
         return ()
     if tags:
         ends = [tag.start() for tag in tags[1:]] + [len(text)]
-        contents = [text[tag.end():end] for tag, end in zip(tags, ends) if tag[0] == "<answer>"]
+        contents = [text[tag.end() : end] for tag, end in zip(tags, ends) if tag[0] == "<answer>"]
     else:
         contents = [] if strict or thought_open else [text]
     return tuple(dict.fromkeys(content.strip() for content in contents if content.strip()))
@@ -122,7 +138,7 @@ def choice_letters(text: str, options: tuple[str, ...] = ()) -> tuple[str, ...]:
     texts = [_option_text(option, letter) for option, letter in zip(options, valid)]
     if same := _letters_of(_bare_text(text), texts):
         return same
-    if (label := _LABEL.match(text)) and (same := _letters_of(_bare_text(text[label.end():]), texts)):
+    if (label := _LABEL.match(text)) and (same := _letters_of(_bare_text(text[label.end() :]), texts)):
         letter = _label_letter(label)
         return (letter,) if letter in same else tuple(sorted({letter, *same}))
 
@@ -201,4 +217,4 @@ def _option_text(option: str, letter: str) -> str:
     option = _plain(option)
     label = _LABEL.match(option)
     own = label and _label_letter(label) == letter
-    return _bare_text(option[label.end():] if own else option)
+    return _bare_text(option[label.end() :] if own else option)

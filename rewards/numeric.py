@@ -4,8 +4,11 @@ import math
 import re
 
 # Not inside a word or a longer number ("m2", "1.2.3", "3,5"); commas only between thousands; a/b is a fraction.
-_NUMBER = re.compile(r"(?<![\w.,])([-+]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(e[-+]?\d+)?(?:/(\d+))?"
-                     r"(?![.,]?\d)", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"(?<![\w.,])([-+]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(e[-+]?\d+)?(?:/(\d+))?"
+    r"(?![.,]?\d)",
+    re.IGNORECASE,
+)
 
 
 def parse_number(text: str) -> float | None:

@@ -1,8 +1,9 @@
 """Temporal contrast: is the order of the frames used?"""
 
 
-def temporal_bonus(accuracy: list[float], shuffled_accuracy: list[float], threshold: float = 0.8,
-                   bonus: float = 0.3) -> list[float]:
+def temporal_bonus(
+    accuracy: list[float], shuffled_accuracy: list[float], threshold: float = 0.8, bonus: float = 0.3
+) -> list[float]:
     """For each completion on ordered frames, `bonus` or 0.0, to be added to its reward.
 
     T-GRPO of Video-R1 (arXiv 2503.21776): where mean(accuracy) >= threshold * mean(shuffled_accuracy), each completion

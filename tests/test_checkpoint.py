@@ -217,12 +217,7 @@ def saved(checkpoints, tmp_path):
     processor = AutoProcessor.from_pretrained(folder)
     policy = build_policy(folder, config, processor, alone)
     optimizer, saver = update.make_optimizer(policy, config), Saver(alone, processor, config)
-    return (
-        lambda step: saver.save(step, policy, optimizer, {"a": 1}),
-        policy,
-        optimizer,
-        saver,
-    )
+    return (lambda step: saver.save(step, policy, optimizer, {"a": 1}), policy, optimizer, saver)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(saved, monkeypatch):

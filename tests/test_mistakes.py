@@ -121,10 +121,11 @@ TINY = {
     "convert": lambda b: [],
 }  # fmt: skip
 
+
 def latin(b):
     """A data file whose second row is in Latin-1."""
     path = b.rows(b.row(), b.row())
-    path.write_bytes(path.read_bytes()[:-3] + b"\xe9\"}\n")
+    path.write_bytes(path.read_bytes()[:-3] + b'\xe9"}\n')
     return path
 
 

@@ -18,16 +18,7 @@ from video_helpers import assert_gone
 
 import rewards
 import video.formats
-from rewards import (
-    ACCURACY,
-    REWARDS,
-    Group,
-    accuracy,
-    check_sample,
-    parse_rewards,
-    score_group,
-    score_prediction,
-)
+from rewards import ACCURACY, REWARDS, Group, accuracy, check_sample, parse_rewards, score_group, score_prediction
 from rewards.diagnostics import answer_stats
 from rewards.numeric import parse_number
 from rewards.temporal import temporal_bonus

@@ -38,6 +38,7 @@ def check(tiny_vl, monkeypatch):
     config = parse_config(["--preset", "demo", "--max_new_tokens", "8", "--group_size", "2"])
     prompt, lines = make_prompt(tokenizer, [("video", (4, 4, 6))]), []
     loader = SimpleNamespace(batches=lambda groups: ([Skipped("x", "x", "x")] if s is None else [s] for (s,) in groups))
+
     def run(kernel, samples=(None, prompt), others=()):
         processes = Processes(0, 1, torch.device("cuda"), None)
         processes.gather = lambda item: [item, *others]

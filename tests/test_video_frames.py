@@ -68,11 +68,7 @@ def test_frame_count_equals_qwen_vl_utils(oracle, options):
     element = (
         {"nframes": settings.nframes}
         if settings.nframes
-        else {
-            "fps": settings.fps,
-            "min_frames": settings.min_frames,
-            "max_frames": settings.max_frames,
-        }
+        else {"fps": settings.fps, "min_frames": settings.min_frames, "max_frames": settings.max_frames}
     )
     for frames in range(1, 400, 3):
         for fps in (0.5, 7.0, 23.976, 30.0, 60.0):

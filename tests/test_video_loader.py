@@ -110,9 +110,7 @@ def test_a_run_in_which_nothing_can_be_read_stops_and_says_why():
         with PromptLoader(Misbehaving(), workers=0, give_up_after=4, **options) as loader:
             return list(loader.batches([[sample] for sample in samples(*texts)]))
 
-    with pytest.raises(
-        DataError, match="first 4 samples were skipped, the last .d.jsonl:4.: 4.mp4: RuntimeError"
-    ):
+    with pytest.raises(DataError, match="first 4 samples were skipped, the last .d.jsonl:4.: 4.mp4: RuntimeError"):
         run(*["raise"] * 6)
     assert len(run(*["raise"] * 3)) == 3
     assert len(run("", *["raise"] * 9)) == 10

@@ -39,7 +39,11 @@ def rotated(content: bytes, degrees: int) -> bytes:
 
 
 def encode(
-    path: Path, frames, times: list[int] | None = None, codec: str = "libx264", rate: int = 10,
+    path: Path,
+    frames,
+    times: list[int] | None = None,
+    codec: str = "libx264",
+    rate: int = 10,
     options: dict | None = None,
 ) -> str:
     """A video of frames (H, W, 3), with any codec and, where given, a time for each frame in ticks of 1/100 s: a

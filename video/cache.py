@@ -1,4 +1,5 @@
 """Chosen and resized frames of videos on disk, so that a second epoch, or another run, decodes nothing."""
+
 import hashlib
 import os
 import tempfile

@@ -6,6 +6,7 @@ Rows get `problem`, `solution` (for a choice, `<answer>`, the first two characte
 `original_question` and `original_answer`. Of LLaVA-Video-large-swift these are all, as its 4k rows were published; the
 rows of other formats keep what else they have. As there, rows whose file is missing are left out.
 """
+
 import argparse
 import os
 import sys
@@ -52,8 +53,10 @@ def convert(
         else:
             written.append(to_row(sample))
     if not written:
-        raise DataError(f"{source}: the files of all {len(missing)} rows are missing, the first {missing[0]}; "
-                        "give --video_root, or --keep_missing to write the rows all the same")
+        raise DataError(
+            f"{source}: the files of all {len(missing)} rows are missing, the first {missing[0]}; "
+            "give --video_root, or --keep_missing to write the rows all the same"
+        )
     write_rows(target, written)
     return len(written), missing
 

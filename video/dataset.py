@@ -1,4 +1,5 @@
 """Files of questions as lists of `Sample`s: several of them weighed against each other, without the known bad ones."""
+
 import hashlib
 import json
 import os
@@ -34,8 +35,10 @@ def read_mixture(
     for name, (path, weight) in zip(distinct_names(list(weights)), weights.items()):
         own = read_samples(path, video_root, name, text_only=text_only)
         if weight > 1 and weight * len(own) > MOST_ROWS:
-            raise DataError(f"--data {path}:{weight:g}: makes {weight * len(own):.1e} rows of {len(own)}; "
-                            f"lower the weight, at most {MOST_ROWS} fit")
+            raise DataError(
+                f"--data {path}:{weight:g}: makes {weight * len(own):.1e} rows of {len(own)}; "
+                f"lower the weight, at most {MOST_ROWS} fit"
+            )
         samples += repeat(own, weight, name)
     if not samples:
         raise DataError("--data: the weights leave no row; raise them")
@@ -43,7 +46,10 @@ def read_mixture(
 
 
 def read_samples(
-    path: str | Path, video_root: str | Path | None = None, name: str | None = None, flag: str = "--data",
+    path: str | Path,
+    video_root: str | Path | None = None,
+    name: str | None = None,
+    flag: str = "--data",
     text_only: bool = False,
 ) -> list[Sample]:
     """The samples of a .jsonl or .parquet file, or of a .json file that holds an array of rows.
@@ -66,7 +72,7 @@ def read_samples(
         key, row = f"{name}:{numbered[0]}", numbered[1]
         row = _json(row, key) if isinstance(row, bytes) else row
         if not isinstance(row, dict):
-            raise DataError(f"{key}: is a {type(row).__name__}, not an object; write a row as {{\"problem\": ...}}")
+            raise DataError(f'{key}: is a {type(row).__name__}, not an object; write a row as {{"problem": ...}}')
         if _is_deeper(row, DEEPEST):
             raise DataError(f"{key}: is nested more than {DEEPEST} deep; mend or delete it")
         fields.update(row)
@@ -78,8 +84,10 @@ def read_samples(
         raise DataError(f"{flag} {path}: is empty; give a file with one JSON row a line")
     if not (text_only or any(sample.media for sample in samples)):
         seen = printable(", ".join(sorted(fields)), 300)
-        raise DataError(f"{flag} {path}: no row has a video or image; its fields are {seen}; name a file in the field "
-                        "video, videos, image or images, or give --text_only to train.py or eval.py")
+        raise DataError(
+            f"{flag} {path}: no row has a video or image; its fields are {seen}; name a file in the field "
+            "video, videos, image or images, or give --text_only to train.py or eval.py"
+        )
     return samples
 
 
@@ -209,8 +217,10 @@ def _keep(content: bytes, folder: Path) -> str:
             partial.write_bytes(content)
             os.replace(partial, file)
         except OSError as error:
-            raise DataError(f"{folder}: images that are bytes in a parquet file are kept there, but it cannot be "
-                            f"written to ({error.strerror}); copy the parquet file to a folder that can") from error
+            raise DataError(
+                f"{folder}: images that are bytes in a parquet file are kept there, but it cannot be "
+                f"written to ({error.strerror}); copy the parquet file to a folder that can"
+            ) from error
     return str(file)
 
 

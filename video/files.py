@@ -1,4 +1,5 @@
 """Files that are whole after a kill, a power loss or a full disk."""
+
 import json
 import os
 import sys

@@ -4,6 +4,7 @@ One small function a format, listed in FORMATS with the fields that tell it; a n
 wrong with a row raises DataError; a video that is missing or broken does not, for only its own sample is lost, when it
 is encoded. Every format may also have `problem_type`, `options`, `completions` and `video_start` / `video_end`.
 """
+
 import itertools
 import os
 import re
@@ -26,8 +27,8 @@ FOLDERS = ("", "videos", "video", "data")  # where benchmarks keep their videos,
 # MVBench's rows name a file alone; the folder under its `video` depends on the subtask, which names the .json
 MVBENCH_FOLDERS = {
     "star/Charades_v1_480": "action_sequence action_prediction object_interaction",
-    "clevrer/video_validation":
-        "object_existence moving_direction moving_count moving_attribute counterfactual_inference",
+    "clevrer/video_validation": "object_existence moving_direction moving_count moving_attribute "
+    "counterfactual_inference",
     "perception/videos": "object_shuffle action_count state_change character_order",
     "ssv2_video": "action_antonym",
     "Moments_in_Time_Raw/videos": "fine_grained_action",
@@ -220,7 +221,7 @@ def _messages(row: Row) -> Sample:
         for role in ("user", "assistant")
     )
     if not all(isinstance(part, dict) and isinstance(part.get("text") or "", str) for part in (*parts, *replies)):
-        raise row.error("a message's content must be a text or a list of parts such as {\"type\": \"video\", ...}")
+        raise row.error('a message\'s content must be a text or a list of parts such as {"type": "video", ...}')
     media = {kind: [part[kind] for part in parts if part.get(kind)] for kind in ("video", "image")}
     if not all(isinstance(path, str) for paths in media.values() for path in paths):
         raise row.error("a video or image in a message must be a path; give frames as a folder")
@@ -231,8 +232,15 @@ def _messages(row: Row) -> Sample:
     if not answer.strip():
         raise row.error("has no answer; end the messages with the assistant's, or add the field 'answer'")
     problem = "\n".join(part["text"] for part in parts if part.get("text"))
-    return _build(row, problem, _tagged(answer), videos, images, clips=tuple(clips) if any(map(any, clips)) else (),
-                  completions=(reply,) if reply else ())
+    return _build(
+        row,
+        problem,
+        _tagged(answer),
+        videos,
+        images,
+        clips=tuple(clips) if any(map(any, clips)) else (),
+        completions=(reply,) if reply else (),
+    )
 
 
 def _mvbench(row: Row) -> Sample:
@@ -306,21 +314,24 @@ def _video_mmmu(row: Row) -> Sample:
 
 
 # tried in this order, so a format comes before those whose fields it includes
-FORMATS = tuple((frozenset(fields.split()), parse) for fields, parse in (
-    ("problem solution path data_type", _video_r1),
-    ("problem solution", _open_r1_video),
-    ("problem answer", _easy_r1),
-    ("query response", _llava_video),
-    ("messages", _messages),
-    ("video_path question option0 correct_choice", _longvideobench),
-    ("video_path question candidates correct_choice", _longvideobench),
-    ("video question candidates answer", _mvbench),
-    ("videoID question options answer", _video_mme),
-    ("dataset scene_name question ground_truth", _vsi_bench),
-    ("question question_type choices answer", _mmvu),
-    ("video_id question answer dim", _tempcompass),
-    ("id question options answer", _video_mmmu),
-))
+FORMATS = tuple(
+    (frozenset(fields.split()), parse)
+    for fields, parse in (
+        ("problem solution path data_type", _video_r1),
+        ("problem solution", _open_r1_video),
+        ("problem answer", _easy_r1),
+        ("query response", _llava_video),
+        ("messages", _messages),
+        ("video_path question option0 correct_choice", _longvideobench),
+        ("video_path question candidates correct_choice", _longvideobench),
+        ("video question candidates answer", _mvbench),
+        ("videoID question options answer", _video_mme),
+        ("dataset scene_name question ground_truth", _vsi_bench),
+        ("question question_type choices answer", _mmvu),
+        ("video_id question answer dim", _tempcompass),
+        ("id question options answer", _video_mmmu),
+    )
+)
 
 
 def _choice(row: Row, options: tuple[str, ...], answer: str, *videos: str, clips: tuple[Clip, ...] = ()) -> Sample:
@@ -362,8 +373,14 @@ def _build(
         half = error.object[error.start]
         raise row.error(f"holds half a character ({half!r}), as a text cut within an emoji does; mend or delete it")
     return Sample(
-        key=row.key, problem=problem, answer=answer, problem_type=problem_type, videos=videos, images=images,
-        options=options, completions=completions,
+        key=row.key,
+        problem=problem,
+        answer=answer,
+        problem_type=problem_type,
+        videos=videos,
+        images=images,
+        options=options,
+        completions=completions,
         clips=clips or _clips(row, len(videos)),
         meta={name: value for name, value in row.fields.items() if name not in row.used},
     )

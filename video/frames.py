@@ -14,6 +14,7 @@ Departures, each with its reason:
   file whose frame rate varies can show other seconds than those asked for.
 - Frames stay uint8. qwen-vl-utils resizes in uint8 as well, so its float frames hold the same integers.
 """
+
 import math
 import os
 import re
@@ -390,8 +391,13 @@ def _decode_needed(path: str, packets: _Packets, wanted: list[int]) -> Iterator[
                 yield packets.numbers.get(frame.pts) if whole else None, frame
 
 
-def _take(frames: Iterable[tuple[int | None, av.VideoFrame]], wanted: list[int], settings: VideoSettings, factor: int,
-          to_end: bool = False) -> tuple[dict[int, torch.Tensor], int]:
+def _take(
+    frames: Iterable[tuple[int | None, av.VideoFrame]],
+    wanted: list[int],
+    settings: VideoSettings,
+    factor: int,
+    to_end: bool = False,
+) -> tuple[dict[int, torch.Tensor], int]:
     """({number: frame (1, 3, H, W), resized} of the frames `wanted` that are whole, how many frames came).
 
     It stops at the last of them, or goes on `to_end`, to count all.

@@ -3,6 +3,7 @@
 A decoder can crash or hang on a damaged file, which no `try` catches. So each sample is a call with a time limit in a
 process of its own; a worker that overruns or dies is replaced, and the sample comes back as Skipped.
 """
+
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -38,8 +39,9 @@ class PromptLoader(AbstractContextManager):
     it needs the usual `if __name__ == "__main__":`. Use it as a context manager.
     """
 
-    def __init__(self, encoder: Encoder, workers: int = 2, timeout: float = 60.0,
-                 give_up_after: int | None = GIVE_UP_AFTER):
+    def __init__(
+        self, encoder: Encoder, workers: int = 2, timeout: float = 60.0, give_up_after: int | None = GIVE_UP_AFTER
+    ):
         if workers < 0:
             raise ValueError("--workers must be 0 or more")
         if not timeout > 0:
@@ -48,9 +50,7 @@ class PromptLoader(AbstractContextManager):
         self._kinds, self._seen = set(), 0  # of the samples so far: kinds of reasons, None for a sample that was used
         self._pool = WorkerPool(partial(_encode, encoder), workers, timeout) if workers else None
 
-    def batches(
-        self, groups: Iterable[list[Sample]], control: str | None = None
-    ) -> Iterator[list[Prompt | Skipped]]:
+    def batches(self, groups: Iterable[list[Sample]], control: str | None = None) -> Iterator[list[Prompt | Skipped]]:
         """One list for each list of `groups`, in the same order; `control` goes to the encoder."""
         if self._pool is None:
             for group in groups:

@@ -3,6 +3,7 @@
 Every worker has a pipe and a thread of its own and shares no lock with the others, so that one killed at any moment, by
 the system for its memory or by a decoder's crash, can neither stop nor break the rest.
 """
+
 import multiprocessing
 import multiprocessing.resource_tracker
 import queue
@@ -16,9 +17,14 @@ from multiprocessing.connection import Connection, wait
 
 # imported once, by the server that workers are forked from: a replaced worker then starts in a fraction of a second
 PRELOAD = (
-    "torch", "torchvision.transforms.functional", "video.prompt", "transformers.models.qwen2_vl.processing_qwen2_vl",
-    "transformers.models.qwen2_vl.video_processing_qwen2_vl", "transformers.models.qwen2_vl.image_processing_qwen2_vl",
-    "transformers.models.qwen2_5_vl.processing_qwen2_5_vl", "transformers.models.qwen2.tokenization_qwen2",
+    "torch",
+    "torchvision.transforms.functional",
+    "video.prompt",
+    "transformers.models.qwen2_vl.processing_qwen2_vl",
+    "transformers.models.qwen2_vl.video_processing_qwen2_vl",
+    "transformers.models.qwen2_vl.image_processing_qwen2_vl",
+    "transformers.models.qwen2_5_vl.processing_qwen2_5_vl",
+    "transformers.models.qwen2.tokenization_qwen2",
 )
 SLOW_SECONDS = 60.0  # after each of which a start that still lasts says so
 START_SECONDS = 600.0  # imports on a busy machine; then the worker counts as one that does not start

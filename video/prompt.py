@@ -3,6 +3,7 @@
 The model's own processor does no more here than normalise and cut (do_resize=False, do_sample_frames=False): frames
 were chosen and resized once, in frames.py.
 """
+
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -143,7 +144,11 @@ class PromptEncoder:
     """
 
     def __init__(
-        self, processor_path: str, settings: VideoSettings, template: str = TEMPLATE, max_prompt_tokens: int = 8192,
+        self,
+        processor_path: str,
+        settings: VideoSettings,
+        template: str = TEMPLATE,
+        max_prompt_tokens: int = 8192,
         cache: FrameCache | None = None,
     ):
         self.processor_path, self.settings = str(processor_path), settings

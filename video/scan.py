@@ -5,6 +5,7 @@
 
 A file counts as bad where training would skip it: the same frames are decoded, in worker processes with a time limit.
 """
+
 if __name__ == "__main__":
     from video.terminal import prepare_terminal
 
@@ -49,8 +50,14 @@ def files_of(samples: list[Sample]) -> list[Sample]:
         for item in media + [("images", os.path.abspath(path), WHOLE) for path in sample.images]:
             rows.setdefault(item, {})[sample.key] = None
     return [
-        Sample(key=path, problem="", answer="", clips=(clip,) if kind == "videos" else (), meta={"rows": list(keys)},
-               **{kind: (path,)})
+        Sample(
+            key=path,
+            problem="",
+            answer="",
+            clips=(clip,) if kind == "videos" else (),
+            meta={"rows": list(keys)},
+            **{kind: (path,)},
+        )
         for (kind, path, clip), keys in rows.items()
     ]
 

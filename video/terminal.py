@@ -1,4 +1,5 @@
 """A program's terminal: Ctrl-C before the program is ready, and a reader of its output who leaves."""
+
 import io
 import os
 import signal
