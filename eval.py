@@ -28,19 +28,22 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from evaluation.benchmarks import BENCHMARKS, benchmark_score, read_benchmark
-from evaluation.evaluate import CONTROLS, Progress, paired, predict, summarise
 from evaluation.plot import plot_runs
 from evaluation.predictions import Predictions, checkpoint_identity, settings_of
 from evaluation.report import evaluation_table, write_report
-from grpo import distributed
-from grpo.build import build_policy
-from grpo.config import Config, ConfigError, OneLineParser, add_flag, check, load_config
-from grpo.data import draw
-from grpo.inputs import check_answers, say_text_only, sole_use, split_data
-from grpo.metrics import quiet_libraries
-from grpo.model import check_folder, read_processor
-from grpo.selfcheck import choose_fast_paths
-from grpo.stops import exit_code
+from evaluation.significance import paired, with_intervals
+from grpo.config import Config, OneLineParser, add_flag, check, load_config
+from grpo.engine import distributed
+from grpo.engine.build import build_policy
+from grpo.engine.distributed import is_main
+from grpo.engine.evaluate import CONTROLS, EvalSettings, Progress, predict, summarise
+from grpo.engine.fast_paths import choose_fast_paths
+from grpo.engine.model import check_folder, read_processor
+from grpo.errors import ConfigError
+from grpo.run.data import check_answers, draw, say_text_only, split_data
+from grpo.run.folder import sole_use
+from grpo.run.log import quiet_libraries
+from grpo.run.stops import exit_code
 from video.dataset import read_samples
 from video.files import write_text
 from video.formats import DataError
@@ -149,7 +152,7 @@ def ask(samples, mode, config):
     return "{problem}", [dataclasses.replace(s, problem=problem) for s, problem in zip(samples, asked)]
 
 
-def answer(variants, samples, config, temperature, predictions, processes):
+def answer(variants, samples, config, temperature, predictions, device, mesh):
     """{variant: records}. A model is loaded only where answers are missing."""
     records, loaded = {}, None
     for folder, mode in dict.fromkeys((v.folder, v.mode) for v in variants):
@@ -166,16 +169,16 @@ def answer(variants, samples, config, temperature, predictions, processes):
                     policy, first = None, loaded is None  # None: the memory of the other checkpoint
                     processor = read_processor(folder)
                     # No masters: what is computed in is what is held, half the memory and the same numbers.
-                    policy, loaded = build_policy(folder, config, processor, processes, trained=False), folder
+                    policy, loaded = build_policy(folder, config, processor, device, mesh, trained=False), folder
                     if first:  # it decides for the other one too
-                        say = print if processes.is_main else lambda line: None
-                        choose_fast_paths(policy, loader, asked, config, processes, processor.tokenizer, say)
+                        say = print if is_main() else lambda line: None
+                        choose_fast_paths(policy, loader, asked, config, processor.tokenizer, say)
                 save = functools.partial(predictions.add, place)
-                with Progress(variant.name, len(samples) - len(done), processes, save=save) as progress:
+                settings = EvalSettings(config.max_new_tokens, config.eval_batch, temperature, variant.control)
+                with Progress(variant.name, len(samples) - len(done), save=save) as progress:
                     records[variant] = predict(
-                        policy, loader, asked, processor.tokenizer, processes, config.max_new_tokens, config.eval_batch,
-                        temperature=temperature, control=variant.control, done=done, report=progress,
-                    )  # fmt: skip
+                        policy, loader, asked, processor.tokenizer, settings, done=done, report=progress
+                    )
     return records
 
 
@@ -196,20 +199,23 @@ def evaluate(arguments):
     samples = find_samples(folder, config, arguments)
     if config.threads:
         torch.set_num_threads(config.threads)
-    processes = distributed.start(config.device)
+    device, mesh = distributed.start(config.device)
     output = Path(arguments.output or default_output(arguments))
-    if processes.is_main:
+    if is_main():
         say_text_only(samples, "to answer", print)
-    settings = settings_of(config, samples, arguments.temperature, processes.device.type)
+    settings = settings_of(config, samples, arguments.temperature, device.type)
     variants = make_variants(arguments, folder, against)
-    with sole_use(output, processes):
-        predictions = Predictions(output, settings, processes)
-        records = answer(variants, samples, config, arguments.temperature, predictions, processes)
+    with sole_use(output):
+        predictions = Predictions(output, settings)
+        records = answer(variants, samples, config, arguments.temperature, predictions, device, mesh)
         predictions.close()
-    result = {"results": {v.name: summarise(rows) for v, rows in records.items()}, "paired": compare(variants, records)}
+    result = {
+        "results": {v.name: with_intervals(summarise(rows), rows) for v, rows in records.items()},
+        "paired": compare(variants, records),
+    }
     if arguments.benchmark:
         result["score"] = {name: benchmark_score(arguments.benchmark, s) for name, s in result["results"].items()}
-    if processes.is_main:
+    if is_main():
         write_text(output / "results.json", json.dumps(result, indent=2) + "\n")
         print(f"\n{evaluation_table(result)}")
         columns = {v.name: rows for v, rows in records.items()}

@@ -11,7 +11,10 @@ ones, for no weight has changed since sampling.
 if __name__ == "__main__":
     from video.terminal import prepare_terminal
 
-    prepare_terminal()  # before the slow imports
+    prepare_terminal()  # before the slow imports, as is the next: --help and a wrong flag answer at once
+    from grpo.config import parse_or_exit
+
+    parse_or_exit()
 
 import json
 import os
@@ -21,20 +24,23 @@ from pathlib import Path
 
 import torch
 
-from evaluation.evaluate import CONTROLS
+from demo.build import build_demo
 from evaluation.plot import plot_run
 from evaluation.report import summary_of, summary_table
-from grpo import distributed, update
-from grpo.build import build_policy, build_reference
-from grpo.checkpoint import load_training
 from grpo.config import parse_config
-from grpo.inputs import check_inputs, sole_use
-from grpo.metrics import quiet_libraries
-from grpo.plan import plan_text
+from grpo.engine import distributed
+from grpo.engine.build import build_policy, build_reference
+from grpo.engine.checkpoint import load_training
+from grpo.engine.evaluate import CONTROLS
+from grpo.engine.warmup import warm_up
+from grpo.errors import Stopped
 from grpo.rollout import rollout
-from grpo.run import opened
-from grpo.stops import Stopped, exit_code, listening
-from grpo.warmup import warm_up
+from grpo.run.folder import check_inputs, sole_use
+from grpo.run.log import quiet_libraries
+from grpo.run.plan import plan_text
+from grpo.run.run import open_run
+from grpo.run.stops import exit_code, listening
+from grpo.update import add_reference, make_optimizer, micro_batches, schedule, update
 from rewards import parse_rewards
 from video.files import write_text
 from video.pool import WorkersDoNotStart
@@ -42,66 +48,44 @@ from video.pool import WorkersDoNotStart
 
 def grpo(run, policy, reference, optimizer):
     """GRPO from the first step that is not done yet to the last."""
-    config, first = run.config, run.state["step"]
-    rewards = parse_rewards(config.reward)
-    batches = run.batches(run.data.train, first, config.steps, config.prompts_per_step, config.seed)
+    config, first, rewards = run.config, run.state["step"], parse_rewards(run.config.reward)
     run.log.start("grpo", config.steps, first)
-    for step, (prompts, metrics) in enumerate(batches, start=first):
+    for step, (prompts, metrics) in enumerate(run.grpo_batches(), start=first):
         began = time.perf_counter()
-        rollouts = rollout(policy, prompts, run.processor.tokenizer, rewards, config, step)
+        groups = rollout(policy, prompts, run.processor.tokenizer, rewards, config, step)
         metrics["seconds_sampling"] = time.perf_counter() - began
 
-        chunks = update.make_chunks(prompts, rollouts, config, policy, run.processes)
+        batches = micro_batches(groups, policy, config)
         if reference is not None:
-            update.add_reference(reference, chunks, config.temperature)
-        metrics["learning_rate"] = update.schedule(optimizer, step, config)
-        metrics |= update.update(policy, optimizer, chunks, config, run.processes)
+            add_reference(reference, batches, config.temperature)
+        metrics["learning_rate"] = schedule(optimizer, step, config)
+        metrics |= update(policy, optimizer, batches, config)
         metrics["seconds"] = time.perf_counter() - began + metrics["seconds_waiting"]
 
-        run.report(step, prompts, rollouts, metrics)
+        run.report(step, groups, metrics)
         run.evaluate_and_save(step + 1, policy, optimizer)
     run.log.stop()
 
 
 def train(config, signalled):
-    """A whole run: supervised warm-up where asked for, GRPO, evaluation before and after. Returns the summary.
+    """A whole run: supervised warm-up if asked for, GRPO, evaluation before and after. Returns the summary.
 
     Once signalled() is the number of a signal, it saves a checkpoint at the next step and raises Stopped.
     """
-    began, folder = time.time(), Path(config.output)
-    processes = distributed.start(config.device, config.shard_size)
+    began = time.time()
+    device, mesh = distributed.start(config.device, config.shard_size)
     if config.threads:
         torch.set_num_threads(config.threads)
     check_inputs(config)
-    with sole_use(config.output, processes), opened(config, processes, signalled, began) as run:
-        start = supervised(run) if config.sft_steps else config.model
-        policy = build_policy(start, config, run.processor, processes, adapters=config.lora_rank > 0)
-        run.choose_fast_paths(policy)
-        reference = build_reference(start, policy, config, run.processor, processes)
-        optimizer = update.make_optimizer(policy, config)
-        if run.data.checkpoint:
-            load_training(run.data.checkpoint, policy, optimizer, processes)
-        else:
-            run.state["before"] = run.evaluate(policy)
-            run.log.evaluation(0, run.state["before"])
-        try:
-            grpo(run, policy, reference, optimizer)
-        except Stopped as stop:
-            run.saver.wait()
-            if stop.step not in (run.state["step"], run.saver.step):
-                run.save(stop.step, policy, optimizer)
-                run.saver.wait()
-            raise
-        after = run.evaluate(policy)
-        run.log.evaluation(config.steps, after)
-        if config.lora_merge:
-            run.saver.save_weights(folder / "merged", policy)
-        asked = CONTROLS if config.controls and run.data.held_out else ()
-        controls = {control: run.evaluate(policy, control) for control in asked}
-        run.saver.wait()
-
-    summary = summary_of(run.state["before"], after, controls, time.time() - run.began)
-    if processes.is_main:
+    with sole_use(config.output):
+        if config.demo and distributed.is_main():
+            build_demo(config)
+        distributed.barrier()
+        with open_run(config, device, mesh, signalled, began) as run:
+            evaluations = train_and_evaluate(run)
+    summary = summary_of(*evaluations, time.time() - run.began)
+    if distributed.is_main():
+        folder = Path(config.output)
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         if table := summary_table(summary):
             print(f"\nheld-out accuracy of {summary['questions']} questions\n{table}")
@@ -110,16 +94,53 @@ def train(config, signalled):
     return summary
 
 
+def train_and_evaluate(run):
+    """Trains; returns evaluations before and after training, and {control: evaluation}."""
+    # 1) Policy, reference and optimizer, new or as the newest checkpoint has them
+    config = run.config
+    start = supervised(run) if config.sft_steps else config.model
+    policy = build_policy(start, config, run.processor, run.device, run.mesh, adapters=config.lora_rank > 0)
+    run.choose_fast_paths(policy)
+    reference = build_reference(start, policy, config, run.processor, run.device, run.mesh)
+    optimizer = make_optimizer(policy, config)
+    if run.checkpoint:
+        load_training(run.checkpoint, policy, optimizer)
+    else:
+        run.state["before"] = run.evaluate(policy)
+        run.log.evaluation(0, run.state["before"])
+
+    # 2) GRPO; a run that is asked to stop saves first
+    try:
+        grpo(run, policy, reference, optimizer)
+    except Stopped as stop:
+        run.saver.wait()
+        if stop.step not in (run.state["step"], run.saver.step):
+            run.save(stop.step, policy, optimizer)
+            run.saver.wait()
+        raise
+
+    # 3) Evaluation after training, also with changed videos
+    after = run.evaluate(policy)
+    run.log.evaluation(config.steps, after)
+    if config.lora_merge:
+        run.saver.save_weights(Path(config.output) / "merged", policy)
+    asked = CONTROLS if config.controls and run.held_out else ()
+    controls = {control: run.evaluate(policy, control) for control in asked}
+    run.saver.wait()
+    return run.state["before"], after, controls
+
+
 def supervised(run):
-    """The folder of the weights that a supervised pass ends with; it is made once."""
+    """The folder of the weights that the supervised pass ends with; the pass is made once."""
     folder = Path(run.config.output) / "warmup"
-    if not run.processes.gather(folder.exists())[0]:
-        policy = build_policy(run.config.model, run.config, run.processor, run.processes)
+    if not distributed.gather(folder.exists())[0]:
+        policy = build_policy(run.config.model, run.config, run.processor, run.device, run.mesh)
         run.choose_fast_paths(policy)
         try:
-            warm_up(policy, run)
+            warm_up(policy, run.warmup_batches(), run.processor.tokenizer, run.config, run.log)
         except Stopped as stop:
-            raise Stopped(0, stop.number) from None  # nothing of it is kept
+            raise Stopped(0, stop.number) from None  # nothing of the pass is kept
+        run.prompts = []  # what runs out of memory from here on is not these
         run.saver.save_weights(folder, policy)
     return folder
 
@@ -134,7 +155,7 @@ def main(arguments=None):
         with listening() as signalled:
             try:
                 train(config, signalled)
-            except WorkersDoNotStart:  # the signal may have reached them too
+            except WorkersDoNotStart:  # the signal may have reached the workers too
                 if not signalled():
                     raise
                 print("train.py: stopped; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -28,7 +28,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from grpo.config import Config
-from grpo.plan import (
+from grpo.policy import LOGITS_PER_CHUNK
+from grpo.run.plan import (
     GIB,
     TEXT_TOKENS,
     frames_of,
@@ -39,7 +40,6 @@ from grpo.plan import (
     published_config,
     vision_tokens,
 )
-from grpo.policy import LOGITS_PER_CHUNK
 
 EFFICIENCY = {"compute": 0.5, "memory": 0.8, "link": 0.7, "network": 0.7}
 LAUNCH = 10e-6  # seconds of Python and dispatch for a kernel that eager torch launches

@@ -37,10 +37,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from demo.tiny import build_tiny_model
 from grpo import distributed, sampler, update
 from grpo.config import parse_config
-from grpo.model import FAMILIES, ModelSpec, checkpoint_activations, materialise, read_config, use_own_kernels
-from grpo.plan import GIB, memory_plan, parameter_counts, published_config, vision_tokens
+from grpo.engine.fast_paths import using
+from grpo.engine.model import FAMILIES, ModelSpec, checkpoint_activations, materialise, read_config, use_own_kernels
 from grpo.policy import Policy
-from grpo.selfcheck import using
+from grpo.run.plan import GIB, memory_plan, parameter_counts, published_config, vision_tokens
 from video.dataset import Sample
 from video.prompt import Prompt
 
@@ -173,7 +173,7 @@ def measure(case, tiny):
         processes = distributed.start(device.type)
     compute = None if tiny else torch.bfloat16
     policy = build(config, device, processes, torch.float32, compute)
-    holders = processes if world > 1 else replace(processes, mesh=None)  # as in `grpo.build`
+    holders = processes if world > 1 else replace(processes, mesh=None)  # as in `grpo.engine.build`
     reference = build(config, device, holders, compute or torch.float32, compute).requires_grad_(False)
     if reference.sharded:
         reference.set_reshard_after_forward(True, recurse=False)
@@ -213,7 +213,7 @@ def measure(case, tiny):
               "update_tflop_per_second": flops / meter.measured["update"]["seconds"] / 1e12,
               "step_seconds": sum(phase["seconds"] for phase in meter.measured.values())}  # fmt: skip
     if world == 1:
-        result["sampler_gap"] = metrics["sampler_gap"]
+        result["sampler_logprob_diff"] = metrics["sampler_logprob_diff"]
     distributed.stop()
     return result
 

@@ -56,9 +56,9 @@ from transformers import AutoProcessor, GenerationConfig, Qwen2VLForConditionalG
 from demo.tiny import build_tiny_model
 from grpo import update
 from grpo.advantage import group_advantages
-from grpo.build import build_policy, build_reference
 from grpo.config import OneLineParser, parse_config
-from grpo.distributed import Processes
+from grpo.engine.build import build_policy, build_reference
+from grpo.engine.distributed import Processes
 from grpo.loss import policy_loss
 from grpo.policy import LOGITS_PER_CHUNK
 from grpo.sampler import SamplingSettings, sample

@@ -172,7 +172,7 @@ def question(rng, scene: Scene, kind: str, turn: int) -> dict:
         "original_answer": f"{letter[answer]}. {answer}",
         "options": lines,
         "problem_type": "multiple choice",
-        "kind": kind,
+        "category": kind,
     }
     if kind == "direction":
         row["direction"] = scene.direction

@@ -16,7 +16,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from grpo.model import FAMILIES, save_model
+from grpo.engine.model import FAMILIES, save_model
 
 END, PAD = "<|im_end|>", "<|endoftext|>"
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")

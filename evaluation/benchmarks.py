@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from evaluation.evaluate import mean
+from grpo.engine.evaluate import mean
 from video.dataset import DataError, read_samples
 
 
@@ -38,7 +38,7 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def read_benchmark(name, folder):
-    """The samples of a benchmark in its published layout; `meta["kind"]` is the group that each is counted in.
+    """The samples of a benchmark in its published layout; `meta["category"]` is the group that each is counted in.
 
     Raises DataError where the annotation files are missing.
     """
@@ -52,7 +52,7 @@ def read_benchmark(name, folder):
     samples = []
     for path in paths:
         for sample in read_samples(path, folder, path.relative_to(folder).as_posix()):
-            samples.append(replace(sample, meta={**sample.meta, "kind": _kind(benchmark.kind, sample, path)}))
+            samples.append(replace(sample, meta={**sample.meta, "category": _kind(benchmark.kind, sample, path)}))
     return samples
 
 

@@ -9,8 +9,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from grpo.config import ConfigError
-from grpo.data import digest
+from grpo.engine.distributed import barrier, is_main, rank
+from grpo.errors import ConfigError
+from grpo.run.data import digest
 from video.files import append_rows, read_rows, write_rows, write_text
 
 VARIANT = ("checkpoint", "mode", "control")  # what tells apart two answers to one question in one file
@@ -20,27 +21,27 @@ class Predictions:
     """The answers in a folder: `done[variant][key]` from before, `add` for new ones. Every process writes a file of its
     own, which `close` merges. Raises ConfigError where the folder's answers were given under other settings."""
 
-    def __init__(self, folder, settings, processes):
-        self.folder, self.processes = Path(folder), processes
-        self.own = self.folder / f"predictions-{processes.rank}.jsonl"
+    def __init__(self, folder, settings):
+        self.folder = Path(folder)
+        self.own = self.folder / f"predictions-{rank()}.jsonl"
         path, settings = self.folder / "settings.json", json.loads(json.dumps(settings))
         _check_settings(path, settings)
-        processes.barrier()
-        if processes.is_main:
+        barrier()
+        if is_main():
             write_text(path, json.dumps(settings, indent=2) + "\n")
             self._merge()
-        processes.barrier()
+        barrier()
         self.done = {}
         for record in read_rows(self.folder / "predictions.jsonl", (*VARIANT, "key")):
             self.done.setdefault(tuple(record.pop(name) for name in VARIANT), {})[record["key"]] = record
-        processes.barrier()
+        barrier()
 
     def add(self, variant, records):
         append_rows(self.own, [{**dict(zip(VARIANT, variant)), **record} for record in records])
 
     def close(self):
-        self.processes.barrier()
-        if self.processes.is_main:
+        barrier()
+        if is_main():
             self._merge()
 
     def _merge(self):

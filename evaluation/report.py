@@ -10,7 +10,7 @@ import re
 import torch
 from PIL import Image
 
-from evaluation.evaluate import CONTROLS
+from grpo.engine.evaluate import CONTROLS
 from video.files import write_text
 from video.prompt import Skipped
 
@@ -18,21 +18,22 @@ from video.prompt import Skipped
 def summary_of(before, after, controls, seconds):
     """One flat record of a run's evaluations (each a `evaluation.evaluate.summarise`); None for what was not evaluated.
 
-    `accuracy_*` are over the kinds of question that the run trains on, `overall` over all, `kinds` by kind;
+    `accuracy_*` are over the categories of question that the run trains on, `overall` over all, `categories` by kind;
     `opposite_when_reversed` is the share of questions with an opposite answer that got it when the video ran backwards.
     """
     evaluated = {
         "before": before or None, "after": after or None,
         **{name.replace(" ", "_"): controls.get(name) for name in CONTROLS},
     }  # fmt: skip
-    kinds = sorted(after.get("kinds", {}))
+    categories = sorted(after.get("categories", {}))
     return {
         **{f"accuracy_{name}": result and result["trained"] for name, result in evaluated.items()},
         "opposite_when_reversed": controls["reversed"]["opposite"] if "reversed" in controls else None,
         "seconds": seconds,
         "overall": {name: result and result["overall"] for name, result in evaluated.items()},
-        "kinds": {
-            kind: {name: result and result["kinds"].get(kind) for name, result in evaluated.items()} for kind in kinds
+        "categories": {
+            kind: {name: result and result["categories"].get(kind) for name, result in evaluated.items()}
+            for kind in categories
         },
         "questions": after.get("count", 0),
         "skipped": after.get("skipped", 0),
@@ -44,7 +45,7 @@ def summary_table(summary):
     """Accuracy by kind of question, before and after training and under each control, as text; "" of no questions."""
     if not summary["questions"]:
         return ""
-    rows = {**summary["kinds"], "all": summary["overall"]}
+    rows = {**summary["categories"], "all": summary["overall"]}
     text = accuracy_table(rows, [name for name, share in summary["overall"].items() if share is not None])
     if summary["opposite_when_reversed"] is not None:
         text += f"\nopposite answer when the video is reversed: {summary['opposite_when_reversed']:.1%}"
@@ -56,12 +57,12 @@ def evaluation_table(result):
     accuracy and its 95% intervals by kind, and what was gained over another checkpoint, by kind as well."""
     results = result["results"]
     first = next(iter(results.values()))
-    rows = {kind: {name: one["kinds"].get(kind) for name, one in results.items()} for kind in first["kinds"]}
+    rows = {kind: {name: one["categories"].get(kind) for name, one in results.items()} for kind in first["categories"]}
     rows["all"] = {name: one["overall"] for name, one in results.items()}
     rows["not parsed"] = {name: one["unparsed"] for name, one in results.items()}
     ends = {
         "all" if kind == "overall" else kind: {name: one["intervals"].get(kind) for name, one in results.items()}
-        for kind in (*first["kinds"], "overall")
+        for kind in (*first["categories"], "overall")
     }
     within = lambda pair: f"{100 * pair[0]:.1f}-{pair[1]:.1%}"
     lines = [accuracy_table(rows, list(results)), "95% intervals", accuracy_table(ends, list(results), within)]
@@ -70,7 +71,7 @@ def evaluation_table(result):
             lines.append(f"{name}: opposite answer {one['opposite']:.1%}")
     for mode, pair in result["paired"].items():
         lines.append(f"{mode}, against the other checkpoint:")
-        for kind, gain in {**pair["kinds"], "all": pair}.items():
+        for kind, gain in {**pair["categories"], "all": pair}.items():
             lines.append(
                 f"{kind:24}{gain['difference']:+10.1%} of {gain['count']} questions ({gain['better']} better, "
                 f"{gain['worse']} worse, exact McNemar p = {gain['p']:.2g})"
@@ -96,13 +97,13 @@ def frames_of(prompt, processor):
 
     One uint8 (T, 3, H, W) tensor for each video (T frames), then for each image (T 1).
     """
-    kinds = (
+    categories = (
         (prompt.pixel_values_videos, prompt.video_grid_thw, processor.video_processor, 1),
         (prompt.pixel_values, prompt.image_grid_thw, processor.image_processor, 2),  # an image is a frame shown twice
     )
     return [
         _unpatch(patches, grid, cutter)[::step]
-        for pixels, grids, cutter, step in kinds
+        for pixels, grids, cutter, step in categories
         if pixels is not None
         for patches, grid in zip(pixels.split(grids.prod(-1).tolist()), grids.tolist())
     ]
@@ -180,7 +181,7 @@ def write_report(path, title, result, columns, samples, loader, most, picture=No
     cards = [
         _card(samples[i], {name: rows[i] for name, rows in columns.items()}, places[n]) for n, i in enumerate(shown)
     ]
-    kinds = sorted({rows["kind"] for i in shown if "kind" in (rows := next(iter(columns.values()))[i])})
+    categories = sorted({rows["category"] for i in shown if "category" in (rows := next(iter(columns.values()))[i])})
     script = f"const strips = {json.dumps(strips)};\n{SCRIPT}"
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # No script but this one may run, and nothing may be fetched, whatever a completion holds.
@@ -191,7 +192,7 @@ def write_report(path, title, result, columns, samples, loader, most, picture=No
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}</style>'
         f"<h1>{html.escape(title)}</h1><pre>{html.escape(evaluation_table(result))}</pre>"
         f"{_bars(result['results'])}{curve}"
-        f"<nav>{_select('verdict', ('right', 'partly', 'wrong', 'unparsed', 'unreadable'))} {_select('kind', kinds)} "
+        f"<nav>{_select('verdict', ('right', 'partly', 'wrong', 'unparsed', 'unreadable'))} {_select('kind', categories)} "
         f'<span id="shown"></span> of {len(samples)} questions in all</nav>\n'
         + "\n".join(cards)
         + f"\n<script>{script}</script></html>\n"
@@ -232,7 +233,7 @@ def _select(name, values):
 def _bars(results):
     """A bar with its interval for each kind of the first column, and one for every column."""
     name, first = next(iter(results.items()))
-    bars = [(f"{name}: {kind}", share, first["intervals"][kind]) for kind, share in first["kinds"].items()]
+    bars = [(f"{name}: {kind}", share, first["intervals"][kind]) for kind, share in first["categories"].items()]
     bars += [(f"{name}: all", one["overall"], one["intervals"]["overall"]) for name, one in results.items()]
     return "".join(
         f'<div class="bar"><b>{html.escape(label)}</b><span class="track"><i style="left:0;width:{share:.2%}"></i>'
@@ -261,7 +262,7 @@ def _card(sample, records, places):
     thought = re.search(r"<think>(.*?)(?:</think>|$)", record.get("completion", ""), re.DOTALL)
     question = "\n".join([sample.problem, *(option for option in sample.options if option not in sample.problem)])
     return (
-        f'<article class="{verdict(record)}" data-kind="{html.escape(record.get("kind", ""))}">'
+        f'<article class="{verdict(record)}" data-kind="{html.escape(record.get("category", ""))}">'
         f"<small>{html.escape(sample.key)} {html.escape(record.get('kind', ''))}: {verdict(record)}</small>"
         f'<div class="frames">{images}</div>{text("question", question)}'
         f"{text('thought', thought[1].strip() if thought else '')}"

@@ -4,25 +4,23 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import sys
 import typing
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 
+from grpo.errors import ConfigError
 from rewards import parse_rewards
-from video.cache import FrameCache
 from video.files import write_text
-from video.frames import VideoSettings
-from video.prompt import TEMPLATE
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work: one line that names the flag and the mend."""
+from video.formats import printable
+from video.settings import TEMPLATE, VideoSettings
 
 
 def flag(default, sentence, **limits):
-    """A field whose help is `sentence`. limits: least, most (inclusive), above (exclusive), choices; and `section`, the
-    heading of --help that begins with it."""
+    """A field whose help is `sentence`. limits: ge, le, gt, choices; and `section`, the heading of --help that begins
+    with this field."""
     return field(default=default, metadata={"help": sentence, **limits})
 
 
@@ -36,7 +34,7 @@ class Config:
     )
     video_root: str | None = flag(None, "Folder that video paths are under (default: the data file's folder).")
     eval_data: str | None = flag(None, "Held-out questions (default: --eval_samples rows held out of --data).")
-    eval_samples: int = flag(100, "How many questions to evaluate on; 0 turns evaluation off.", least=0)
+    eval_samples: int = flag(100, "How many questions to evaluate on; 0 turns evaluation off.", ge=0)
     text_only: bool = flag(False, "Allow data files in which no row has a video or image.")
     output: str = flag("runs/qwen2-vl-7b", "Run folder: configuration, metrics, curve, checkpoints.")
     resume: str = flag(
@@ -44,108 +42,113 @@ class Config:
         "anew (no).", choices=("auto", "anyway", "no"),
     )  # fmt: skip
     demo: bool = flag(False, "Build the demo's tiny model and videos, in runs/demo (runs/demo-seed-N for other seeds).")
-    seed: int = flag(42, "Seed of data order and sampling.", least=0, most=2**32)
+    seed: int = flag(42, "Seed of data order and sampling.", ge=0, le=2**32)
 
-    prompts_per_step: int = flag(4, "Prompts of one step, over all processes.", least=1, section="sampling")
-    group_size: int = flag(8, "Completions sampled for each prompt (G).", least=2)
-    max_new_tokens: int = flag(256, "Longest completion, in tokens.", least=1)
-    max_prompt_tokens: int = flag(8192, "Longer prompts are skipped and counted, never cut.", least=1)
-    temperature: float = flag(1.0, "Sampling temperature, also of the log-probabilities.", above=0.0)
-    top_k: int = flag(0, "Sample among the k likeliest tokens; 0 is off.", least=0)
-    top_p: float = flag(1.0, "Sample among the likeliest tokens of this probability; 1 is off.", above=0.0, most=1.0)
+    prompts_per_step: int = flag(4, "Prompts of one step, over all processes.", ge=1, section="sampling")
+    group_size: int = flag(8, "Completions sampled for each prompt (G).", ge=2)
+    max_new_tokens: int = flag(256, "Longest completion, in tokens.", ge=1)
+    max_prompt_tokens: int = flag(8192, "Longer prompts are skipped and counted, never cut.", ge=1)
+    temperature: float = flag(1.0, "Sampling temperature, also of the log-probabilities.", gt=0.0)
+    top_k: int = flag(0, "Sample among the k likeliest tokens; 0 is off.", ge=0)
+    top_p: float = flag(1.0, "Sample among the likeliest tokens of this probability; 1 is off.", gt=0.0, le=1.0)
 
     reward: tuple = flag(("accuracy:1",), "Rewards as name:weight, or file.py:function:weight.", section="rewards")
-    reward_timeout: float = flag(30.0, "Seconds that one of your own reward functions may take for a group.", above=0.0)
+    reward_timeout: float = flag(30.0, "Seconds that one of your own reward functions may take for a group.", gt=0.0)
     temporal_bonus: float = flag(
         0.0, "Reward of a right answer where shuffled frames do no better (T-GRPO, which has 0.3); it samples half as "
-        "many completions more of each video; 0 is off.", least=0.0,
+        "many completions more of each video; 0 is off.", ge=0.0,
     )  # fmt: skip
     temporal_threshold: float = flag(
-        0.8, "The bonus is given where the accuracy is at least this share of that on shuffled frames.", least=0.0
+        0.8, "The bonus is given where the accuracy is at least this share of that on shuffled frames.", ge=0.0
     )
     scale_advantages: str = flag("group", "Divide by the group's deviation, or not.", choices=("group", "none"))
-    filter_groups: bool = flag(False, "Leave out groups whose completions are all equally accurate (DAPO).")
+    dynamic_filter: bool = flag(False, "Leave out groups whose completions are all equally accurate (DAPO).")
 
-    clip_low: float = flag(0.2, "Lower clip of the ratio.", above=0.0, most=1.0, section="loss")
-    clip_high: float = flag(0.2, "Upper clip of the ratio.", above=0.0)
-    kl_coef: float = flag(0.1, "Weight of the KL (k3) to the frozen reference; 0 loads no reference.", least=0.0)
+    clip_eps_low: float = flag(0.2, "Lower clip of the ratio.", gt=0.0, le=1.0, section="loss")
+    clip_eps_high: float = flag(0.2, "Upper clip of the ratio.", gt=0.0)
+    kl_coef: float = flag(0.1, "Weight of the KL (k3) to the frozen reference; 0 loads no reference.", ge=0.0)
     loss_normaliser: str = flag(
         "token", "What a token's loss is divided by: all tokens, its sequence, or a constant.",
         choices=("token", "sequence", "constant"),
     )  # fmt: skip
-    importance_cap: float | None = flag(None, "Cap of truncated importance sampling against the sampler.", above=0.0)
-    updates_per_batch: int = flag(1, "Update passes over each batch (mu).", least=1)
+    tis_cap: float | None = flag(None, "Cap of truncated importance sampling against the sampler.", gt=0.0)
+    ppo_epochs: int = flag(1, "Update passes over each batch (mu).", ge=1)
 
-    epochs: float = flag(1.0, "Passes over the training questions; --steps overrides.", above=0.0, section="optimiser")
-    steps: int | None = flag(None, "GRPO steps.", least=0)
-    learning_rate: float = flag(1e-6, "Peak learning rate of AdamW.", above=0.0)
+    epochs: float = flag(1.0, "Passes over the training questions; --steps overrides.", gt=0.0, section="optimiser")
+    steps: int | None = flag(None, "GRPO steps.", ge=0)
+    learning_rate: float = flag(1e-6, "Peak learning rate of AdamW.", gt=0.0)
     lr_schedule: str = flag("linear", "Decay after warm-up.", choices=("linear", "cosine", "constant"))
-    lr_warmup_steps: int = flag(0, "Steps of linear warm-up.", least=0)
-    weight_decay: float = flag(0.0, "Weight decay of AdamW, on all but norms and biases.", least=0.0)
-    adam_beta2: float = flag(0.999, "Second beta of AdamW.", above=0.0, most=0.9999999)
-    grad_clip: float = flag(1.0, "Largest norm of the gradient.", above=0.0)
-    max_bad_updates: int = flag(10, "Stop after so many steps in a row whose gradient was not finite.", least=1)
+    lr_warmup_steps: int = flag(0, "Steps of linear warm-up.", ge=0)
+    weight_decay: float = flag(0.0, "Weight decay of AdamW, on all but norms and biases.", ge=0.0)
+    adam_beta2: float = flag(0.999, "Second beta of AdamW.", gt=0.0, le=0.9999999)
+    grad_clip: float = flag(1.0, "Largest norm of the gradient.", gt=0.0)
+    max_bad_updates: int = flag(10, "Stop after so many steps in a row whose gradient was not finite.", ge=1)
 
     sft_data: str | None = flag(None, "Questions with `completions` for a supervised pass first.", section="warm-up")
-    sft_steps: int = flag(0, "Most steps of that pass.", least=0)
-    sft_prompts_per_step: int = flag(32, "Prompts of one supervised step, over all processes.", least=1)
-    sft_until: float = flag(1.0, "End it once what can be predicted has this mean probability.", above=0.0, most=1.0)
-    sft_learning_rate: float = flag(1e-5, "Peak learning rate of that pass.", above=0.0)
+    sft_steps: int = flag(0, "Most steps of that pass.", ge=0)
+    sft_prompts_per_step: int = flag(32, "Prompts of one supervised step, over all processes.", ge=1)
+    sft_until: float = flag(1.0, "End it once what can be predicted has this mean probability.", gt=0.0, le=1.0)
+    sft_learning_rate: float = flag(1e-5, "Peak learning rate of that pass.", gt=0.0)
 
-    fps: float = flag(2.0, "Frames taken for each second of video.", above=0.0, section="video")
-    nframes: int | None = flag(None, "Frames taken of each video, whatever its length (overrides --fps).", least=2)
-    min_frames: int = flag(4, "Fewest frames.", least=2)
-    max_frames: int = flag(16, "Most frames, spread evenly.", least=2)
-    min_pixels: int = flag(128 * 28 * 28, "Fewest pixels of a frame after resizing.", least=1)
-    max_pixels: int = flag(196 * 28 * 28, "Most pixels of a frame after resizing.", least=1)
-    total_pixels: int | None = flag(None, "Bound on frames x pixels / 2 of one video.", least=1)
-    image_min_pixels: int = flag(4 * 28 * 28, "Fewest pixels of an image after resizing.", least=1)
-    image_max_pixels: int = flag(1280 * 28 * 28, "Most pixels of an image after resizing.", least=1)
+    fps: float = flag(2.0, "Frames taken for each second of video.", gt=0.0, section="video")
+    nframes: int | None = flag(None, "Frames taken of each video, whatever its length (overrides --fps).", ge=2)
+    min_frames: int = flag(4, "Fewest frames.", ge=2)
+    max_frames: int = flag(16, "Most frames, spread evenly.", ge=2)
+    min_pixels: int = flag(128 * 28 * 28, "Fewest pixels of a frame after resizing.", ge=1)
+    max_pixels: int = flag(196 * 28 * 28, "Most pixels of a frame after resizing.", ge=1)
+    total_pixels: int | None = flag(None, "Bound on frames x pixels / 2 of one video.", ge=1)
+    image_min_pixels: int = flag(4 * 28 * 28, "Fewest pixels of an image after resizing.", ge=1)
+    image_max_pixels: int = flag(1280 * 28 * 28, "Most pixels of an image after resizing.", ge=1)
     prompt_template: str = flag(TEMPLATE, "What is asked; {problem} is replaced by the question.")
-    workers: int = flag(2, "Processes that decode videos ahead, for each trainer; 0 decodes in the trainer.", least=0)
-    decode_timeout: float = flag(60.0, "Seconds after which a video counts as unreadable.", above=0.0)
+    workers: int = flag(2, "Processes that decode videos ahead, for each trainer; 0 decodes in the trainer.", ge=0)
+    decode_timeout: float = flag(60.0, "Seconds after which a video counts as unreadable.", gt=0.0)
 
     skip_list: str | None = flag(None, "List of bad files that python -m video.scan wrote; their rows are left out.")
     frame_cache: str | None = flag(None, "Folder that keeps decoded frames, for any number of processes and runs.")
-    frame_cache_gb: float = flag(20.0, "Largest size of that folder, in GB.", above=0.0)
+    frame_cache_gb: float = flag(20.0, "Largest size of that folder, in GB.", gt=0.0)
 
     device: str = flag("auto", "Where to run.", choices=("auto", "cuda", "cpu"), section="memory and speed")
-    threads: int = flag(0, "CPU threads of each process; 0 leaves torch's choice.", least=0, most=1024)
-    shard_size: int = flag(0, "Processes that share one copy of the weights; 0: those of a node.", least=0)
-    prompts_per_forward: int = flag(1, "Prompts packed into one forward and backward.", least=1)
-    prompts_per_rollout: int = flag(1, "Prompts whose completions are decoded together.", least=1)
+    threads: int = flag(0, "CPU threads of each process; 0 leaves torch's choice.", ge=0, le=1024)
+    shard_size: int = flag(0, "Processes that share one copy of the weights; 0: those of a node.", ge=0)
+    prompts_per_forward: int = flag(1, "Prompts packed into one forward and backward.", ge=1)
+    prompts_per_rollout: int = flag(1, "Prompts whose completions are decoded together.", ge=1)
     gradient_checkpointing: bool = flag(True, "Recompute activations in backward.")
     compile: bool = flag(False, "Compile the decoder's norms and MLPs (the first steps then take minutes).")
     decode_graph: bool = flag(True, "Decode by CUDA graphs on a GPU, if they prove right and faster at the start.")
-    plan: int = flag(0, "Print the memory that a run on so many GPUs takes, and end; 0: train.", least=0)
-    gpu_memory: float = flag(80.0, "GiB of one GPU, for --plan.", above=0.0)
-    lora_rank: int = flag(0, "Train adapters of this rank on the decoder, the weights frozen; 0: all weights.", least=0)
-    lora_alpha: float = flag(32.0, "Adapters are scaled by alpha / rank.", above=0.0)
+    plan: int = flag(0, "Print the memory that a run on so many GPUs takes, and end; 0: train.", ge=0)
+    gpu_memory: float = flag(80.0, "GiB of one GPU, for --plan.", gt=0.0)
+    lora_rank: int = flag(0, "Train adapters of this rank on the decoder, the weights frozen; 0: all weights.", ge=0)
+    lora_alpha: float = flag(32.0, "Adapters are scaled by alpha / rank.", gt=0.0)
     lora_merge: bool = flag(False, "Also save the weights with the adapters merged in, at the end.")
     freeze_vision: bool = flag(False, "Do not train the vision tower; its features are then computed once a step.")
 
-    eval_every: int = flag(0, "Evaluate every so many steps; 0: only before and after.", least=0, section="output")
-    eval_batch: int = flag(4, "Prompts decoded together in evaluation.", least=1)
+    eval_every: int = flag(0, "Evaluate every so many steps; 0: only before and after.", ge=0, section="output")
+    eval_batch: int = flag(4, "Prompts decoded together in evaluation.", ge=1)
     controls: bool = flag(False, "Close with accuracy on shuffled, reversed and blank videos, and with no video.")
-    show_every: int = flag(50, "Show two prompts' frames and completions in TensorBoard so often; 0: never.", least=0)
-    save_every: int = flag(100, "Save a checkpoint every so many steps; the last is always saved.", least=1)
-    keep_checkpoints: int = flag(2, "How many of the latest checkpoints to keep, beside the best.", least=1)
-
-    def cache(self):
-        """The cache of decoded frames, None where --frame_cache is not given."""
-        return FrameCache(self.frame_cache, self.frame_cache_gb) if self.frame_cache else None
+    show_every: int = flag(50, "Show two prompts' frames and completions in TensorBoard so often; 0: never.", ge=0)
+    save_every: int = flag(100, "Save a checkpoint every so many steps; the last is always saved.", ge=1)
+    keep_checkpoints: int = flag(2, "How many of the latest checkpoints to keep, beside the best.", ge=1)
 
     def video_settings(self):
-        names = (f.name for f in dataclasses.fields(VideoSettings))
-        return VideoSettings(**{name: getattr(self, name) for name in names if hasattr(self, name)})
+        return VideoSettings.of(self)
 
 
 # What a step logs beside its rewards.
 METRICS = frozenset(
-    "skipped seconds_waiting seconds_sampling seconds learning_rate loss entropy clip_low_share clip_high_share "
-    "sampler_gap kl grad_norm updates_skipped reward length cut_share reward_std rewards_failed all_right_share "
-    "all_wrong_share no_answer_share several_answers_share shuffled_accuracy temporal_bonus phase step".split()
+    "skipped seconds_waiting seconds_sampling seconds learning_rate loss entropy clip_low_frac clip_high_frac "
+    "sampler_logprob_diff kl grad_norm updates_skipped reward length truncated_frac reward_std rewards_failed "
+    "frac_groups_all_correct frac_groups_all_wrong no_answer_frac several_answers_frac shuffled_accuracy "
+    "temporal_bonus phase step".split()
 )
+
+# Flags of earlier versions, as run.json files have them.
+RENAMED = {
+    "clip_low": "clip_eps_low",
+    "clip_high": "clip_eps_high",
+    "filter_groups": "dynamic_filter",
+    "importance_cap": "tis_cap",
+    "updates_per_batch": "ppo_epochs",
+}
 
 
 def demo_paths(seed):
@@ -203,8 +206,14 @@ PRESETS = {
 
 
 class OneLineParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line, with the flags that a misspelt flag may mean."""
+
     def error(self, message):
-        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        misspelt = re.findall(r"(?<!\S)--\w+", message) if message.startswith("unrecognized") else []
+        meant = [match for flag in misspelt for match in get_close_matches(flag, flags, n=1)]
+        hint = f"did you mean {' '.join(meant)}?" if meant else "see --help"
+        print(f"{self.prog}: error: {message} ({hint})", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -239,6 +248,15 @@ def parse_config(arguments=None):
     return config
 
 
+def parse_or_exit(parse=parse_config):
+    """Ends this process, as `parse_config` would, if its command line cannot be used."""
+    try:
+        parse()
+    except ConfigError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 def as_typed(value):
     """A setting as a user would write it."""
     if isinstance(value, bool):
@@ -249,16 +267,16 @@ def as_typed(value):
 def add_flag(parser, item, default):
     """Adds the flag of a field of Config to a parser or a group of one; its help ends with `default` as it is typed."""
     limits, name = item.metadata, item.name
-    kind = next(t for t in (*typing.get_args(item.type), item.type) if t is not type(None))
+    value_type = next(t for t in (*typing.get_args(item.type), item.type) if t is not type(None))
     text = limits["help"] if default is None else f"{limits['help']} [{as_typed(default)}]"
     options = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%"), "dest": name}
     choices = tuple(PRESETS) if name == "preset" else limits.get("choices")
-    if kind is bool:
+    if value_type is bool:
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **options)
-    elif kind is tuple:
+    elif value_type is tuple:
         parser.add_argument(f"--{name}", nargs="+", **options)
     else:
-        parser.add_argument(f"--{name}", type=kind, choices=choices, **options)
+        parser.add_argument(f"--{name}", type=value_type, choices=choices, **options)
 
 
 def check(config):
@@ -270,9 +288,9 @@ def check(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"--{item.name} {value}: must be finite")
         for name, holds, words in (
-            ("least", lambda v, c: v >= c, "at least"),
-            ("above", lambda v, c: v > c, "above"),
-            ("most", lambda v, c: v <= c, "at most"),
+            ("ge", lambda v, c: v >= c, "at least"),
+            ("gt", lambda v, c: v > c, "above"),
+            ("le", lambda v, c: v <= c, "at most"),
         ):
             if name in limits and not holds(value, limits[name]):
                 raise ConfigError(f"--{item.name} {value}: must be {words} {limits[name]}")
@@ -282,7 +300,7 @@ def check(config):
         raise ConfigError("--prompt_template must hold {problem}, where the question goes")
     if config.sft_steps and not config.sft_data:
         raise ConfigError("--sft_steps needs --sft_data, whose rows have `completions`")
-    for name in ("filter_groups", "temporal_bonus"):
+    for name in ("dynamic_filter", "temporal_bonus"):
         if getattr(config, name) and not any(spec.split(":")[0] == "accuracy" for spec in config.reward):
             raise ConfigError(f"--{name} looks at the accuracy; add accuracy:1 to --reward")
     try:
@@ -300,9 +318,10 @@ def save_config(config, path):
 
 
 def load_config(path):
-    """The Config that `save_config` wrote. Raises ConfigError where the file is not one."""
+    """The Config that `save_config` wrote. Raises ConfigError if the file is not one."""
     try:
         saved = json.loads(Path(path).read_text())
-        return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
-    except (OSError, ValueError, TypeError) as error:
+        values = {RENAMED.get(name, name): value for name, value in saved.items()}
+        return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    except (AttributeError, OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: not a configuration of this project ({error})") from error

@@ -1,7 +1,7 @@
 """The model as the loop sees it: log-probabilities of packed groups, and the two forwards of sampling.
 
-All three are methods of one module, so that FSDP has one root, whose forward it hooks. Sampling runs on a plain twin of
-it (`grpo.distributed.gathered`).
+All three are methods of one module, so that FSDP has one root, whose forward it hooks. Sampling runs on the plain twin
+of that module (`grpo.engine.distributed.unsharded`).
 """
 
 from functools import partial
@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from grpo import model as models
 from grpo.attention import PackedLayout
-from grpo.packing import pack
+from grpo.batch import pack
+from grpo.engine import model as models
 
 # Logits of this many numbers at a time: 64 Mi in fp32 are 256 MiB, about 440 tokens of Qwen2-VL's vocabulary.
 LOGITS_PER_CHUNK = 2**26
@@ -20,13 +20,13 @@ LOGITS_PER_CHUNK = 2**26
 class Policy(nn.Module):
     """Wraps a transformers Qwen2-VL or Qwen2.5-VL.
 
-    `forward(packed, temperature)` -> (logprobs (N,), entropy (N,)) of completion tokens, one prompt pass a group; the
-    entropy is (0,) where it is not asked for.
-    `prefill(packed)` -> (logits (B, V), prompt keys and values); `decode(tokens, positions, layout)` -> logits (R, V).
+    `forward(batch, temperature)` -> (logprobs (N,), entropy (N,)) of the completion tokens, one prompt pass a group;
+    the entropy is (0,) if it is not asked for.
+    `prefill(batch)` -> (logits (B, V), prompt keys and values); `decode(tokens, positions, layout)` -> logits (R, V).
     Logits of `spec.never_sampled` are -inf in all three.
     """
 
-    plain = None  # of a sharded policy: the same modules without FSDP, see `grpo.distributed.gathered`
+    plain = None  # if the policy is sharded: the same modules without FSDP, see `grpo.engine.distributed.unsharded`
 
     def __init__(self, model, spec):
         super().__init__()
@@ -37,28 +37,32 @@ class Policy(nn.Module):
     def device(self):
         return self.never_sampled.device
 
-    def vision_features(self, packed):
-        """(merged tokens, hidden) features of the packed images and videos; reusable while the tower is frozen.
+    def blocks(self):
+        """The vision blocks and decoder layers: FSDP shards each of them by itself."""
+        return [*models.vision_tower(self.model).blocks, *models.decoder(self.model).layers]
 
-        A sharded tower must run in every process at every forward, so text alone gets the features of one blank patch
-        group there, which `_hidden` adds with weight 0; else None.
+    def vision_features(self, batch):
+        """(merged tokens, hidden) features of the batch's images and videos, None for text alone.
+
+        A sharded tower must run on every rank at every forward. So a sharded policy computes the features of one blank
+        patch group for text alone, and `_hidden` adds them with weight 0.
         """
-        if packed.grids is not None:
-            return models.vision_features(self.model, packed.pixels, packed.grids)
+        if batch.grids is not None:
+            return models.vision_features(self.model, batch.pixels, batch.grids)
         if not self.sharded:
             return None
         merge = self.spec.merge_size
-        blank = packed.position_ids.new_zeros(merge * merge, self.spec.patch_values, dtype=torch.float32)
-        return models.vision_features(self.model, blank, packed.position_ids.new_tensor([[1, merge, merge]]))
+        blank = batch.position_ids.new_zeros(merge * merge, self.spec.patch_values, dtype=torch.float32)
+        return models.vision_features(self.model, blank, batch.position_ids.new_tensor([[1, merge, merge]]))
 
-    def _hidden(self, packed, layout, features=None):
-        embeds = models.decoder(self.model).embed_tokens(packed.input_ids)
-        features = self.vision_features(packed) if features is None else features
-        if packed.grids is not None:
-            embeds = embeds.index_copy(1, packed.placeholders, features[None].to(embeds.dtype))
+    def _hidden(self, batch, layout):
+        embeds = models.decoder(self.model).embed_tokens(batch.input_ids)
+        features = self.vision_features(batch) if batch.features is None else batch.features
+        if batch.grids is not None:
+            embeds = embeds.index_copy(1, batch.placeholders, features[None].to(embeds.dtype))
         elif features is not None:
             embeds = embeds + 0 * features.sum()
-        return self._decoder(embeds, packed.position_ids, layout)
+        return self._decoder(embeds, batch.position_ids, layout)
 
     def _decoder(self, embeds, position_ids, layout):
         out = models.decoder(self.model)(
@@ -80,20 +84,19 @@ class Policy(nn.Module):
             spread = torch.special.entr(logprobs.exp()).sum(-1) if entropy else chosen.new_zeros(0)
         return chosen, spread
 
-    def forward(self, packed, temperature=1.0, features=None, entropy=True):
-        """See the class. `features`: the value of `vision_features`, where the caller has it already."""
-        hidden = self._hidden(packed, PackedLayout(packed.groups, self.device), features)[0][packed.predict]
+    def forward(self, batch, temperature=1.0, entropy=True):
+        hidden = self._hidden(batch, PackedLayout(batch.groups, self.device))[0][batch.predict]
         size = max(1, LOGITS_PER_CHUNK // self.model.lm_head.weight.shape[0])
-        chunks = list(zip(hidden.split(size), packed.targets.split(size)))
-        # Where there are several chunks each is recomputed: no (N, V) logits ever exist whole, in forward or backward.
+        chunks = list(zip(hidden.split(size), batch.targets.split(size)))
+        # Each of several chunks is recomputed in backward: the whole (N, V) logits never exist.
         score = partial(models.recomputed, self._score) if len(chunks) > 1 else self._score
         scores = [score(h, t, temperature, entropy) for h, t in chunks]
         return tuple(torch.cat(column) for column in zip(*scores))
 
-    def prefill(self, packed, features=None):
-        layout = PackedLayout(packed.groups, self.device, keep_prompt_kv=True)
-        last = torch.tensor([size for size, _ in packed.groups], device=self.device).cumsum(0) - 1
-        hidden = self._hidden(packed, layout, features)[0][last]
+    def prefill(self, batch):
+        layout = PackedLayout(batch.groups, self.device, keep_prompt_kv=True)
+        last = torch.tensor([size for size, _ in batch.groups], device=self.device).cumsum(0) - 1
+        hidden = self._hidden(batch, layout)[0][last]
         return self._logits(hidden), layout.prompt_kv
 
     def decode(self, tokens, positions, layout):
@@ -107,10 +110,10 @@ class Policy(nn.Module):
 @torch.no_grad()
 def features_of(policy, prompts):
     """[(merged tokens, hidden)] vision features of each prompt, from one vision pass; (0, hidden) for text alone."""
-    packed = pack(prompts, [[] for _ in prompts], policy.spec).to(policy.device)
-    if packed.grids is None:
+    batch = pack(prompts, [[] for _ in prompts], policy.spec).to(policy.device)
+    if batch.grids is None:
         weight = policy.model.get_input_embeddings().weight
         return [weight.new_zeros(0, weight.shape[1])] * len(prompts)
     vision = torch.tensor([policy.spec.image_token_id, policy.spec.video_token_id])
     counts = [int(torch.isin(p.input_ids, vision).sum()) for p in prompts]
-    return list(policy.vision_features(packed).split(counts))
+    return list(policy.vision_features(batch).split(counts))

@@ -2,48 +2,47 @@
 
 Every completion's randomness is drawn beforehand from (run seed, step, prompt): one uniform number a token, turned into
 a token by inverting the cumulative distribution. So a completion does not depend on which other prompts share its
-batch, on the order of rows, or on the number of processes.
+batch, on the order of rows, or on the number of ranks.
 """
 
 import hashlib
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 
 import torch
 
 from grpo.attention import IN_USE, DecodeLayout
-from grpo.packing import pack
-from grpo.types import Rollout
+from grpo.batch import RolloutGroup, pack
+from grpo.engine.cuda_graph import record
 
 LOOK_EVERY = 8  # tokens between two looks at a GPU for rows that have ended
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """temperature 0 is greedy. top_k 0 and top_p 1 are off; where on, sampling leaves the distribution whose
-    log-probabilities are returned and trained (the whole vocabulary at this temperature)."""
+    """With top_k or top_p sampling sees fewer tokens than the returned and trained log-probabilities, which are of the
+    full softmax at this temperature."""
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0  # 1 is off
     max_new_tokens: int = 256
 
 
 def prompt_seed(run_seed, step, key):
-    """A 63-bit seed that depends on the run's seed, the step and the prompt alone."""
+    """Returns a 63-bit seed that depends on the run's seed, the step and the prompt's key alone."""
     digest = hashlib.sha256(f"{run_seed}/{step}/{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def uniforms(seeds, group, count):
-    """(len(seeds)·group, count) numbers in [0, 1), each prompt's from its own generator."""
+    """Returns (len(seeds)·group, count) numbers in [0, 1); each seed has its own generator."""
     draws = [torch.rand(group, count, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
     return torch.cat(draws)
 
 
 def truncate(logprobs, top_k, top_p):
-    """logprobs (R, V) with what top-k and nucleus sampling exclude set to -inf (Holtzman et al. 2020, eq. 2-3)."""
+    """Returns logprobs (R, V) with the tokens that top-k and nucleus sampling exclude at -inf (Holtzman et al. 2020,
+    eq. 2-3)."""
     if top_k:
         least = logprobs.topk(min(top_k, logprobs.shape[-1]), dim=-1).values[:, -1:]
         logprobs = logprobs.masked_fill(logprobs < least, float("-inf"))
@@ -55,7 +54,7 @@ def truncate(logprobs, top_k, top_p):
     return logprobs
 
 
-def choose(logits, uniform, settings):
+def sample_next_token(logits, uniform, settings):
     """logits (R, V) and uniform (R,) in [0, 1) -> (tokens (R,), their logprobs (R,) at the temperature)."""
     greedy = settings.temperature == 0
     logprobs = (logits if greedy else logits / settings.temperature).log_softmax(-1)
@@ -66,16 +65,16 @@ def choose(logits, uniform, settings):
         # The first token whose cumulative probability exceeds u: a token of probability 0 is never that.
         threshold = uniform.to(logits.device)[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # beyond only where logits are NaN, which `sample` reports
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # beyond only if logits are NaN, which `generate` reports
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
 class Decoding:
-    """Rows that decode together: what `step` reads and writes, all of it on the device and at fixed addresses.
+    """Rows that decode together: all that `step` reads and writes, on the device and at fixed addresses.
 
-    logits (B, V) are those of the prompts' last tokens, positions (B,) where completions start, draws (R, C). Row r
-    writes its tokens and their logprobs to line rows[r] of (R, C) results; tokens not yet sampled are -1. A row that
-    has ended decodes on, unread, until `drop_ended` takes it out.
+    logits (B, V) are of the prompts' last tokens, positions (B,) are where completions start, draws (R, C) are uniform
+    numbers. Row r writes its tokens and their logprobs to line rows[r] of (R, C) results; tokens not yet sampled are
+    -1. A row that has ended decodes on, unread, until `drop_ended` removes it.
     """
 
     def __init__(self, policy, settings, layout, logits, positions, draws):
@@ -87,11 +86,11 @@ class Decoding:
         self.ended = torch.zeros_like(self.rows, dtype=torch.bool)
         self.last, self.positions = torch.zeros_like(self.rows), positions[layout.prompt_of_row]
         self.warm, self.recorded, self.graph, self.pool = False, False, None, None
-        self._choose(logits[layout.prompt_of_row])
+        self._sample(logits[layout.prompt_of_row])
 
-    def _choose(self, logits):
+    def _sample(self, logits):
         at = self.layout.at
-        tokens, logprobs = choose(logits, self.draws[self.rows, at], self.settings)
+        tokens, logprobs = sample_next_token(logits, self.draws[self.rows, at], self.settings)
         self.tokens[self.rows, at], self.logprobs[self.rows, at] = tokens, logprobs
         self.last.copy_(tokens)
         self.ended |= (tokens[:, None] == self.eos).any(-1)
@@ -100,7 +99,7 @@ class Decoding:
         """One token further for every row; nothing in it waits for the device."""
         logits = self.policy.decode(self.last, self.positions, self.layout)
         self.positions += 1
-        self._choose(logits)
+        self._sample(logits)
 
     def advance(self, graph):
         """One `step`. graph: the first call at these shapes runs it, in which libraries set themselves up, the second
@@ -129,52 +128,31 @@ class Decoding:
         return torch.where(ended, is_eos.int().argmax(-1) + 1, is_eos.shape[1]).tolist(), ended.tolist()
 
 
-def record(step, pool):
-    """The CUDA graph of what step() does, which is not run; its memory comes from `pool`.
-
-    As torch.cuda.graph does it, which first empties the allocator's cache: too much for a graph of a few steps.
-    """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(capture_stream()):
-        graph.capture_begin(pool.id, capture_error_mode="thread_local")  # other threads load data
-        try:
-            step()
-        except Exception:
-            with suppress(RuntimeError):  # it says only that there was an error
-                graph.capture_end()
-            raise
-        graph.capture_end()
-    return graph
-
-
-@cache
-def capture_stream():
-    """The stream of all recordings: cuBLAS keeps a workspace for each stream that it has seen."""
-    return torch.cuda.Stream()
-
-
 def on_gpu(policy):
     return policy.device.type == "cuda"
 
 
 @torch.no_grad()
-def sample(policy, prompts, group, settings, seeds, tokenizer, features=None):
-    """Returns one `Rollout` of `group` completions for each prompt.
+def generate(policy, prompts, group_size, settings, seeds, tokenizer, features=None):
+    """Returns a `RolloutGroup` of group_size completions for each prompt.
 
-    prompts: B `video.prompt.Prompt`; seeds: B ints (see `prompt_seed`). A row ends with the first of the model's EOS
-    ids or after max_new_tokens. On a CPU a row that has ended leaves the batch at once; a GPU is looked at only every
-    LOOK_EVERY tokens, and rows leave once half of them have ended: between looks nothing waits for it. Raises
-    FloatingPointError where the model's logits are not finite.
+    prompts: B `video.prompt.Prompt`; seeds: B ints (see `prompt_seed`); features: of all prompts, if the vision tower
+    has run already. A row ends with the first of the model's EOS ids or after max_new_tokens. On a CPU a row that has
+    ended leaves the batch at once. On a GPU the loop looks for ended rows only every LOOK_EVERY tokens and drops them
+    once half of the rows have ended: between looks nothing waits for the GPU. Raises FloatingPointError if the model's
+    logits are not finite.
     """
+    # 1) Prefill: one pass over the prompts, whose keys and values all completions share
     limit, patient, graph = settings.max_new_tokens, on_gpu(policy), "decoding graph" in IN_USE
-    packed = pack(prompts, [[] for _ in prompts], policy.spec).to(policy.device)
-    logits, prompt_kv = policy.prefill(packed, features)
-    prompt_of_row = torch.arange(len(prompts)).repeat_interleave(group)
+    batch = replace(pack(prompts, [[] for _ in prompts], policy.spec), features=features).to(policy.device)
+    logits, prompt_kv = policy.prefill(batch)
+    prompt_of_row = torch.arange(len(prompts)).repeat_interleave(group_size)
     layout = DecodeLayout(prompt_kv, prompt_of_row, limit, static=graph)
     del prompt_kv
-    draws = uniforms(seeds, group, limit).to(policy.device)
-    decoding = Decoding(policy, settings, layout, logits, packed.next_position, draws)
+    draws = uniforms(seeds, group_size, limit).to(policy.device)
+    decoding = Decoding(policy, settings, layout, logits, batch.next_position, draws)
 
+    # 2) Decode: one token a step for every row, dropping rows that have ended
     for sampled in range(1, limit):
         if not patient or sampled % LOOK_EVERY == 0:
             ended, rows = int(decoding.ended.sum()), len(decoding.ended)
@@ -183,19 +161,24 @@ def sample(policy, prompts, group, settings, seeds, tokenizer, features=None):
             if ended >= (rows / 2 if patient else 1):
                 decoding.drop_ended()
         decoding.advance(graph and limit - sampled > 2 * LOOK_EVERY)  # recording pays only if several steps are left
-
     if not bool(decoding.logprobs.isfinite().all()):
         raise FloatingPointError(
             "the model's logits are not finite: lower --learning_rate or raise --kl_coef, and go on from an earlier "
             "checkpoint"
         )
+    return _groups(decoding, prompts, group_size, tokenizer)
+
+
+def _groups(decoding, prompts, group_size, tokenizer):
+    """The `RolloutGroup` of each prompt from the lines that the rows have written."""
     lengths, finished = decoding.lengths()
-    tokens, logprobs = decoding.tokens.cpu(), decoding.logprobs.cpu()
-    rollouts = []
-    for start in range(0, len(lengths), group):
-        own = range(start, start + group)
+    tokens, logprobs, groups = decoding.tokens.cpu(), decoding.logprobs.cpu(), []
+    for number, prompt in enumerate(prompts):
+        own = range(number * group_size, (number + 1) * group_size)
         rows = [tokens[r, : lengths[r]] for r in own]
         spoken = [t[:-1] if finished[r] else t for r, t in zip(own, rows)]
         texts = tokenizer.batch_decode(spoken, skip_special_tokens=False)
-        rollouts.append(Rollout(rows, [logprobs[r, : lengths[r]] for r in own], texts, [finished[r] for r in own]))
-    return rollouts
+        groups.append(
+            RolloutGroup(prompt, rows, [logprobs[r, : lengths[r]] for r in own], texts, [finished[r] for r in own])
+        )
+    return groups

@@ -13,7 +13,7 @@ The file runs in a process of its own (see `rewards.user`), and can import the f
 import functools
 import math as _math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rewards.answer import answer_text
@@ -63,16 +63,6 @@ class Reward:
     function: Callable
     wants_group: bool = False
     user: bool = False
-
-
-@dataclass
-class GroupScore:
-    """What `score_group` returns; lists have one entry for each completion."""
-
-    total: list[float]  # sum over rewards of weight * part
-    parts: dict[str, list[float]] = field(default_factory=dict)  # unweighted; parts["accuracy"] is the raw accuracy
-    failed: int = 0  # user rewards that raised, came late, or returned no finite number, and so scored 0
-    errors: dict[str, str] = field(default_factory=dict)  # reward name -> the first failure's message
 
 
 def score_prediction(prediction: str | None, sample) -> float:
@@ -147,7 +137,7 @@ def score_group(
     sample,
     lengths: list[int] | None = None,
     reward_timeout: float = 60.0,
-) -> GroupScore:
+) -> tuple[list[float], dict[str, list[float]], dict[str, list[str]]]:
     """The total and the named parts of each completion of one prompt.
 
     total[i] = sum over rewards r of r.weight * parts[r.name][i]. `lengths` are in tokens; the length rewards need them.
@@ -157,9 +147,9 @@ def score_group(
     failure's message is kept. Each call gets a copy of the sample: what it changes there nobody else sees. An error in
     a built-in reward is a bug or a bad sample, and is raised.
     """
-    score = GroupScore(total=[0.0] * len(completions))
+    totals, parts, failures = [0.0] * len(completions), {}, {}
     for reward in rewards:
-        group = Group(completions, 0, lengths or [], score.parts.get("accuracy", []))
+        group = Group(completions, 0, lengths or [], parts.get("accuracy", []))
         if not reward.user and reward.wants_group and len(group.lengths) != len(completions):
             raise ValueError(f"{reward.name} needs the length in tokens of each completion")
         calls = [
@@ -168,14 +158,13 @@ def score_group(
         ]
         if reward.user:
             part, errors = reward.function(calls, reward_timeout)
-            score.failed += len(errors)
             if errors:
-                score.errors[reward.name] = errors[min(errors)]
+                failures[reward.name] = [errors[i] for i in sorted(errors)]
         else:
             part = [reward.function(*call) for call in calls]
-        score.parts[reward.name] = part
-        score.total = [total + reward.weight * value for total, value in zip(score.total, part)]
-    return score
+        parts[reward.name] = part
+        totals = [total + reward.weight * value for total, value in zip(totals, part)]
+    return totals, parts, failures
 
 
 def _weight(spec: str, text: str) -> float:

@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoProcessor
 
 from grpo import distributed
-from grpo.build import build_policy, build_reference
+from grpo.batch import Rollout
 from grpo.config import parse_config
-from grpo.types import Rollout
+from grpo.engine.build import build_policy, build_reference
 from grpo.update import add_reference, make_chunks, make_optimizer, update
 
 PROMPTS = 4

@@ -8,7 +8,7 @@ from transformers import AutoProcessor
 
 from demo.synthetic import DemoSpec, make_demo_set
 from demo.tiny import build_tiny_model
-from grpo.model import load_model, model_spec
+from grpo.engine.model import load_model, model_spec
 from grpo.policy import Policy
 from grpo.positions import prompt_positions
 from video.dataset import Sample

@@ -24,7 +24,7 @@ import video.files
 ROOT = Path(__file__).parent.parent
 WATCHDOG = 150  # seconds after which a hang fails its own test
 TIMES = ("seconds", "seconds_waiting", "seconds_sampling")
-COMPARED = ("loss", "grad_norm", "kl", "entropy", "reward", "length", "sampler_gap")
+COMPARED = ("loss", "grad_norm", "kl", "entropy", "reward", "length", "sampler_logprob_diff")
 
 
 def command(processes, folder, world, *more, tie=False, nodes=(), script="train.py"):

@@ -15,9 +15,9 @@ from test_memory import one_process_mesh
 
 from demo.tiny import build_tiny_model
 from grpo import distributed
-from grpo.distributed import Processes
-from grpo.model import decoder
-from grpo.packing import pack
+from grpo.batch import pack
+from grpo.engine.distributed import Processes
+from grpo.engine.model import decoder
 from grpo.sampler import SamplingSettings, sample
 
 HEAD = 128

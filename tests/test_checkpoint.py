@@ -17,11 +17,11 @@ from transformers import AutoProcessor
 
 import train
 from grpo import checkpoint, distributed, run, update
-from grpo.build import build_policy
-from grpo.checkpoint import CheckpointError, Saver, load_training
-from grpo.checkpoint import checkpoints as checkpoints_of
 from grpo.config import load_config, parse_config
-from grpo.model import load_model
+from grpo.engine.build import build_policy
+from grpo.engine.checkpoint import CheckpointError, Saver, load_training
+from grpo.engine.checkpoint import checkpoints as checkpoints_of
+from grpo.engine.model import load_model
 
 LONG = ("--steps", "4", "--save_every", "2", "--keep_checkpoints", "9")
 
@@ -202,7 +202,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(world, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         summary = {"overall": 0.5, "kinds": {}, "unparsed": 0.0, "opposite": None, "count": 5, "skipped": 0}
         summary |= {"intervals": {"overall": [0, 1]}, "counts": {}}
-        patch.setattr("grpo.run.summarise", lambda *_: {**summary, "trained": next(accuracies, 0.0)})
+        patch.setattr("grpo.run.run.summarise", lambda *_: {**summary, "trained": next(accuracies, 0.0)})
         assert train.main(flags) == 0
     assert [c.name for c in checkpoints_of(tmp_path)] == ["checkpoint-1", "checkpoint-5"]
     state = json.loads((tmp_path / "checkpoint-5" / "training" / "state.json").read_text())

@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from grpo.attention import DecodeLayout, PackedLayout
+from grpo.batch import Packed
 from grpo.config import Config
-from grpo.distributed import Processes, gathered, shard
-from grpo.model import FAMILIES, ModelSpec, checkpoint_activations, materialise, use_own_kernels
+from grpo.engine.distributed import Processes, gathered, shard
+from grpo.engine.model import FAMILIES, ModelSpec, checkpoint_activations, materialise, use_own_kernels
 from grpo.policy import Policy
 from grpo.sampler import SamplingSettings, choose
-from grpo.types import Packed
 
 ROOT = Path(__file__).resolve().parent.parent
 _spec = importlib.util.spec_from_file_location("cost_model", ROOT / "bench/cost_model.py")

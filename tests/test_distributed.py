@@ -6,7 +6,7 @@ import pytest
 from processes import assert_same_run, finish, free_port, launch, metrics_of, run_here, start
 
 from grpo.config import ConfigError
-from grpo.distributed import start as start_group
+from grpo.engine.distributed import start as start_group
 
 
 @pytest.mark.parametrize(

@@ -17,17 +17,17 @@ from processes import full_disk, held
 from transformers import AutoProcessor
 
 import eval as eval_script
-import evaluation.evaluate
+import grpo.engine.evaluate
 from demo.synthetic import DemoSpec, make_demo_set
 from demo.tiny import build_tiny_model
-from evaluation.evaluate import NO_VIDEO, encode, mcnemar, paired, plan, predict, summarise, wilson
 from evaluation.predictions import Predictions, checkpoint_identity
 from grpo.config import Config, ConfigError, save_config
-from grpo.data import digest, draw
-from grpo.distributed import Processes
-from grpo.inputs import split_data
-from grpo.model import load_model, model_spec
+from grpo.engine.distributed import Processes
+from grpo.engine.evaluate import NO_VIDEO, encode, mcnemar, paired, plan, predict, summarise, wilson
+from grpo.engine.model import load_model, model_spec
 from grpo.policy import Policy
+from grpo.run.data import digest, draw
+from grpo.run.folder import split_data
 from video.dataset import Sample, read_samples
 from video.frames import VideoSettings
 from video.loader import PromptLoader
@@ -79,7 +79,7 @@ def script(monkeypatch, completions):
     def say(policy, prompts, *_):
         return [SimpleNamespace(texts=[completions[p.sample.key]]) for p in prompts]
 
-    monkeypatch.setattr(evaluation.evaluate, "sample", say)
+    monkeypatch.setattr(grpo.engine.evaluate, "sample", say)
 
 
 def test_wilson_and_mcnemar_against_literal_numbers():
@@ -173,7 +173,7 @@ def test_controls_change_the_video_and_no_video_leaves_it_out(parts, demo, monke
             seen[p.sample.key] = (p.pixel_values_videos, int((p.input_ids == policy.spec.video_token_id).sum()))
         return [SimpleNamespace(texts=[""]) for _ in prompts]
 
-    monkeypatch.setattr(evaluation.evaluate, "sample", look)
+    monkeypatch.setattr(grpo.engine.evaluate, "sample", look)
     samples = read_samples(demo)[:3]
     pixels = {}
     for control in (None, "reversed", "blank", NO_VIDEO):

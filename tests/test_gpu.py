@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor
 
 from grpo import distributed, update
-from grpo.build import build_policy
-from grpo.checkpoint import Saver, load_training
+from grpo.batch import pack
 from grpo.config import parse_config
-from grpo.packing import pack
+from grpo.engine.build import build_policy
+from grpo.engine.checkpoint import Saver, load_training
+from grpo.engine.fast_paths import FAST_PATHS, find_faults, using
 from grpo.sampler import SamplingSettings, sample
-from grpo.selfcheck import FAST_PATHS, find_faults, using
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.gpu

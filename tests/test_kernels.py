@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from conftest import FAMILIES, PROMPT_KINDS, load_pair, make_prompt, random_completions
 
 from grpo.attention import IN_USE, batched_vision_attention, register
-from grpo.model import checkpoint_activations, vision_tower
-from grpo.packing import pack
+from grpo.batch import pack
+from grpo.engine.model import checkpoint_activations, vision_tower
 
 
 def assert_close_to_scale(ours, theirs, tolerance):

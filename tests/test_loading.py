@@ -13,9 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from demo.tiny import build_tiny_model
-from grpo.model import FAMILIES as CLASSES
-from grpo.model import ModelError, empty_model, fill, load_model, materialise, read_processor
-from grpo.packing import pack
+from grpo.batch import pack
+from grpo.engine.model import FAMILIES as CLASSES
+from grpo.engine.model import ModelError, empty_model, fill, load_model, materialise, read_processor
 from video.frames import VideoSettings
 from video.prompt import PromptEncoder
 

@@ -12,12 +12,12 @@ from transformers import AutoProcessor
 
 import train
 from grpo import distributed, update
-from grpo.build import build_policy, build_reference
-from grpo.checkpoint import checkpoints
+from grpo.batch import pack
 from grpo.config import parse_config
-from grpo.lora import adapters, merge
-from grpo.model import load_model, model_spec
-from grpo.packing import pack
+from grpo.engine.build import build_policy, build_reference
+from grpo.engine.checkpoint import checkpoints
+from grpo.engine.lora import adapters, merge
+from grpo.engine.model import load_model, model_spec
 from grpo.policy import Policy
 
 peft = pytest.importorskip("peft")

@@ -19,7 +19,7 @@ def test_loss_by_hand():
     loss, sums = policy_loss(logprobs, torch.zeros(4), t(2, 2, -1, -1), t(1, 10, 100, 1000), 0.2, 0.3)
     # min(3, 1.3·2) = 2.6; min(1, 0.8·2) = 1; min(-1.5, -1.3) = -1.5; min(-0.5, -0.8) = -0.8
     assert loss.item() == pytest.approx(-2.6 - 10 + 150 + 800)
-    assert (sums["clip_high_share"].item(), sums["clip_low_share"].item()) == (1, 1)
+    assert (sums["clip_high_frac"].item(), sums["clip_low_frac"].item()) == (1, 1)
 
 
 def test_gradient_by_hand():
@@ -107,7 +107,7 @@ def test_truncated_importance_sampling():
     old = t(0, 0)
     loss, sums = policy_loss(old, old, t(1, 1), t(1, 1), 0.2, 0.2, None, 0.0, t(-math.log(4), math.log(2)), 2.0)
     assert loss.item() == pytest.approx(-2 - 0.5)
-    assert sums["sampler_gap"].item() == pytest.approx(math.log(4) + math.log(2))
+    assert sums["sampler_logprob_diff"].item() == pytest.approx(math.log(4) + math.log(2))
 
 
 def test_advantages_by_hand():

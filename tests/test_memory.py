@@ -13,9 +13,9 @@ from transformers import AutoProcessor
 import eval as eval_script
 import train
 from grpo import build, distributed
-from grpo.build import build_policy
 from grpo.config import parse_config
-from grpo.distributed import Processes
+from grpo.engine.build import build_policy
+from grpo.engine.distributed import Processes
 
 
 def one_process_mesh(*_):

@@ -21,10 +21,10 @@ from test_selfcheck import always_faster, wrong
 import eval as evaluation
 from grpo import build, distributed, policy, sampler, selfcheck
 from grpo.attention import IN_USE, PackedLayout
+from grpo.batch import pack
 from grpo.config import parse_config
-from grpo.packing import pack
+from grpo.engine.fast_paths import FAST_PATHS, find_faults, using
 from grpo.sampler import Decoding, SamplingSettings, sample
-from grpo.selfcheck import FAST_PATHS, find_faults, using
 
 softgpu = pytest.importorskip("softgpu", reason="needs the GPU that is not there; .ci/run says where it looks for it")
 pytestmark = pytest.mark.slow

@@ -9,11 +9,12 @@ from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 import train
 from grpo.attention import PackedLayout
+from grpo.batch import pack
 from grpo.config import Config, parse_config
-from grpo.model import FAMILIES as CLASSES
-from grpo.model import decoder, load_model, model_spec, read_config, use_own_kernels
-from grpo.packing import pack
-from grpo.plan import (
+from grpo.engine.model import FAMILIES as CLASSES
+from grpo.engine.model import decoder, load_model, model_spec, read_config, use_own_kernels
+from grpo.policy import Policy
+from grpo.run.plan import (
     GIB,
     head_size,
     layer_bytes,
@@ -25,7 +26,6 @@ from grpo.plan import (
     plan_text,
     published_config,
 )
-from grpo.policy import Policy
 from grpo.update import make_optimizer
 
 SEVEN, TWO = "Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2-VL-2B-Instruct"
@@ -103,7 +103,7 @@ def test_parts_against_tensors_in_memory(checkpoints, monkeypatch):
     policy(packed)[0].sum().backward()
 
     # 8 frames of 4 x 6 patches of 14²; what is left of the prompt is text.
-    monkeypatch.setattr("grpo.plan.TEXT_TOKENS", len(prompt.input_ids) - 24)
+    monkeypatch.setattr("grpo.run.plan.TEXT_TOKENS", len(prompt.input_ids) - 24)
     settings = Config(nframes=8, max_pixels=4 * 6 * 14 * 14, group_size=3, max_new_tokens=5, plan=1)
     plan = memory_plan(config, parameter_counts(config), settings)
     assert plan["tokens"]["packed tokens"] == packed.input_ids.shape[1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import load_pair, make_prompt
 
-from grpo.model import ModelSpec
+from grpo.engine.model import ModelSpec
 from grpo.positions import prompt_positions
 from video.dataset import Sample
 from video.prompt import Prompt

@@ -15,7 +15,6 @@ from video_helpers import SMALL, make_video
 
 from demo.tiny import build_tiny_model
 from evaluation import plot
-from evaluation.evaluate import CONTROLS, paired, summarise
 from evaluation.report import (
     completions_table,
     evaluation_table,
@@ -27,7 +26,8 @@ from evaluation.report import (
     verdict,
     write_report,
 )
-from grpo.types import Rollout
+from grpo.batch import Rollout
+from grpo.engine.evaluate import CONTROLS, paired, summarise
 from video.dataset import Sample
 from video.frames import read_image, read_video
 from video.loader import PromptLoader
@@ -235,8 +235,8 @@ def make_run(folder, steps):
     folder.mkdir()
     rows = [{"phase": "eval", "step": 0, "accuracy": 0.25}]
     for step in range(steps):
-        row = {"reward": step / 10, "accuracy": 0.5, "kl": 0.01, "length": 11.0, "entropy": 0.2, "clip_low_share": 0.01,
-               "clip_high_share": 0.02, "sampler_gap": 1e-7, "letter_A": 0.75, "seconds_waiting": 0.1}  # fmt: skip
+        row = {"reward": step / 10, "accuracy": 0.5, "kl": 0.01, "length": 11.0, "entropy": 0.2, "clip_low_frac": 0.01,
+               "clip_high_frac": 0.02, "sampler_logprob_diff": 1e-7, "letter_A": 0.75, "seconds_waiting": 0.1}  # fmt: skip
         rows.append({"phase": "train", "step": step, **row, **({"letter_B": 0.25} if step % 2 else {})})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"phase": "tr')
     return folder

@@ -7,7 +7,7 @@ import torch
 from conftest import PROMPT_KINDS, make_prompt, random_completions
 
 from grpo import sampler
-from grpo.packing import pack
+from grpo.batch import pack
 from grpo.sampler import SamplingSettings, choose, prompt_seed, sample, truncate, uniforms
 
 

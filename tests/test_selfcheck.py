@@ -10,11 +10,11 @@ from test_shared_prompt import flash_attn_varlen_func
 
 from grpo import attention, selfcheck
 from grpo.attention import IN_USE
+from grpo.batch import pack
 from grpo.config import parse_config
-from grpo.distributed import Processes
-from grpo.packing import pack
+from grpo.engine.distributed import Processes
+from grpo.engine.fast_paths import FastPath, choose_fast_paths
 from grpo.sampler import SamplingSettings, sample
-from grpo.selfcheck import FastPath, choose_fast_paths
 from video.prompt import Skipped
 
 PLAIN = "attention by torch's scaled_dot_product_attention; fast paths in use: none"

@@ -15,8 +15,8 @@ from conftest import (
 )
 
 from grpo import attention
-from grpo.model import checkpoint_activations, decoder, vision_tower
-from grpo.packing import pack
+from grpo.batch import pack
+from grpo.engine.model import checkpoint_activations, decoder, vision_tower
 from grpo.positions import prompt_positions
 from grpo.sampler import SamplingSettings, sample
 
@@ -258,7 +258,7 @@ def test_save_and_load_keep_the_logprobs(tmp_path, tie):
     from transformers import AutoProcessor
 
     from demo.tiny import build_tiny_model
-    from grpo.model import save_model
+    from grpo.engine.model import save_model
 
     policy, _, tokenizer = load_pair(build_tiny_model(tmp_path / "a", tie=tie))
     packed = pack([make_prompt(tokenizer, PROMPT_KINDS["video"])], [random_completions(tokenizer, (5, 6))], policy.spec)

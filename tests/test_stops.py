@@ -18,8 +18,8 @@ from processes import ROOT, command, finish, metrics_of, start, wait_for
 
 import train
 from grpo import distributed, update
-from grpo.checkpoint import checkpoints
-from grpo.stops import RunError, count_bad, exit_code, listening, lost_process, memory_message
+from grpo.engine.checkpoint import checkpoints
+from grpo.run.stops import RunError, count_bad, exit_code, listening, lost_process, memory_message
 from video.loader import PromptLoader
 from video.pool import WorkersDoNotStart
 
@@ -118,7 +118,7 @@ def test_a_process_that_waits_for_a_dead_one_for_ever_is_ended(tmp_path, death):
         "import os, signal, sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from grpo import distributed\n"
-        "from grpo.stops import listening\n"
+        "from grpo.run.stops import listening\n"
         "processes = distributed.start('cpu')\n"
         "if processes.rank == 1:\n"
         "    open(__file__ + '.died', 'w').close()\n"

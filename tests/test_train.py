@@ -19,11 +19,11 @@ import demo.build
 import train
 from demo.build import build_demo
 from demo.synthetic import DemoSpec, make_demo_set
-from grpo.checkpoint import Saver
 from grpo.config import METRICS, PRESETS, Config, ConfigError, load_config, parse_config, save_config
-from grpo.data import step_samples, steps_of
-from grpo.metrics import describe_run
-from grpo.stops import Stopped
+from grpo.engine.checkpoint import Saver
+from grpo.run.data import step_samples, steps_of
+from grpo.run.log import describe_run
+from grpo.run.stops import Stopped
 
 ROOT = Path(__file__).parent.parent
 SHORT = ("--sft_steps", "0", "--eval_samples", "0")
@@ -77,7 +77,7 @@ def test_a_run_leaves_everything(flags):
         assert 0 <= summary[name] <= 1
     assert summary["seconds"] > 0 and set(summary["kinds"]) <= {"colour", "direction", "place", "shape"}
     first = next(row for row in metrics_of(folder) if row["phase"] == "train")
-    assert 0 <= first["kl"] < 1e-6 and first["sampler_gap"] < 1e-5
+    assert 0 <= first["kl"] < 1e-6 and first["sampler_logprob_diff"] < 1e-5
 
 
 def test_the_same_seed_gives_the_same_metrics(flags):
@@ -162,12 +162,12 @@ def test_a_finished_run_is_only_reported(flags, demo_set, capsys):
 
 def test_other_settings_do_not_go_on_in_the_same_folder(flags, capsys):
     run(flags)
-    assert train.main([*flags, "--learning_rate", "1", "--reward", "accuracy:1", "format:2", "--filter_groups"]) == 2
+    assert train.main([*flags, "--learning_rate", "1", "--reward", "accuracy:1", "format:2", "--dynamic_filter"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "--learning_rate was 0.0005, is 1.0" in error and "--output" in error
     assert (
         "--reward was accuracy:1 format:0.5, is accuracy:1 format:2" in error
-        and "--filter_groups was off, is on" in error
+        and "--dynamic_filter was off, is on" in error
     )
 
 
@@ -222,7 +222,7 @@ def test_starting_anew_touches_nothing_of_others(flags, tmp_path):
 
 
 def test_a_sample_that_comes_twice_in_a_step_is_sampled_anew():
-    from grpo.run import distinct_keys
+    from grpo.run.run import distinct_keys
     from video.dataset import Sample
 
     samples = [Sample(key, "?", "A") for key in ("a:1", "b:1", "a:1", "a:1")]
@@ -239,9 +239,9 @@ def test_a_failing_reward_is_shown_and_counted(flags, tmp_path, capsys):
 
 
 def test_filtering_runs_after_a_warm_up_and_needs_accuracy(flags, capsys):
-    run(flags, "--filter_groups")
-    assert train.main([*flags, "--filter_groups", "--reward", "format:1"]) == 2
-    assert "--filter_groups" in capsys.readouterr().err.splitlines()[-1]
+    run(flags, "--dynamic_filter")
+    assert train.main([*flags, "--dynamic_filter", "--reward", "format:1"]) == 2
+    assert "--dynamic_filter" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_epochs_leave_no_row_out():
@@ -314,7 +314,7 @@ def test_a_run_keeps_its_folder_to_itself(flags, tmp_path, capsys):
 
 
 def test_a_folder_that_cannot_be_locked_is_used_with_a_word(flags, monkeypatch, capsys):
-    monkeypatch.setattr("grpo.inputs.fcntl.flock", lambda *_: refuse(errno.ENOLCK))
+    monkeypatch.setattr("grpo.run.folder.fcntl.flock", lambda *_: refuse(errno.ENOLCK))
     run(flags, *SHORT, "--steps", "1")
     assert "cannot be locked (No locks available): take care" in capsys.readouterr().err
 
@@ -334,7 +334,7 @@ BAD_INPUT = {
     "--group_size": (["--group_size", "1"], "at least 2"),
     "--temperature": (["--temperature", "0"], "above 0"),
     "--top_p": (["--top_p", "1.5"], "at most 1"),
-    "--clip_low": (["--clip_low", "-0.1"], "above 0"),
+    "--clip_eps_low": (["--clip_eps_low", "-0.1"], "above 0"),
     "--prompt_template": (["--prompt_template", "no place"], "{problem}"),
     "--min_pixels": (["--min_pixels", "9999999"], "--max_pixels"),
     "--sft_steps": (["--sft_steps", "5", "--sft_data", ""], "--sft_data"),
@@ -413,7 +413,7 @@ def test_the_default_preset_is_open_r1_video():
         model="Qwen/Qwen2-VL-7B-Instruct", learning_rate=1e-6, lr_schedule="linear", kl_coef=0.1, prompts_per_step=4,
         group_size=8, max_new_tokens=256, max_prompt_tokens=8192, temperature=1.0, epochs=1.0, seed=42, fps=2.0,
         max_frames=16, min_pixels=128 * 28**2, max_pixels=196 * 28**2, reward=("accuracy:1",),
-        loss_normaliser="sequence", gradient_checkpointing=True, updates_per_batch=1, top_k=0, top_p=1.0,
+        loss_normaliser="sequence", gradient_checkpointing=True, ppo_epochs=1, top_k=0, top_p=1.0,
     )  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
     assert "<think>" in config.prompt_template and "<answer>" in config.prompt_template

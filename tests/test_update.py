@@ -10,12 +10,12 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from grpo import model as models
 from grpo import update
+from grpo.batch import Rollout
 from grpo.config import parse_config
-from grpo.distributed import Processes
+from grpo.engine.distributed import Processes
 from grpo.policy import Policy
 from grpo.rollout import rollout
 from grpo.sampler import SamplingSettings, sample
-from grpo.types import Rollout
 from rewards import parse_rewards
 
 ALONE = Processes(0, 1, torch.device("cpu"), None)
@@ -66,7 +66,7 @@ def test_accumulation_equals_one_batch(setting, normaliser):
     assert len(whole) > 20
     for name in whole:
         assert_close_to_scale(parts[name], whole[name], 1e-4, name)
-    for name in ("loss", "entropy", "grad_norm", "sampler_gap"):
+    for name in ("loss", "entropy", "grad_norm", "sampler_logprob_diff"):
         assert part_metrics[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6)
 
 
@@ -79,7 +79,7 @@ def test_kl_at_step_one_is_that_of_equal_models(setting):
     update.add_reference(reference, chunks, config.temperature)
     metrics = update.update(policy, update.make_optimizer(policy, config), chunks, config, ALONE)
     assert 0 <= metrics["kl"] < 1e-6
-    assert metrics["sampler_gap"] < 1e-5
+    assert metrics["sampler_logprob_diff"] < 1e-5
 
 
 def test_reference_sees_the_pixels(setting):
@@ -112,12 +112,12 @@ def test_an_error_in_the_tower_is_an_error(setting, monkeypatch):
 def test_later_passes_compare_with_the_first(setting):
     """mu = 2: the second pass's ratio is against the log-probabilities of the first, and it moves the weights again."""
     policy, prompts, rollouts = setting
-    config = config_of("--updates_per_batch", "2", "--clip_low", "0.001", "--clip_high", "0.001")
+    config = config_of("--ppo_epochs", "2", "--clip_eps_low", "0.001", "--clip_eps_high", "0.001")
     optimizer = update.make_optimizer(policy, config)
     update.set_learning_rate(optimizer, 1e-2)
     chunks = update.make_chunks(prompts, rollouts, config, policy, ALONE)
     metrics = update.update(policy, optimizer, chunks, config, ALONE)
-    assert metrics["clip_low_share"] + metrics["clip_high_share"] > 0, "a large step must leave a narrow clip"
+    assert metrics["clip_low_frac"] + metrics["clip_high_frac"] > 0, "a large step must leave a narrow clip"
     with torch.no_grad():
         now, _ = policy(chunks[0].packed)
     assert (now - chunks[0].old_logprobs).abs().max() > 1e-3, "old log-probabilities must not follow the weights"
@@ -127,7 +127,9 @@ def test_filtered_groups_do_not_train(setting):
     """Raw accuracy decides, though advantages differ (as a format reward makes them)."""
     policy, prompts, rollouts = setting
     rollouts[1].parts["accuracy"] = [0.0, 0.0, 0.0]
-    assert len(update.make_chunks(prompts, rollouts, config_of("--filter_groups"), policy, ALONE)[0].packed.groups) == 1
+    assert (
+        len(update.make_chunks(prompts, rollouts, config_of("--dynamic_filter"), policy, ALONE)[0].packed.groups) == 1
+    )
     assert len(update.make_chunks(prompts, rollouts, config_of(), policy, ALONE)[0].packed.groups) == 2
 
 

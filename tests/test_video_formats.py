@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from video_helpers import make_video
 
-from grpo.data import hold_out
+from grpo.run.data import hold_out
 from rewards import check_sample
 from video.convert import convert, main, to_row
 from video.dataset import read_samples

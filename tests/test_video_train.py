@@ -16,7 +16,7 @@ from video_helpers import make_video
 import eval as eval_script
 import train
 from demo.tiny import build_tiny_model
-from grpo.data import step_samples
+from grpo.run.data import step_samples
 from video.dataset import read_samples
 
 

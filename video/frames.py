@@ -21,7 +21,6 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain
 
@@ -35,6 +34,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from video.formats import WHOLE, Clip
+from video.settings import VideoSettings
 
 FRAME_FACTOR = 2  # frames come in pairs: the vision tower's temporal patch
 MAX_RATIO = 200  # a longer strip than this is refused, as the model's own processor does
@@ -75,35 +75,6 @@ def blamed(path: str, what: str = "", errors: tuple[type[Exception], ...] = (Val
         raise
     except errors as error:
         raise VideoError(path, what + _one_line(error)) from error
-
-
-@dataclass(frozen=True)
-class VideoSettings:
-    """How frames are chosen and sized. Pixels are counted per frame, after resizing."""
-
-    fps: float = 2.0  # frames taken per second of video, within min_frames and max_frames
-    nframes: int | None = None  # take exactly this many frames instead (rounded to even), whatever the length
-    min_frames: int = 4  # at least so many frames, where the video has them (rounded up to even)
-    max_frames: int = 16  # at most so many frames (rounded down to even)
-    min_pixels: int = 128 * 28 * 28  # smaller frames are enlarged to this
-    max_pixels: int = 196 * 28 * 28  # larger frames are reduced to this
-    total_pixels: int | None = None  # bound on frames x pixels / 2 of one video; None: 115,200 tokens' worth
-    image_min_pixels: int = 4 * 28 * 28  # smaller images are enlarged to this
-    image_max_pixels: int = 1280 * 28 * 28  # larger images are reduced to this
-
-    def __post_init__(self):
-        rules = (
-            (self.fps > 0, "--fps must be above 0"),
-            (self.nframes is None or self.nframes >= FRAME_FACTOR, "--nframes must be 2 or more"),
-            (self.min_frames >= 1, "--min_frames must be 1 or more"),
-            (self.max_frames >= max(FRAME_FACTOR, self.min_frames), "--max_frames must be >= 2 and >= --min_frames"),
-            (0 < self.min_pixels <= self.max_pixels, "--min_pixels must be above 0 and <= --max_pixels"),
-            (self.total_pixels is None or self.total_pixels > 0, "--total_pixels must be above 0"),
-            (0 < self.image_min_pixels <= self.image_max_pixels, "--image_min_pixels must be <= --image_max_pixels"),
-        )
-        for holds, message in rules:
-            if not holds:
-                raise ValueError(message)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:

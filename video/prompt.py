@@ -17,7 +17,6 @@ from video.formats import MARKS, WHOLE, Clip, Sample
 from video.frames import (
     FRAME_FACTOR,
     SampleError,
-    VideoSettings,
     blamed,
     choose,
     frame_size,
@@ -26,11 +25,8 @@ from video.frames import (
     read_image,
     read_video,
 )
+from video.settings import TEMPLATE, VideoSettings
 
-TEMPLATE = (
-    "{problem}\n\nThink first, inside <think> </think>, "
-    "then give the final answer (the option) inside <answer> </answer>."
-)
 GREY = 128  # a blank frame: the middle of the range, so near the mean after normalising
 
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 
 from grpo.attention import IN_USE
-from grpo.distributed import gathered
-from grpo.packing import pack
-from grpo.sampler import LOOK_EVERY, SamplingSettings, sample
-from grpo.stops import RunError
+from grpo.batch import pack
+from grpo.engine.distributed import gather, unsharded
+from grpo.errors import RunError
+from grpo.sampler import LOOK_EVERY, SamplingSettings, generate
 from video.prompt import Skipped
 
 TOKENS = 64  # the longest completion of a trial
@@ -49,17 +49,17 @@ class Trial(NamedTuple):
     seconds: dict
 
 
-def choose_fast_paths(policy, loader, samples, config, processes, tokenizer, say):
+def choose_fast_paths(policy, loader, samples, config, tokenizer, say):
     """Sets `IN_USE`, alike on all processes: a path that fails on one is left out on all. say: takes a line for the
     user; why a path is left out is one. Collective: every process must call it."""
     IN_USE.clear()
-    if processes.device.type == "cuda":
+    if policy.device.type == "cuda":
         prompt = first_prompt(loader, samples)
         graph = config.decode_graph and config.max_new_tokens > 2 * LOOK_EVERY  # shorter ones are never recorded
         paths = [path for path in FAST_PATHS if graph or path.name != "decoding graph"]
-        with gathered(policy) as plain:
+        with unsharded(policy) as plain:
             faults = find_faults(paths, plain, prompt, config, tokenizer)
-        for path, *reasons in zip(paths, *processes.gather(faults)):
+        for path, *reasons in zip(paths, *gather(faults)):
             if reason := next(filter(None, reasons), None):
                 say(f"{path.name} is left out: {reason}")
             else:
@@ -107,11 +107,11 @@ def run_trial(names, policy, prompt, config, tokenizer):
     with using(names):
         for _ in range(2):
             began = time.perf_counter()
-            (rollout,) = sample(policy, [prompt], config.group_size, settings, [0], tokenizer)
+            (group,) = generate(policy, [prompt], config.group_size, settings, [0], tokenizer)
             sampled = time.perf_counter()
-            scored = score(policy, prompt, rollout.tokens)
+            scored = score(policy, prompt, group.tokens)
             seconds = {"sampling": sampled - began, "scoring": time.perf_counter() - sampled}
-    return Trial(rollout.tokens, torch.stack([torch.cat(rollout.logprobs), scored]), seconds)
+    return Trial(group.tokens, torch.stack([torch.cat(group.logprobs), scored]), seconds)
 
 
 def score(policy, prompt, completions):

@@ -4,19 +4,18 @@ A control changes the video and asks the same questions: a model that uses the o
 ones, name the opposite direction on reversed ones, and guess on a blank video, or with none in the prompt.
 """
 
-import math
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import groupby
 
 import torch
 from tqdm import tqdm
 
-from grpo.data import batched
-from grpo.distributed import gathered
+from grpo.batch import chunked
+from grpo.engine.distributed import gather, is_main, rank, unsharded, world_size
 from grpo.policy import features_of
-from grpo.sampler import SamplingSettings, prompt_seed, sample
+from grpo.sampler import SamplingSettings, generate, prompt_seed
 from rewards import score_prediction
 from rewards.answer import answer_text, choice_letter
 from video.formats import Sample, printable
@@ -27,49 +26,56 @@ NO_VIDEO = "no video"
 CONTROLS = (*FRAME_CONTROLS, NO_VIDEO)
 
 
-def predict(policy, loader, samples, tokenizer, processes, max_new_tokens, batch, temperature=0.0, control=None,
-            done=None, report=None):  # fmt: skip
-    """Returns one record for each sample, in their order, on every process.
+@dataclass(frozen=True)
+class EvalSettings:
+    """How questions are asked, beside what the loader's encoder knows."""
 
-    A record holds key, kind, completion, prediction (None where no answer could be parsed), score in [0, 1], opposite
-    (whether the prediction is the row's `opposite`), or `skipped` with the reason where the video could not be read.
-    Batches are planned over all samples and then shared out whole, so what decodes together, and with it every bit of
-    an answer, depends neither on the number of processes nor on an interruption.
+    max_new_tokens: int
+    batch: int  # prompts decoded together
+    temperature: float = 0.0  # 0 is greedy
+    control: str | None = None  # one of CONTROLS; None: the video as it is
 
-    done: {key: record} of an earlier part; batches that it covers are not made again. report: called with the records
-    of each batch as it is finished.
+
+def predict(policy, loader, samples, tokenizer, settings, done=None, report=None):
+    """Returns one record for each sample, in their order, on every rank.
+
+    A record holds key, category, completion, prediction (None if no answer could be parsed), score in [0, 1], opposite
+    (whether the prediction is the row's `opposite`), or `skipped` with the reason if the video could not be read.
+    All ranks plan the same batches over all samples, and each rank takes whole batches. So what decodes together, and
+    with it every bit of an answer, depends neither on the world size nor on an interruption.
+
+    settings: an `EvalSettings`; done: {key: record} of an earlier part, whose batches are not made again; report: is
+    called with the records of each batch as it is finished.
     """
-    done = done or {}
+    done, control = done or {}, settings.control
     asked = [_without_media(s) for s in samples] if control == NO_VIDEO else samples
-    left = [group for group in plan(asked, loader.encoder, batch) if any(s.key not in done for s in group)]
-    own = left[processes.rank :: processes.world]
-    settings = SamplingSettings(temperature=temperature, max_new_tokens=max_new_tokens)
+    left = [group for group in plan(asked, loader.encoder, settings.batch) if any(s.key not in done for s in group)]
+    own = left[rank() :: world_size()]
+    sampling = SamplingSettings(temperature=settings.temperature, max_new_tokens=settings.max_new_tokens)
     made = {}
-    with gathered(policy) as plain:
+    with unsharded(policy) as plain:
         for encoded in encode(loader, own, control if control in FRAME_CONTROLS else None):
             prompts = [p for p in encoded if not isinstance(p, Skipped)]
             seeds = [prompt_seed(0, control or "", p.sample.key) for p in prompts]
             features = shared_features(plain, prompts)
-            rollouts = sample(plain, prompts, 1, settings, seeds, tokenizer, features) if prompts else []
-            texts = iter([r.texts[0] for r in rollouts])
+            groups = generate(plain, prompts, 1, sampling, seeds, tokenizer, features) if prompts else []
+            texts = iter([group.texts[0] for group in groups])
             records = [_skip(p) if isinstance(p, Skipped) else _record(p.sample, next(texts)) for p in encoded]
             made |= {record["key"]: record for record in records}
             if report:
                 report(records)
-    for share in processes.gather(made):
+    for share in gather(made):
         done = done | share
     return [done[s.key] for s in samples]
 
 
 class Progress:
-    """Takes records as they come: saves them, and shows their running accuracy, and the time that is left, on the first
-    process's bar, which stays on the screen if `leave`."""
+    """Takes records as they come: saves them, and shows their running accuracy and the time that is left on the bar of
+    rank 0, which stays on the screen if `leave`."""
 
-    def __init__(self, name, total, processes, leave=True, save=lambda records: None):
-        self.bar = tqdm(
-            desc=name, total=-(-total // processes.world), disable=not processes.is_main, dynamic_ncols=True,
-            leave=leave,
-        )  # fmt: skip
+    def __init__(self, name, total, leave=True, save=lambda records: None):
+        total = -(-total // world_size())
+        self.bar = tqdm(desc=name, total=total, disable=not is_main(), dynamic_ncols=True, leave=leave)
         self.scores, self.save = [], save
 
     def __call__(self, records):
@@ -98,7 +104,7 @@ def plan(samples, encoder, size):
         s.key,
     )
     ordered = sorted(samples, key=order)
-    return batched(ordered, size)
+    return chunked(ordered, size)
 
 
 def encode(loader, batches, control):
@@ -167,10 +173,10 @@ def _skip(skipped):
     return {"key": skipped.key, "skipped": printable(f"{skipped.path}: {skipped.reason}")}
 
 
-def kind_of(sample):
-    """The kind of question that accuracies are split by: the row's `kind` as a text, else its problem type."""
-    kind = sample.meta.get("kind")
-    return sample.problem_type if kind is None else printable(kind, 60)
+def category_of(sample):
+    """The category of question that accuracies are split by: the row's `category` as a text, else its problem type."""
+    category = sample.meta.get("category")
+    return sample.problem_type if category is None else printable(category, 60)
 
 
 def _record(sample, completion):
@@ -179,7 +185,7 @@ def _record(sample, completion):
     opposite = sample.meta.get("opposite")
     return {
         "key": sample.key,
-        "kind": kind_of(sample),
+        "category": category_of(sample),
         "completion": completion,
         "prediction": prediction,
         "score": score_prediction(prediction, sample),
@@ -188,67 +194,33 @@ def _record(sample, completion):
 
 
 def summarise(records, trained=None):
-    """{"overall": share, "trained": share, "kinds": {kind: share}, "opposite": share or None, "unparsed": share,
-    "count", "skipped", "intervals": {"overall" or kind: 95% Wilson interval}, "counts": {kind: questions}}.
+    """{"overall": share, "trained": share, "categories": {category: share}, "opposite": share or None,
+    "unparsed": share, "count", "skipped"}.
 
-    "trained" is of the kinds that the run trains on, given by name; of all where None is given, or where no question is
-    of such a kind. Shares are of the readable samples; an answer that could not be parsed counts as wrong.
+    "trained" is over the categories that the run trains on, given by name; over all if None is given, or if no question
+    is of such a category. Shares are of the readable samples; an answer that could not be parsed counts as wrong.
     """
     read = [r for r in records if "skipped" not in r]
-    kinds = defaultdict(list)
-    for record in read:
-        kinds[record["kind"]].append(record["score"])
-    kinds = dict(sorted(kinds.items()))
-    trained = kinds.keys() & (trained or kinds.keys()) or kinds.keys()
-    scores = [r["score"] for r in read]
+    categories = scores_by_category(read)
+    trained = categories.keys() & (trained or categories.keys()) or categories.keys()
     opposites = [r["opposite"] for r in read if r["opposite"] is not None]
     return {
-        "overall": mean(scores),
-        "trained": mean([r["score"] for r in read if r["kind"] in trained]),
-        "kinds": {kind: mean(own) for kind, own in kinds.items()},
+        "overall": mean([r["score"] for r in read]),
+        "trained": mean([r["score"] for r in read if r["category"] in trained]),
+        "categories": {category: mean(scores) for category, scores in categories.items()},
         "opposite": mean(opposites) if opposites else None,
         "unparsed": mean([r["prediction"] is None for r in read]),
         "count": len(read),
         "skipped": len(records) - len(read),
-        "intervals": {name: wilson(mean(own), len(own)) for name, own in {"overall": scores, **kinds}.items()},
-        "counts": {kind: len(own) for kind, own in kinds.items()},
     }
 
 
-def wilson(share, count, z=1.959963984540054):
-    """[low, high] of the 95% interval of a share of `count` answers (Wilson 1927, without continuity correction).
-
-    For scores between 0 and 1 (MRA, ROUGE) it is too wide rather than too narrow: of all scores with this mean, those
-    that are 0 or 1 vary most.
-    """
-    if not count:
-        return [0.0, 1.0]
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return [max(0.0, centre - half), min(1.0, centre + half)]
-
-
-def mcnemar(better, worse):
-    """The exact two-sided p-value that `better` gains and `worse` losses are tosses of one fair coin (McNemar 1947)."""
-    count = better + worse
-    tail = sum(math.comb(count, i) for i in range(min(better, worse) + 1))
-    return min(1.0, 2 * tail / 2**count)
-
-
-def paired(records, others):
-    """What records gain over `others`, answers to the same samples: {"difference" of mean scores, "better", "worse",
-    "p", "count", "kinds": {kind: the same of it alone}}, over the samples that both could read. With scores between 0
-    and 1 it is the exact sign test."""
-    other = {r["key"]: r["score"] for r in others if "skipped" not in r}
-    gains = [(r["kind"], r["score"] - other[r["key"]]) for r in records if "skipped" not in r and r["key"] in other]
-    kinds = sorted({kind for kind, _ in gains})
-    return _gain([g for _, g in gains]) | {"kinds": {kind: _gain([g for k, g in gains if k == kind]) for kind in kinds}}
-
-
-def _gain(gains):
-    better, worse = sum(g > 0 for g in gains), sum(g < 0 for g in gains)
-    p = mcnemar(better, worse)
-    return {"difference": mean(gains), "better": better, "worse": worse, "p": p, "count": len(gains)}
+def scores_by_category(records):
+    """{category: scores} of readable records, in the order of the names."""
+    categories = defaultdict(list)
+    for record in records:
+        categories[record["category"]].append(record["score"])
+    return dict(sorted(categories.items()))
 
 
 def mean(values):

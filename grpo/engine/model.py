@@ -26,15 +26,12 @@ from transformers.core_model_loading import rename_source_key
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from grpo import attention
+from grpo.errors import ModelError
 from video.prompt import load_processor
 
 FAMILIES = {"qwen2_vl": Qwen2VLForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
 
 STORED = ("BF16", "F16", "F32", "F64")  # as safetensors names them; any other number is quantised, and needs its scale
-
-
-class ModelError(ValueError):
-    """A model that cannot be trained here; one line with the mend."""
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from dataclasses import replace
 
 import torch
 
-from grpo.config import ConfigError
-from grpo.model import FAMILIES, ModelError, read_config
+from grpo.engine.model import FAMILIES, read_config
+from grpo.errors import ConfigError, ModelError
 from grpo.policy import LOGITS_PER_CHUNK
 
 GIB = 2**30

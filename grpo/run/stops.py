@@ -1,4 +1,4 @@
-"""Ends of a run before its last step: signals, a lost process, too little memory, updates that keep failing."""
+"""Ends of a run before its last step: signals, a lost rank, too little memory, updates that keep failing."""
 
 import os
 import signal
@@ -9,8 +9,7 @@ from contextlib import contextmanager, suppress
 import torch
 import torch.distributed as dist
 
-from grpo.config import ConfigError
-from grpo.model import ModelError
+from grpo.errors import ConfigError, ModelError, RunError
 from video.formats import DataError, printable
 from video.pool import WorkersDoNotStart
 
@@ -18,18 +17,6 @@ NAMED = 3  # samples in a message about memory
 STOPPING = "\ntrain.py: stopping: saves after this step or evaluation; a second Ctrl-C ends at once, without saving\n"
 PATIENCE = 3  # seconds; torchrun and a terminal may each deliver the same Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM))  # Windows has no SIGHUP
-
-
-class Stopped(Exception):
-    """Raised in every process alike, before `step`, once any of them got the signal of this number."""
-
-    def __init__(self, step, number):
-        super().__init__(f"stopped before step {step}")
-        self.step, self.number = step, number
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on; one line with the mend."""
 
 
 @contextmanager

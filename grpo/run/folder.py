@@ -1,4 +1,4 @@
-"""What a run is given: settings that fit together, data that can be read, a folder that is new or its own."""
+"""What a run needs before anything loads, and its folder: new, or the run's own to go on from."""
 
 import fcntl
 import importlib.util
@@ -13,12 +13,11 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from grpo.checkpoint import UNFINISHED, checkpoints, damage, step_of
-from grpo.config import Config, ConfigError, as_typed, demo_makes, load_config
-from grpo.data import draw, hold_out
-from rewards import check_sample
-from video.dataset import leave_out, read_mixture, read_samples, read_skip_list, split_spec
-from video.formats import DataError, each_row, printable
+from grpo.config import Config, as_typed, demo_makes, load_config
+from grpo.engine.checkpoint import UNFINISHED, checkpoints, damage, step_of
+from grpo.engine.distributed import gather, is_main
+from grpo.errors import ConfigError
+from video.dataset import split_spec
 
 DEMO_COMMAND = "python train.py --preset demo"
 
@@ -52,21 +51,21 @@ def check_inputs(config):
 
 
 @contextmanager
-def sole_use(folder, processes):
-    """Holds the folder of a run or an evaluation for these processes; makes it if there is none. Raises ConfigError if
-    another process holds it, or if it cannot be written to.
+def sole_use(folder):
+    """Holds the folder of a run or an evaluation for this run's ranks; makes the folder if there is none. Raises
+    ConfigError if another run holds it, or if it cannot be written to.
 
-    The first process itself holds it, since a torchrun that was killed leaves its processes training; and by a lock of
-    the system's, which ends with the process, whatever ends it.
+    Rank 0 holds a lock of the operating system, which ends with the process, whatever ends it. (torchrun must not hold
+    it: a torchrun that was killed leaves its ranks training.)
     """
     with ExitStack() as stack:
         reason = None
-        if processes.is_main:
+        if is_main():
             try:
                 reason = _lock(stack, Path(folder))
             except OSError as error:
                 reason = f"cannot be written to ({error.strerror}); choose another"
-        if reason := processes.gather(reason)[0]:
+        if reason := gather(reason)[0]:
             raise ConfigError(f"--output {folder}: {reason}")
         yield
 
@@ -86,7 +85,7 @@ def _lock(stack, folder):
     file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
-# What may differ between a run and its continuation without making it another run.
+# A run goes on even if these settings have changed.
 FREE_TO_CHANGE = {"compile", "controls", "decode_graph", "decode_timeout", "device", "eval_batch",
                   "frame_cache", "frame_cache_gb", "gpu_memory", "keep_checkpoints", "lora_merge",
                   "max_bad_updates", "output", "plan", "prompts_per_rollout", "resume", "reward_timeout",
@@ -189,58 +188,3 @@ def data_before(config, digests, say):
         )
     say(f"data has changed ({'; '.join(changed)}); goes on as --resume anyway asks")
     return [*before, saved]
-
-
-def read_data(config, say):
-    """(training samples, held-out samples, samples of the supervised pass), each sample checked against its reward.
-
-    say: takes a line for the user, such as how many rows --skip_list left out.
-    """
-    train, held_out = split_data(config, say)
-    if not train:
-        raise DataError("--data: no row is left to train on; lower --eval_samples, or look at --skip_list")
-    sft = []
-    if config.sft_steps:
-        sft = read_samples(config.sft_data, config.video_root, flag="--sft_data", text_only=config.text_only)
-    each_row(sft, check_completions)
-    check_answers([*train, *held_out])
-    for name, samples in (("to train on", train), ("held out", held_out), ("of --sft_data", sft)):
-        say_text_only(samples, name, say)
-    return train, held_out, sft
-
-
-def split_data(config, say):
-    """(training samples, held-out samples): the latter from --eval_data, else held out of --data."""
-    train = read_mixture(config.data, config.video_root, config.text_only)
-    if config.skip_list:
-        train, left_out = leave_out(train, read_skip_list(config.skip_list))
-        say(f"--skip_list {config.skip_list}: {len(left_out)} of {len(train) + len(left_out)} rows left out")
-    if not config.eval_samples:
-        return train, []
-    if config.eval_data:
-        held_out = read_samples(config.eval_data, config.video_root, flag="--eval_data", text_only=config.text_only)
-        return train, draw(held_out, config.eval_samples)
-    return hold_out(train, config.eval_samples, config.seed)
-
-
-def check_answers(samples):
-    """Raises DataError, naming the rows, if no reward can score the answer of some samples."""
-
-    def checked(sample):
-        try:
-            check_sample(sample)
-        except (ValueError, ImportError) as error:
-            raise DataError(printable(error, 300)) from error
-
-    each_row({sample.key: sample for sample in samples}.values(), checked)  # a weight repeats rows
-
-
-def check_completions(sample):
-    if not sample.completions:
-        raise DataError(f"{sample.key}: --sft_data rows need `completions`, a list of target texts")
-
-
-def say_text_only(samples, name, say):
-    """Says how many of the questions `name` have no video or image, if any: a misspelt field may be why."""
-    if without := sum(not sample.media for sample in samples):
-        say(f"{without} of {len(samples)} questions {name} have no video or image: they are asked as text alone")

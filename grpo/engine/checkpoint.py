@@ -23,8 +23,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.tensor import DTensor
 
 from grpo.config import save_config
-from grpo.lora import merge, save_adapters
-from grpo.model import empty_model, save_model
+from grpo.engine.distributed import compute_dtype, gather, is_main
+from grpo.engine.lora import merge, save_adapters
+from grpo.engine.model import empty_model, save_model
 from video.files import write_text
 
 PREFIX, UNFINISHED = "checkpoint-", ".partial"
@@ -66,12 +67,12 @@ class Saver:
     """Writes one checkpoint at a time, in a thread. `failed` once one could not be: `wait` then raises the reason.
     `step` is that of the last one begun."""
 
-    def __init__(self, processes, processor, config):
+    def __init__(self, device, processor, config):
         """config.model is the form of what is exported, config.output the run folder."""
-        self.processes, self.processor, self.config = processes, processor, config
+        self.processor, self.config = processor, config
         self.thread, self.error, self.step = None, None, None
         # An empty one, for the policy itself is at work while its weights are written.
-        self.empty = empty_model(config.model, processes.dtype)
+        self.empty = empty_model(config.model, compute_dtype(device))
         # Its own group: what the thread exchanges must not meet what training does.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
@@ -148,7 +149,7 @@ class Saver:
                 if ".lora_" not in name:  # adapters are added in full precision
                     value = value.to(dtype)  # on the device, each process its shard
                 whole = value.full_tensor() if isinstance(value, DTensor) else value
-                if self.processes.is_main:
+                if is_main():
                     weights[name] = whole.to("cpu", copy=True)
         if not adapters:
             weights = merge(weights, config.lora_alpha / max(config.lora_rank, 1), dtype)
@@ -201,14 +202,14 @@ class Saver:
         `failure` and the reason, in all."""
         reason = None
         try:
-            if everywhere or self.processes.is_main:
+            if everywhere or is_main():
                 action()
         except (Exception, dcp.api.CheckpointException) as error:  # whatever it is, the others must hear of it
             cause = error
             while isinstance(cause, dcp.api.CheckpointException):
                 cause = next(iter(cause.failures.values()))[0]
             reason = " ".join(str(cause).split())[:300] or type(cause).__name__
-        reasons = [r for r in self.processes.gather(reason, self.group) if r]
+        reasons = [r for r in gather(reason, self.group) if r]
         if reasons:
             raise CheckpointError(f"{failure}: {reasons[0]}")
 
@@ -277,11 +278,11 @@ def load_state(checkpoint):
     return json.loads((Path(checkpoint) / "training" / "state.json").read_text())
 
 
-def load_training(checkpoint, policy, optimizer, processes):
+def load_training(checkpoint, policy, optimizer):
     """Puts saved masters and moments into a policy and its optimizer, whatever the number of processes then and now."""
     tensors = _training_tensors(policy, optimizer)
     reader = HuggingFaceStorageReader(str(Path(checkpoint) / "training"))
-    dcp.load(tensors, storage_reader=reader, no_dist=processes.mesh is None)
+    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     steps = load_state(checkpoint)["adam_steps"]
     for name, parameter in _trained(policy):
         optimizer.state[parameter]["step"].fill_(steps[name])

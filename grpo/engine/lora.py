@@ -9,7 +9,7 @@ import math
 import torch
 from safetensors.torch import save_file
 
-from grpo.model import fill
+from grpo.engine.model import fill
 from grpo.sampler import prompt_seed
 
 TARGETS = r".*language_model\.layers\.\d+\..*\.(q|k|v|o|gate|up|down)_proj"
@@ -17,7 +17,7 @@ TARGETS = r".*language_model\.layers\.\d+\..*\.(q|k|v|o|gate|up|down)_proj"
 
 def add_adapters(model, config):
     """Puts fp32 adapters of config.lora_rank into a model on the meta device, in place, and freezes all else."""
-    from peft import inject_adapter_in_model  # optional: `grpo.inputs.check_inputs` says where it is missing
+    from peft import inject_adapter_in_model  # optional: `grpo.run.folder.check_inputs` says if it is missing
 
     model.requires_grad_(False)
     inject_adapter_in_model(_peft_config(config), model)
@@ -36,7 +36,7 @@ def _peft_config(config):
 
 @torch.no_grad()
 def start_adapters(model, seed):
-    """Fills materialised adapters, alike whatever the number of processes: A from (seed, its name), B with zeros."""
+    """Fills materialised adapters, alike on any number of ranks: A from (seed, its name), B with zeros."""
     for name, parameter in adapters(model):
         values, bound = torch.zeros(parameter.shape), 1 / math.sqrt(parameter.shape[1])
         if ".lora_A." in name:

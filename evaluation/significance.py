@@ -1,0 +1,57 @@
+"""How sure an evaluation's numbers are: intervals of accuracies, and paired tests of two checkpoints."""
+
+import math
+
+from grpo.engine.evaluate import mean, scores_by_category
+
+
+def with_intervals(summary, records):
+    """A `grpo.engine.evaluate.summarise` of the records, with "intervals", {"overall" or category: 95% Wilson
+    interval}, and "counts", {category: questions}."""
+    categories = scores_by_category([r for r in records if "skipped" not in r])
+    groups = {"overall": [score for scores in categories.values() for score in scores], **categories}
+    shares = {"overall": summary["overall"], **summary["categories"]}
+    intervals = {name: wilson(shares[name], len(scores)) for name, scores in groups.items()}
+    return {
+        **summary,
+        "intervals": intervals,
+        "counts": {category: len(scores) for category, scores in categories.items()},
+    }
+
+
+def wilson(share, count, z=1.959963984540054):
+    """[low, high] of the 95% interval of a share of `count` answers (Wilson 1927, without continuity correction).
+
+    For scores between 0 and 1 (MRA, ROUGE) it is too wide rather than too narrow: of all scores with this mean, those
+    that are 0 or 1 vary most.
+    """
+    if not count:
+        return [0.0, 1.0]
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def mcnemar(better, worse):
+    """The exact two-sided p-value that `better` gains and `worse` losses are tosses of one fair coin (McNemar 1947)."""
+    count = better + worse
+    tail = sum(math.comb(count, i) for i in range(min(better, worse) + 1))
+    return min(1.0, 2 * tail / 2**count)
+
+
+def paired(records, others):
+    """What records gain over `others`, answers to the same samples: {"difference" of mean scores, "better", "worse",
+    "p", "count", "categories": {category: the same of it alone}}, over the samples that both could read. With scores
+    between 0 and 1 it is the exact sign test."""
+    other = {r["key"]: r["score"] for r in others if "skipped" not in r}
+    gains = [(r["category"], r["score"] - other[r["key"]]) for r in records if "skipped" not in r and r["key"] in other]
+    categories = sorted({category for category, _ in gains})
+    return _gain([g for _, g in gains]) | {
+        "categories": {category: _gain([g for k, g in gains if k == category]) for category in categories}
+    }
+
+
+def _gain(gains):
+    better, worse = sum(g > 0 for g in gains), sum(g < 0 for g in gains)
+    p = mcnemar(better, worse)
+    return {"difference": mean(gains), "better": better, "worse": worse, "p": p, "count": len(gains)}

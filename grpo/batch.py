@@ -1,0 +1,148 @@
+"""The two carriers of a step: `RolloutGroup`, a prompt with its scored completions, and `MicroBatch`, what one forward
+and backward takes.
+
+Shape letters used everywhere: B prompts, G completions of a group, P prompt tokens, C completion tokens, T frames,
+V vocabulary, L tokens of a packed row, N all completion tokens of a micro-batch. Completion tokens are flat, (N,),
+prompt by prompt and completion by completion: nothing is padded, so no mask is needed.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+
+from grpo.positions import media_spans, prompt_positions
+from video.prompt import Prompt
+
+
+@dataclass
+class RolloutGroup:
+    """G completions of one prompt; each list has one entry for each completion."""
+
+    prompt: Prompt
+    tokens: list  # (C_g,) int64, the EOS included, unless the length limit truncated the completion
+    logprobs: list  # (C_g,) float32 of the sampler: full softmax at the sampling temperature
+    texts: list  # the decoded tokens, without the EOS
+    finished: list  # False if the length limit truncated the completion
+    features: torch.Tensor | None = None  # (merged tokens, hidden) of the prompt's media, if the tower is frozen
+    rewards: list = field(default_factory=list)  # the total reward
+    parts: dict = field(default_factory=dict)  # reward name -> unweighted value of each completion
+    errors: dict = field(default_factory=dict)  # reward name -> messages of its failed calls, which scored 0
+    advantages: torch.Tensor | None = None  # (G,)
+
+    @property
+    def lengths(self):
+        return [len(t) for t in self.tokens]
+
+
+@dataclass
+class MicroBatch:
+    """Rows `[prompt | c_1 | ... | c_G]` of several prompts, one after another, and what the loss needs of each token.
+
+    `pack` fills the fields up to `grids`; `pack_groups` also the others, for training.
+    """
+
+    input_ids: torch.Tensor  # (1, L)
+    position_ids: torch.Tensor  # (3, 1, L)
+    next_position: torch.Tensor  # (B,) where the completions of each prompt start
+    predict: torch.Tensor  # (N,) index of the hidden state that predicts each completion token
+    targets: torch.Tensor  # (N,) the completion tokens
+    groups: list  # (P, (C_1, ..., C_G)) of each prompt
+    placeholders: torch.Tensor | None = None  # (merged tokens,) where the media's tokens stand in the row
+    pixels: torch.Tensor | None = None  # (patches, 1176) of all media, in the order of their placeholders
+    grids: torch.Tensor | None = None  # (media, 3)
+    features: torch.Tensor | None = None  # (merged tokens, hidden), if the vision tower has run already
+    advantages: torch.Tensor | None = None  # (N,)
+    sampler_logprobs: torch.Tensor | None = None  # (N,)
+    old_logprobs: torch.Tensor | None = None  # (N,)
+    ref_logprobs: torch.Tensor | None = None  # (N,)
+
+    @property
+    def lengths(self):
+        """Tokens of each completion; [] in a dummy micro-batch, which trains nothing."""
+        return [] if self.advantages is None else [n for _, lengths in self.groups for n in lengths]
+
+    def to(self, device):
+        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+
+def pack(prompts, completions, spec):
+    """Returns the row `[p_1 | c_11 ... c_1G | p_2 | ...]` as a `MicroBatch`.
+
+    prompts: B `video.prompt.Prompt`; completions: B lists of (C,) int64 tensors; an empty list packs the prompt alone.
+    The positions of every completion start right after the last position of its prompt, as they did in sampling.
+
+    A text prompt [p q] with completions [a b] and [c] is the row
+
+        input_ids [p q a b c]   position_ids [0 1 2 3 2]   predict [1 2 1]   targets [a b c]   groups [(2, (2, 1))]
+    """
+    ids, positions, firsts, predict, targets, groups, starts, start = [], [], [], [], [], [], [], 0
+    for prompt, group in zip(prompts, completions, strict=True):
+        own, first = prompt_positions(prompt, spec)
+        size = own.shape[1]
+        starts.append(start)
+        ids.append(prompt.input_ids)
+        positions.append(own)
+        firsts.append(first)
+        last, start = start + size - 1, start + size
+        for tokens in group:
+            count = len(tokens)
+            ids.append(tokens)
+            positions.append((first + torch.arange(count)).expand(3, -1))
+            # The prompt's last token predicts the first token of every completion.
+            predict.append(torch.tensor([last, *range(start, start + count - 1)]))
+            targets.append(tokens)
+            start += count
+        groups.append((size, tuple(len(tokens) for tokens in group)))
+    empty = torch.zeros(0, dtype=torch.long)
+    return MicroBatch(
+        input_ids=torch.cat(ids)[None],
+        position_ids=torch.cat(positions, dim=1)[:, None],
+        next_position=torch.tensor(firsts),
+        predict=torch.cat(predict or [empty]),
+        targets=torch.cat(targets or [empty]),
+        groups=groups,
+        **_pack_media(prompts, starts, spec),
+    )
+
+
+def _pack_media(prompts, starts, spec):
+    """{"placeholders", "pixels", "grids"} of all images and videos, {} if there are none.
+
+    The row of prompt b begins at starts[b].
+    """
+    placeholders, pixels, grids = [], [], []
+    for prompt, start in zip(prompts, starts):
+        videos = prompt.pixel_values_videos, prompt.video_grid_thw
+        media = {True: (prompt.pixel_values, prompt.image_grid_thw), False: videos}
+        split = {is_image: p.split(g.prod(-1).tolist()) for is_image, (p, g) in media.items() if p is not None}
+        for span in media_spans(prompt, spec):
+            placeholders.append(torch.arange(start + span.start, start + span.stop))
+            pixels.append(split[span.is_image][span.index])
+            grids.append(span.grid)
+    if not grids:
+        return {}
+    return {"placeholders": torch.cat(placeholders), "pixels": torch.cat(pixels), "grids": torch.tensor(grids)}
+
+
+def pack_groups(groups, spec, frozen_vision=False):
+    """The `MicroBatch` that trains on the groups; frozen_vision: on the vision features that sampling computed."""
+    batch = pack([g.prompt for g in groups], [g.tokens for g in groups], spec)
+    lengths = torch.tensor([n for g in groups for n in g.lengths])
+    batch.advantages = torch.cat([g.advantages for g in groups]).repeat_interleave(lengths)
+    batch.sampler_logprobs = torch.cat([row for g in groups for row in g.logprobs])
+    batch.features = torch.cat([g.features for g in groups]) if frozen_vision else None
+    return batch
+
+
+def dummy(frozen_vision=False):
+    """A micro-batch of one prompt token and one completion token that trains nothing: a rank without samples runs it,
+    so that it takes part in every collective of a sharded model."""
+    one, features = torch.zeros(1, dtype=torch.long), torch.zeros(0) if frozen_vision else None
+    ids, positions = torch.zeros(1, 2, dtype=torch.long), torch.zeros(3, 1, 2, dtype=torch.long)
+    return MicroBatch(ids, positions, one, one, one, [(1, (1,))], features=features)
+
+
+def chunked(items, size):
+    """[1 2 3], 2 -> [1 2] [3]"""
+    return [items[i : i + size] for i in range(0, len(items), size)]

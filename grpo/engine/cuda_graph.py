@@ -1,0 +1,30 @@
+"""CUDA graphs of a few steps, recorded without emptying the allocator's cache."""
+
+from contextlib import suppress
+from functools import cache
+
+import torch
+
+
+def record(step, pool):
+    """The CUDA graph of step(), which is recorded and not run; its memory comes from `pool`.
+
+    torch.cuda.graph does the same, but first empties the allocator's cache: too much for a graph of a few steps.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(capture_stream()):
+        graph.capture_begin(pool.id, capture_error_mode="thread_local")  # other threads load data
+        try:
+            step()
+        except Exception:
+            with suppress(RuntimeError):  # it says only that there was an error
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    return graph
+
+
+@cache
+def capture_stream():
+    """The stream of all recordings: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream()

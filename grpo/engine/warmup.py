@@ -1,0 +1,88 @@
+"""A supervised pass before GRPO, through the same packed forward: several target completions share their prompt.
+
+Rows carry `completions`. The pass ends after `sft_steps`, or as soon as the model predicts every determined token: all
+tokens of a prompt's only completion; of several completions, whose thoughts differ, the tokens between <answer> and
+</answer>. "Predicts" means: the least probability of a prompt's determined tokens has a mean above `sft_until` over the
+prompts of the last ten steps.
+"""
+
+from collections import deque
+
+import torch
+
+from grpo.batch import RolloutGroup
+from grpo.engine.distributed import reduce_sum, world_size
+from grpo.update import apply_gradients, learning_rate, make_micro_batches, make_optimizer, set_learning_rate
+from video.formats import DataError
+
+RAMP = 20  # steps of linear warm-up of the learning rate, which then stays constant
+
+
+def target_tokens(tokenizer, text):
+    """((C,) tokens of a completion with its EOS, (C,) bool marks of the tokens between <answer> and </answer>)."""
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    start, stop = text.find("<answer>") + len("<answer>"), text.find("</answer>")
+    marks = [a < stop and b > start and a >= start for a, b in encoded["offset_mapping"]]
+    return torch.tensor([*encoded["input_ids"], tokenizer.eos_token_id]), torch.tensor([*marks, False])
+
+
+def target_groups(prompts, tokenizer, spec, max_tokens):
+    """(`RolloutGroup`s whose completions are the prompts' targets, marks as in `target_tokens` for each completion).
+
+    Every prompt weighs the same, however many targets it has. Raises DataError, naming the row, for a completion of
+    more than max_tokens, which would take all memory, or with a vision token, which would have no features.
+    """
+    groups, marks, forbidden = [], [], torch.tensor(spec.never_sampled)
+    for prompt in prompts:
+        tokens, answers = zip(*(target_tokens(tokenizer, text) for text in prompt.sample.completions))
+        if any(bool(torch.isin(own, forbidden).any()) for own in tokens):
+            raise DataError(f"{prompt.sample.key}: a completion holds a vision token such as <|video_pad|>; remove it")
+        if (longest := max(map(len, tokens))) > max_tokens:
+            raise DataError(
+                f"{prompt.sample.key}: a completion of {longest} tokens is over --max_prompt_tokens {max_tokens}; "
+                "shorten it"
+            )
+        group = RolloutGroup(prompt, list(tokens), [torch.zeros(len(own)) for own in tokens], [], [])
+        group.advantages = torch.full((len(tokens),), 1.0 / sum(group.lengths))
+        groups.append(group)
+        marks.append(answers)
+    return groups, marks
+
+
+def supervised_step(policy, optimizer, groups, config):
+    """One step of maximum likelihood. Returns (loss, [(C,) probabilities of the tokens of each completion])."""
+    count = max(reduce_sum({"prompts": len(groups)})["prompts"], 1)
+    total, probabilities = 0.0, []
+    for batch in make_micro_batches(groups, policy, config, config.sft_prompts_per_step):
+        logprobs, _ = policy(batch, entropy=False)
+        loss = -(logprobs * batch.advantages).sum() / count if batch.lengths else 0 * logprobs.sum()
+        (loss * world_size()).backward()  # FSDP averages gradients over ranks; the loss is a sum
+        total += loss.item()
+        probabilities += logprobs.detach().exp().cpu().split(batch.lengths) if batch.lengths else []
+    apply_gradients(policy, optimizer, config.grad_clip)
+    return reduce_sum({"loss": total})["loss"], probabilities
+
+
+def least_probable(probabilities, marks, completions):
+    """The least of a completion's (C,) probabilities of determined tokens; see the top of this file."""
+    chosen = probabilities if completions == 1 else probabilities[marks]
+    return chosen.min().item() if len(chosen) else 1.0
+
+
+def warm_up(policy, batches, tokenizer, config, log):
+    """Trains on batches of prompts with `completions` until the end that the top of this file describes. It saves
+    nothing: a run that is stopped in it begins it again."""
+    optimizer, recent = make_optimizer(policy, config), deque(maxlen=10)
+    log.start("warm-up", config.sft_steps)
+    for step, (prompts, _) in enumerate(batches):
+        set_learning_rate(optimizer, learning_rate(step, config.sft_steps, config.sft_learning_rate, "constant", RAMP))
+        groups, marks = target_groups(prompts, tokenizer, policy.spec, config.max_prompt_tokens)
+        loss, probabilities = supervised_step(policy, optimizer, groups, config)
+        flat = iter(probabilities)
+        least = [min(least_probable(next(flat), own, len(answers)) for own in answers) for answers in marks]
+        sums = reduce_sum({"probability": sum(least), "prompts": len(least)})
+        recent.append(sums["probability"] / max(sums["prompts"], 1))
+        log.step("warmup", step, {"loss": loss, "probability": recent[-1]}, shown=("loss", "probability"))
+        if len(recent) == recent.maxlen and sum(recent) / len(recent) > config.sft_until:
+            break
+    log.stop()

@@ -1,0 +1,184 @@
+"""What a run leaves to look at: metrics.jsonl, TensorBoard events, and a progress bar. Only rank 0 writes."""
+
+import html
+import json
+import platform
+import subprocess
+import sys
+import threading
+import warnings
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from grpo.config import save_config
+from grpo.engine.distributed import gather, is_main
+from grpo.engine.evaluate import mean
+from rewards.diagnostics import answer_stats
+from video.files import append_rows, naming, read_rows, write_rows, write_text
+from video.formats import printable
+from video.pictures import frames_of, strip
+
+SHOWN = 2  # groups of a step in TensorBoard
+
+
+def quiet_libraries():
+    """Leaves the terminal to this project's own progress bars and messages."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # saving from one process
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # TensorBoard's thread also hands a full disk to the next call, which ends the run with one line.
+    unseen = lambda end: isinstance(end.exc_value, OSError)
+    threading.excepthook = lambda end: None if unseen(end) else threading.__excepthook__(end)
+
+
+class RunLog:
+    """Writes the metrics of each step.
+
+    metrics.jsonl gets one line a step, with a `phase` ("warmup", "train" or "eval"); TensorBoard gets the same names
+    under the phase. `keep(phase, step)` says which lines of an interrupted run stay; the run makes the others again.
+    """
+
+    def __init__(self, folder, keep):
+        self.folder, self.bar = Path(folder), tqdm(disable=True)
+        if not is_main():
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import; only here
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = self.folder / "metrics.jsonl"
+        kept = [row for row in read_rows(self.file, ("phase", "step")) if keep(row["phase"], row["step"])]
+        made = [row["step"] for row in kept if row["phase"] == "train"]
+        write_rows(self.file, kept)
+        self.board = SummaryWriter(self.folder, purge_step=1 + max(made) if made else None)
+
+    def describe(self, config, versions):
+        """Writes run.json, the whole configuration, and versions.json: command, versions, git revision, data."""
+        if is_main():
+            save_config(config, self.folder / "run.json")
+            write_text(self.folder / "versions.json", json.dumps(versions, indent=2) + "\n")
+
+    def start(self, title, total, first=0):
+        """Begins the progress bar of a phase."""
+        self.bar = tqdm(
+            total=total, initial=first, desc=title, dynamic_ncols=True, mininterval=0.5, disable=not is_main()
+        )
+
+    def step(self, phase, step, metrics, shown=()):
+        """shown: names of the metrics that the progress bar shows."""
+        self.write(phase, step, metrics)
+        self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown if name in metrics}, refresh=False)
+        self.bar.update()
+
+    def write(self, phase, step, metrics):
+        if not is_main():
+            return
+        append_rows(self.file, [{"phase": phase, "step": step, **metrics}])
+        with naming(f"{self.folder}/events.out.tfevents.*"):
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)):
+                    self.board.add_scalar(f"{phase}/{name}", value, step)
+
+    def evaluation(self, step, summary):
+        """Held-out accuracy of a `grpo.engine.evaluate.summarise`: of what is trained, overall, and by category."""
+        if summary:
+            categories = {f"accuracy_{category}": value for category, value in summary["categories"].items()}
+            totals = {"accuracy": summary["trained"], "accuracy_overall": summary["overall"]}
+            self.write("eval", step, {**totals, **categories, "unparsed": summary["unparsed"]})
+            self.say(
+                f"step {step}: held-out accuracy {summary['trained']:.1%} of the categories trained on, "
+                f"{summary['overall']:.1%} of all {summary['count']} questions; {summary['skipped']} unreadable"
+            )
+
+    def show_failures(self, step, groups):
+        """Names the user's own rewards that failed on this rank."""
+        failures = defaultdict(list)
+        for name, messages in (item for group in groups for item in group.errors.items()):
+            failures[name].append(messages[0])
+        for name, messages in failures.items():
+            where = f"{len(messages)} of {len(groups)} groups"
+            self.say(f"step {step}: reward {name} failed in {where}, scored 0: {messages[0]}", everywhere=True)
+
+    def show_groups(self, step, groups, processor):
+        """Shows the first groups of a step in TensorBoard: frames side by side, completions as a table."""
+        for number, group in enumerate(groups[: SHOWN * is_main()]):
+            for frames in frames_of(group.prompt, processor)[:1]:
+                self.board.add_image(f"rollouts/{number}", strip(frames), step)
+            self.board.add_text(f"rollouts/{number}", completions_table(group), step)
+
+    def say(self, text, everywhere=False):
+        """Prints a line above the progress bar; `everywhere`: also on ranks other than 0."""
+        if is_main() or everywhere:
+            tqdm.write(printable(text))
+
+    def stop(self):
+        """Ends the progress bar of a phase."""
+        self.bar.close()
+
+    def close(self):
+        self.stop()
+        if is_main():
+            with naming(f"{self.folder}/events.out.tfevents.*"):
+                self.board.close()
+
+
+def describe_run():
+    """{what a reader needs to run this again}: command, versions, git revision ("" without a checkout or git)."""
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        revision = subprocess.run(describe, capture_output=True, timeout=20).stdout.decode(errors="replace").strip()
+    except (OSError, subprocess.SubprocessError):  # many machines have no git
+        revision = ""
+    return {
+        "command": " ".join(sys.argv),
+        "revision": revision,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def describe_groups(groups):
+    """Means over the step's completions on all ranks: rewards and their parts, lengths, what was answered."""
+    accuracies = [group.parts["accuracy"] for group in groups if "accuracy" in group.parts]
+    columns = {
+        "reward": [r for group in groups for r in group.rewards],
+        "length": [n for group in groups for n in group.lengths],
+        "truncated_frac": [not done for group in groups for done in group.finished],
+        "reward_std": [torch.tensor(group.rewards).std().item() for group in groups],
+        "rewards_failed": [sum(map(len, group.errors.values())) for group in groups],
+        "frac_groups_all_correct": [min(a) == 1 for a in accuracies],
+        "frac_groups_all_wrong": [max(a) == 0 for a in accuracies],
+    }
+    for group in groups:
+        for name, part in group.parts.items():
+            columns.setdefault(name, []).extend(part)
+    texts = [text for group in groups for text in group.texts]
+    samples = [group.prompt.sample for group in groups for _ in group.texts]
+    merged, all_texts, all_samples = defaultdict(list), [], []
+    for columns, texts, samples in gather((columns, texts, samples)):
+        for name, values in columns.items():
+            merged[name] += values
+        all_texts += texts
+        all_samples += samples
+    answers, count = answer_stats(all_texts, all_samples), max(len(all_texts), 1)
+    return {
+        **{name: mean(values) for name, values in merged.items() if values},  # a metric that nobody measured is absent
+        **{f"{name}_frac": answers[name] for name in ("no_answer", "several_answers")},
+        **{f"letter_{letter}": number / count for letter, number in answers["letters"].items()},
+    }
+
+
+def completions_table(group):
+    """A group's completions with reward, its parts and advantage, as Markdown."""
+    plain = lambda text: " ".join(html.escape(text).replace("|", "&#124;").split())
+    sample, names = group.prompt.sample, ["reward", "advantage", *group.parts]
+    columns = [group.rewards, group.advantages, *group.parts.values()]
+    lines = [f"{plain(sample.problem)} (answer: {plain(sample.answer)})", ""]
+    lines += ["| " + " | ".join([*names, "completion"]) + " |", "|---" * (len(names) + 1) + "|"]
+    for text, *values in zip(group.texts, *columns):
+        lines.append("| " + " | ".join([*(f"{float(v):.3g}" for v in values), plain(text)]) + " |")
+    return "\n".join(lines)

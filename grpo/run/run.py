@@ -1,0 +1,216 @@
+"""What surrounds the loop of a run: batches that arrive decoded, log, evaluation, checkpoints."""
+
+import time
+from collections.abc import Callable
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from grpo.config import Config
+from grpo.engine.checkpoint import Saver, load_state, note_if_best
+from grpo.engine.distributed import barrier, gather, is_main, rank, reduce_sum, world_size
+from grpo.engine.evaluate import EvalSettings, Progress, category_of, predict, summarise
+from grpo.engine.fast_paths import choose_fast_paths
+from grpo.engine.model import read_processor
+from grpo.errors import ConfigError, RunError, Stopped
+from grpo.run.data import digest, read_questions, step_samples, steps_of
+from grpo.run.folder import clear_run, data_before, find_checkpoint, made_before
+from grpo.run.log import RunLog, describe_groups, describe_run
+from grpo.run.stops import count_bad, memory_message, out_of_memory
+from video.cache import FrameCache
+from video.formats import DataError
+from video.loader import PromptLoader
+from video.pool import WorkersDoNotStart
+from video.prompt import PromptEncoder, Skipped
+
+
+def make_encoder(config, template=None, path=None):
+    """The `PromptEncoder` of a run; template and path stand in for config.prompt_template and config.model.
+
+    Raises ConfigError if the template holds special tokens.
+    """
+    cache = FrameCache(config.frame_cache, config.frame_cache_gb) if config.frame_cache else None
+    template = template or config.prompt_template
+    try:
+        return PromptEncoder(
+            path or config.model, config.video_settings(), template, config.max_prompt_tokens, cache
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+@contextmanager
+def open_run(config, device, mesh, signalled, began):
+    """Yields the `Run`: data, processor, decoding workers and log; closes them. Sets config.steps.
+
+    A run that is to start anew clears its folder, once all that it needs is known to be there. Raises ConfigError and
+    DataError before any weight loads.
+    """
+    # 1) Read what the run needs, and its state if it goes on
+    say = print if is_main() else lambda line: None
+    train, held_out, warmup = read_questions(config, say)
+    if config.steps is None:
+        config.steps = steps_of(config.epochs, len(train), config.prompts_per_step)
+    digests = {"train": digest(train), "held out": digest(held_out), "warm-up": digest(warmup)}
+    checkpoint = find_checkpoint(config)  # before its data is compared: other settings may make other data
+    before = data_before(config, digests, say)
+    state = load_state(checkpoint) if checkpoint else {"step": 0}
+    processor, encoder = read_processor(config.model), make_encoder(config)
+    saver = Saver(device, processor, config)
+
+    # 2) Clear the folder
+    barrier()  # until here, other ranks may read what rank 0 removes now
+    if is_main() and (Path(config.output) / "run.json").exists():
+        clear_run(config.output, anew=config.resume == "no")
+    barrier()
+    warmed = (Path(config.output) / "warmup").exists()
+
+    # 3) Start the log and the workers
+    log = RunLog(config.output, partial(made_before, state["step"], config.steps, warmed))
+    with closing(log), PromptLoader(encoder, config.workers, config.decode_timeout) as loader:
+        log.describe(config, {**describe_run(), "data": digests, "data_before": before})
+        began -= state.get("seconds", 0)
+        run = Run(
+            config=config, device=device, mesh=mesh, processor=processor, train=train, held_out=held_out, warmup=warmup,
+            checkpoint=checkpoint, state=state, loader=loader, log=log, saver=saver, signalled=signalled, began=began,
+        )  # fmt: skip
+        run.introduce()
+        try:
+            yield run
+        except Exception as error:
+            saver.join()  # a run that fails keeps the checkpoint that is being written
+            if out_of_memory(error):
+                raise RunError(memory_message(run.prompts, config, error)) from error
+            raise
+
+
+@dataclass
+class Run:
+    """One run's surroundings."""
+
+    config: Config
+    device: torch.device
+    mesh: object  # None on one CPU process
+    processor: object
+    train: list  # the samples to train on
+    held_out: list  # the samples to evaluate on
+    warmup: list  # the samples of the supervised pass
+    checkpoint: Path | None  # the newest, which the run goes on from
+    state: dict  # what resuming needs beside weights and moments
+    loader: PromptLoader
+    log: RunLog
+    saver: Saver
+    signalled: Callable  # () -> number of the signal that this process got, 0 without one
+    began: float  # when it would have begun, had it never stopped
+    prompts: list = field(default_factory=list)  # those at work
+    bad: int = 0  # steps in a row whose update was skipped
+    checked: bool = False  # whether fast paths have been chosen
+
+    def introduce(self):
+        """Says what the run is about to do."""
+        config, say = self.config, self.log.say
+        if config.top_k or config.top_p < 1:
+            say("--top_k or --top_p is on: sampling sees fewer tokens than the log-probabilities are over")
+        say(
+            f"{config.model} on {world_size()} x {self.device.type}: {len(self.train)} questions to train on, "
+            f"{len(self.held_out)} held out, {config.steps} steps"
+        )
+        if self.checkpoint:
+            done = f"{self.state['step']} of {config.steps} steps are done"
+            say(f"goes on from {self.checkpoint}, {done}; --resume no, or another --output, starts anew")
+        if config.prompts_per_step < world_size():
+            say(f"--prompts_per_step {config.prompts_per_step}: some of {world_size()} processes have none")
+
+    def grpo_batches(self):
+        """The batches of the GRPO steps that are not done yet."""
+        config = self.config
+        steps = range(self.state["step"], config.steps)
+        return self.batches(self.train, steps, config.prompts_per_step, config.seed)
+
+    def warmup_batches(self):
+        """The batches of the supervised pass."""
+        config = self.config
+        steps, seed = range(config.sft_steps), config.seed + 1
+        return self.batches(self.warmup, steps, config.sft_prompts_per_step, seed, flag="--sft_data")
+
+    def batches(self, samples, steps, per_step, seed, flag="--data"):
+        """Yields (prompts of this rank, {"skipped", "seconds_waiting"}) for each of a range of steps.
+
+        Worker processes decode ahead. A sample that could not be read is named and counted, and its step is smaller.
+        Raises Stopped on all ranks before the first step that any of them was asked not to take, and DataError before
+        the last step if no sample of all steps could be used. `flag` is where the samples come from.
+        """
+        own = slice(rank(), None, world_size())
+        encoded = self.loader.batches(step_samples(samples, step, per_step, seed)[own] for step in steps)
+        used, asked = self.state.setdefault("used", {}), time.perf_counter()
+        for step, batch in zip(steps, self.until_signalled(encoded)):
+            waited = time.perf_counter() - asked
+            prompts = [p for p in batch if not isinstance(p, Skipped)]
+            for p in batch:
+                if isinstance(p, Skipped):
+                    self.log.say(f"skipped {p.key}: {p.path}: {p.reason}", everywhere=True)
+            stop = bool(self.signalled() or self.saver.failed)
+            sums = reduce_sum({"used": len(prompts), "skipped": len(batch) - len(prompts), "stop": stop})
+            if sums["stop"]:
+                raise Stopped(step, max(gather(self.signalled())))
+            self.prompts = prompts
+            used[flag] = used.get(flag, 0) + sums["used"]
+            if step == steps[-1] and not used[flag]:
+                raise DataError(f"{flag}: every sample was skipped, for the reasons above: nothing was trained")
+            yield prompts, {"skipped": int(sums["skipped"]), "seconds_waiting": waited}
+            asked = time.perf_counter()
+
+    def until_signalled(self, batches):
+        """Yields the batches; an empty one, for all ranks to stop at, if a signal has ended the workers too."""
+        try:
+            yield from batches
+        except WorkersDoNotStart:
+            if not self.signalled():
+                raise
+            yield []
+
+    def choose_fast_paths(self, policy):
+        """See `grpo.engine.fast_paths`. The run's first policy decides for the whole run."""
+        if not self.checked:
+            tokenizer = self.processor.tokenizer
+            choose_fast_paths(policy, self.loader, self.train, self.config, tokenizer, self.log.say)
+        self.checked = True
+
+    def evaluate(self, policy, control=None):
+        """`summarise`d accuracy on the held-out questions, greedy; {} if there are none."""
+        config, held_out, self.prompts = self.config, self.held_out, []
+        if not held_out:
+            return {}
+        settings = EvalSettings(config.max_new_tokens, config.eval_batch, control=control)
+        with Progress(control or "evaluation", len(held_out), leave=False) as progress:
+            records = predict(
+                policy, self.loader, held_out, self.processor.tokenizer, settings, report=progress
+            )  # fmt: skip
+        return summarise(records, frozenset(map(category_of, self.train)))
+
+    def report(self, step, groups, metrics):
+        """Logs a step. Raises RunError after config.max_bad_updates steps in a row whose update was skipped."""
+        self.log.show_failures(step, groups)
+        metrics = metrics | describe_groups(groups)
+        if self.config.show_every and step % self.config.show_every == 0:
+            self.log.show_groups(step, groups, self.processor)
+        self.log.step("train", step, metrics, shown=("reward", "accuracy", "kl", "length"))
+        self.bad = count_bad(self.bad, metrics, self.config, step)
+
+    def evaluate_and_save(self, done, policy, optimizer):
+        """Does what is due after `done` steps. The last evaluation comes after the loop."""
+        config, best = self.config, False
+        if config.eval_every and done % config.eval_every == 0 and done < config.steps:
+            accuracy = self.evaluate(policy)
+            self.log.evaluation(done, accuracy)
+            best = note_if_best(self.state, done, accuracy)
+        if best or done % config.save_every == 0 or done == config.steps:
+            self.save(done, policy, optimizer)
+
+    def save(self, step, policy, optimizer):
+        """Begins to write a checkpoint of what there is after `step` steps."""
+        self.state["seconds"] = time.time() - self.began
+        self.saver.save(step, policy, optimizer, self.state)
