@@ -1,4 +1,4 @@
-"""What there is to read and to look at: tables of accuracies, report.html, and a training step's completions."""
+"""What there is to read and to look at: tables of accuracies, and report.html."""
 
 import base64
 import hashlib
@@ -7,11 +7,11 @@ import io
 import json
 import re
 
-import torch
 from PIL import Image
 
 from evaluation.evaluate import CONTROLS
 from video.files import write_text
+from video.pictures import frames_of, strip
 from video.prompt import Skipped
 
 
@@ -88,57 +88,6 @@ def accuracy_table(rows, columns, text="{:.1%}".format):
     lines += [
         f"{kind:24}" + "".join(cell(row[name], width) for name, width in widths.items()) for kind, row in rows.items()
     ]
-    return "\n".join(lines)
-
-
-def frames_of(prompt, processor):
-    """The pictures in a Prompt as the model saw them: patches put together again, normalisation undone.
-
-    One uint8 (T, 3, H, W) tensor for each video (T frames), then for each image (T 1).
-    """
-    kinds = (
-        (prompt.pixel_values_videos, prompt.video_grid_thw, processor.video_processor, 1),
-        (prompt.pixel_values, prompt.image_grid_thw, processor.image_processor, 2),  # an image is a frame shown twice
-    )
-    return [
-        _unpatch(patches, grid, cutter)[::step]
-        for pixels, grids, cutter, step in kinds
-        if pixels is not None
-        for patches, grid in zip(pixels.split(grids.prod(-1).tolist()), grids.tolist())
-    ]
-
-
-def _unpatch(patches, grid, cutter):
-    (time, rows, columns), size, merge, pair = grid, cutter.patch_size, cutter.merge_size, cutter.temporal_patch_size
-    cut = patches.view(time, rows // merge, columns // merge, merge, merge, 3, pair, size, size)
-    frames = cut.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(time * pair, 3, rows * size, columns * size)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (cutter.image_mean, cutter.image_std))
-    return ((frames * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def strip(frames):
-    """Frames (T, 3, H, W) side by side: (3, H, T·W)."""
-    return torch.cat(list(frames), dim=2)
-
-
-def show_rollouts(board, step, prompts, rollouts, processor, most=2):
-    """Writes the first `most` prompts of a step to a TensorBoard writer: the frames as a strip, the completions as a
-    table with their rewards and advantages."""
-    for number, (prompt, rollout) in enumerate(list(zip(prompts, rollouts))[:most]):
-        for frames in frames_of(prompt, processor)[:1]:
-            board.add_image(f"rollouts/{number}", strip(frames), step)
-        board.add_text(f"rollouts/{number}", completions_table(prompt.sample, rollout), step)
-
-
-def completions_table(sample, rollout):
-    """A group's completions with reward, its parts and advantage, as Markdown."""
-    plain = lambda text: " ".join(html.escape(text).replace("|", "&#124;").split())
-    names = ["reward", "advantage", *rollout.parts]
-    columns = [rollout.rewards, rollout.advantages, *rollout.parts.values()]
-    lines = [f"{plain(sample.problem)} (answer: {plain(sample.answer)})", ""]
-    lines += ["| " + " | ".join([*names, "completion"]) + " |", "|---" * (len(names) + 1) + "|"]
-    for text, *values in zip(rollout.texts, *columns):
-        lines.append("| " + " | ".join([*(f"{float(v):.3g}" for v in values), plain(text)]) + " |")
     return "\n".join(lines)
 
 

@@ -13,7 +13,6 @@ import torch
 
 from demo.build import build_demo
 from evaluation.evaluate import Progress, kind_of, mean, predict, summarise
-from evaluation.report import show_rollouts
 from grpo import distributed
 from grpo.checkpoint import Saver, load_state, note_if_best
 from grpo.config import Config, ConfigError
@@ -22,6 +21,7 @@ from grpo.inputs import clear_run, data_before, find_checkpoint, made_before, re
 from grpo.metrics import RunLog, describe_run
 from grpo.model import read_processor
 from grpo.selfcheck import choose_fast_paths
+from grpo.show import show_rollouts
 from grpo.stops import RunError, Stopped, count_bad, memory_message, out_of_memory
 from rewards.diagnostics import answer_stats
 from video.dataset import DataError

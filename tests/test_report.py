@@ -16,21 +16,13 @@ from video_helpers import SMALL, make_video
 from demo.tiny import build_tiny_model
 from evaluation import plot
 from evaluation.evaluate import CONTROLS, paired, summarise
-from evaluation.report import (
-    completions_table,
-    evaluation_table,
-    frames_of,
-    show_rollouts,
-    strip,
-    summary_of,
-    summary_table,
-    verdict,
-    write_report,
-)
+from evaluation.report import evaluation_table, summary_of, summary_table, verdict, write_report
+from grpo.show import completions_table, show_rollouts
 from grpo.types import Rollout
 from video.dataset import Sample
 from video.frames import read_image, read_video
 from video.loader import PromptLoader
+from video.pictures import frames_of, strip
 from video.prompt import PromptEncoder
 
 EVIL = "<script>document.title = 'broken'; fetch('/leak')</script><img src='/leak.png' onerror='fetch(`/leak2`)'>"
