@@ -227,8 +227,8 @@ def show(arguments, config, output, folder, asked, result, columns):
     title = f"{arguments.ckpt} on {arguments.benchmark or arguments.data or 'the questions that its run held out'}"
     encoder = PromptEncoder(folder, config.video_settings(), template, config.max_prompt_tokens)
     with PromptLoader(encoder, config.workers, config.decode_timeout) as loader:
-        most = arguments.report_samples
-        return write_report(output / "report.html", title, result, columns, samples, loader, most, picture)
+        questions = [(s, {name: rows[i] for name, rows in columns.items()}) for i, s in enumerate(samples)]
+        return write_report(output / "report.html", title, result, questions, loader, arguments.report_samples, picture)
 
 
 def default_output(arguments):

@@ -1,5 +1,7 @@
 """What there is to look at: report.html in a browser, frames put together again, a step's completions, curves."""
 
+import base64
+import hashlib
 import http.server
 import json
 import re
@@ -65,8 +67,9 @@ def report(tmp_path_factory, encoder):
     }
     picture = folder / "curve.png"
     Image.new("RGB", (8, 8)).save(picture)
+    questions = [(sample, dict.fromkeys(columns, row)) for sample, row in zip(samples, rows)]
     with PromptLoader(encoder, workers=0) as loader:
-        return write_report(folder / "report.html", f"title {EVIL}", result, columns, samples, loader, 100, picture)
+        return write_report(folder / "report.html", f"title {EVIL}", result, questions, loader, 100, picture)
 
 
 def browse(url, folder):
@@ -147,6 +150,10 @@ def test_the_file_needs_no_network_and_holds_each_video_once(report):
     assert page.count("data:image/webp") == 2
     assert page.count("<script") == 1
     assert "http" not in re.sub(r"http-equiv|base64,[\w+/=]+", "", page)
+    assert len(re.findall("<(?:img|script|b|i|u)[ >]", page)) == 4 + 1 + 1 + 3 * 5, "markup of a text is not escaped"
+    script = re.search("<script>(.*)</script>", page, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'\"" in page
     assert verdict({"prediction": None, "score": 0.0}) == "wrong unparsed"
 
 
