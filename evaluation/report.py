@@ -7,8 +7,7 @@ import base64
 import hashlib
 import io
 import math
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jinja2
@@ -40,7 +39,7 @@ def summary_of(before: dict, after: dict, controls: dict[str, dict], seconds: fl
         "seconds": seconds,
         "overall": shares(lambda summary: summary["overall"]),
         "kinds": {
-            category: shares(lambda summary, category=category: summary["kinds"].get(category))
+            category: shares(lambda summary: summary["kinds"].get(category))
             for category in sorted(after.get("kinds", {}))
         },
         "questions": after.get("count", 0),
@@ -56,12 +55,13 @@ def summary_table(summary: dict) -> str:
     """
     if not summary["questions"]:
         return ""
+    rows = {**summary["kinds"], "all": summary["overall"]}
     columns = {
-        name.replace("_", " "): {**{category: row[name] for category, row in summary["kinds"].items()}, "all": overall}
+        name.replace("_", " "): {label: row[name] for label, row in rows.items()}
         for name, overall in summary["overall"].items()
         if overall is not None
     }
-    text = text_table(columns)
+    text = text_table(columns, rows)
     if summary["opposite_when_reversed"] is not None:
         text += f"\nopposite answer when the video is reversed: {summary['opposite_when_reversed']:.1%}"
     return text
@@ -73,17 +73,12 @@ def evaluation_table(result: dict) -> str:
     result: {"results": {column: summary}, "paired": {mode: `evaluation.evaluate.paired`}, "score": {column: share}}.
     """
     results = result["results"]
-    shares = {
-        name: {**one["kinds"], "all": one["overall"], "not parsed": one["unparsed"]} for name, one in results.items()
-    }
-    ends = {
-        name: {
-            **{category: one["intervals"][category] for category in one["kinds"]},
-            "all": one["intervals"]["overall"],
-        }
-        for name, one in results.items()
-    }
-    lines = [text_table(shares), "95% intervals", text_table(ends, lambda pair: f"{100 * pair[0]:.1f}-{pair[1]:.1%}")]
+    first = next(iter(results.values()))
+    rows = [*first["kinds"], "all"]
+    shares = {name: {**s["kinds"], "all": s["overall"], "not parsed": s["unparsed"]} for name, s in results.items()}
+    ends = {name: {**s["intervals"], "all": s["intervals"]["overall"]} for name, s in results.items()}
+    within = lambda pair: f"{100 * pair[0]:.1f}-{pair[1]:.1%}"
+    lines = [text_table(shares, [*rows, "not parsed"]), "95% intervals", text_table(ends, rows, within)]
     for name, one in results.items():
         if "reversed" in name and one["opposite"] is not None:
             lines.append(f"{name}: opposite answer {one['opposite']:.1%}")
@@ -96,21 +91,20 @@ def evaluation_table(result: dict) -> str:
             )
     for name, score in result.get("score", {}).items():
         lines.append(f"the benchmark's own total, {name}: {score:.1%}")
-    first = next(iter(results.values()))
     return "\n".join([*lines, f"{first['count']} questions; {first['skipped']} unreadable, counted neither way"])
 
 
-def text_table(columns: dict[str, dict], text: Callable = "{:.1%}".format) -> str:
-    """{column: {row: value}} as aligned text, with the rows of the first column; `text` of each value, "-" for none.
+def text_table(columns: dict[str, dict], rows: Iterable[str], text: Callable = "{:.1%}".format) -> str:
+    """{column: {row: value}} as aligned text: `text` of each value, "-" if a column has none.
 
-    in:  {"think": {"colour": 0.5, "all": 0.75}, "direct": {"all": 0.25}}
+    in:  {"think": {"colour": 0.5, "all": 0.75}, "direct": {"all": 0.25}}, ["colour", "all"]
     out:                         think       direct
          colour                  50.0%            -
          all                     75.0%        25.0%
     """
     widths = {name: max(13, len(name) + 2) for name in columns}
     lines = [" " * 24 + "".join(f"{name:>{width}}" for name, width in widths.items())]
-    for row in next(iter(columns.values())):
+    for row in rows:
         values = {name: column.get(row) for name, column in columns.items()}
         cells = [f"{'-' if value is None else text(value):>{widths[name]}}" for name, value in values.items()]
         lines.append(f"{row:24}" + "".join(cells))
@@ -129,7 +123,10 @@ def write_report(
     shown = questions[:: math.ceil(len(questions) / max(1, most))][:most]
     strips, numbers = _strips([sample for sample, _ in shown], loader)
     first = next(iter(result["results"]))
-    page = _template().render(
+    source = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    strict = jinja2.StrictUndefined  # a name that is misspelt in the template raises
+    template = jinja2.Template(source, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
+    page = template.render(
         title=title,
         table=evaluation_table(result),
         results=result["results"],
@@ -138,22 +135,12 @@ def write_report(
         total=len(questions),
         cards=[(sample, records, own) for (sample, records), own in zip(shown, numbers)],
         strips=strips,
+        verdict=verdict,
+        percent="{:.1%}".format,
+        sha256=lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode(),
     )
     write_text(path, page)
     return path
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    digest = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    environment.filters |= {"percent": "{:.1%}".format, "sha256": digest, "thought": _thought, "verdict": verdict}
-    return environment.get_template("report.html.jinja")
 
 
 def _strips(samples: list[Sample], loader: PromptLoader) -> tuple[list[str], list[range]]:
@@ -178,11 +165,6 @@ def _thumbnail(frames: torch.Tensor) -> str:
 
 def _uri(data: bytes, form: str) -> str:
     return f"data:image/{form};base64,{base64.b64encode(data).decode()}"
-
-
-def _thought(completion: str) -> str:
-    found = re.search(r"<think>(.*?)(?:</think>|$)", completion, re.DOTALL)
-    return found[1].strip() if found else ""
 
 
 def verdict(record: dict) -> str:
