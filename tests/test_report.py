@@ -245,15 +245,18 @@ def test_curves_of_one_run_and_of_several(tmp_path, capsys):
     runs = [make_run(tmp_path / "a", 5), make_run(tmp_path / "b", 3)]
     with Image.open(plot.plot_run(runs[0])) as one:
         assert one.format == "PNG"
-    assert plot.main([*map(str, runs), "--output", str(tmp_path / "both.png")]) == 0
+    plot.main([*map(str, runs), "--output", str(tmp_path / "both.png")])
     with Image.open(tmp_path / "both.png") as both:
         assert min(both.size) > 500
-    assert plot.main([str(tmp_path)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        plot.main([str(tmp_path)])
     assert "has no metrics.jsonl" in capsys.readouterr().err
     train = plot.read_metrics(runs[0], "train")
     assert len(train) == 5
-    values = {title: plot.curve(train, value) for title, value, _ in plot.PANELS}
+    values = {title: plot.curve(train, metric) for title, metric in plot.PANELS.items()}
     assert values["clip share"] == (list(range(5)), pytest.approx([0.03] * 5))
     assert values["answer letters"][1] == [0.75] * 5
+    assert plot.curve(train, "letter_B", 0.0)[1] == [0.0, 0.25, 0.0, 0.25, 0.0]
+    assert plot.curve(train, "letter_B")[0] == [1, 3]
     make_run(tmp_path / "empty", 0)
     plot.plot_run(tmp_path / "empty")
