@@ -5,9 +5,10 @@
     python eval.py --ckpt Qwen/Qwen2-VL-7B-Instruct --data FILE.jsonl --video_root FOLDER
     torchrun --nproc_per_node 4 eval.py --ckpt FOLDER --benchmark mvbench --benchmark_dir FOLDER
 
-Accuracies come with 95% Wilson intervals, answers that cannot be parsed count as wrong, unreadable videos are reported
-apart. Every answer goes to predictions.jsonl as it comes: a killed evaluation goes on where it stopped. report.html
-shows each question with the frames that the model saw. Training evaluates with the same code, so its numbers are these.
+Accuracies come with 95% Wilson intervals. An answer that cannot be parsed counts as wrong; a question whose video
+cannot be read is counted apart. Every answer goes to predictions.jsonl as it comes, so a killed evaluation goes on
+where it stopped. report.html shows each question with the frames that the model saw. Training evaluates with the same
+code, so it logs the same numbers.
 """
 
 if __name__ == "__main__":
@@ -22,6 +23,7 @@ import json
 import math
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -49,7 +51,7 @@ from video.formats import DataError, Sample
 from video.loader import PromptLoader
 from video.prompt import PromptEncoder
 
-# Flags of training that also say how to evaluate; without them the checkpoint's own values hold.
+# Flags of training that also say how to evaluate; without a flag, the value that the checkpoint was trained with holds.
 SHARED = ("fps", "nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "prompt_template",
           "max_prompt_tokens", "max_new_tokens", "eval_batch", "workers", "threads", "decode_timeout",
           "device", "decode_graph", "text_only")  # fmt: skip
@@ -118,7 +120,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
 
 
 def find_checkpoint(flag: str, path: str) -> Path:
-    """The local folder of a checkpoint folder or hub name. Raises ConfigError, and as `read_processor`."""
+    """The folder of a checkpoint, given as folder or hub name. Raises ConfigError, and as `read_processor`."""
     check_folder(flag, path)
     folder = Path(path)
     if not folder.exists():
@@ -170,9 +172,7 @@ def find_samples(folder: Path, config: Config, arguments: argparse.Namespace) ->
 def held_out_samples(folder: Path, config: Config, arguments: argparse.Namespace) -> list[Sample]:
     """The questions that the checkpoint's run held out of its data."""
     if not (folder / "run.json").exists():
-        raise ConfigError(
-            f"--ckpt {arguments.ckpt}: is of no run, so it has no held-out questions; give --data or --benchmark"
-        )
+        raise ConfigError(f"--ckpt {arguments.ckpt}: no run made it and held out questions; give --data or --benchmark")
     config = replace(config, video_root=arguments.video_root or config.video_root)
     if config.eval_data and arguments.samples:  # without a file of their own, more would be what the run was trained on
         config = replace(config, eval_samples=arguments.samples)
@@ -196,7 +196,12 @@ def make_variants(arguments: argparse.Namespace, folder: Path, against: Path | N
 
 
 def answer(
-    variants: list[Variant], samples: list[Sample], config: Config, temperature: float, predictions: Predictions, say
+    variants: list[Variant],
+    samples: list[Sample],
+    config: Config,
+    temperature: float,
+    predictions: Predictions,
+    say: Callable,
 ) -> dict[str, list[dict]]:
     """{name of a variant: one record for each sample}. A checkpoint is loaded only if answers of it are missing.
 
@@ -259,7 +264,7 @@ def show(
 
 
 def default_output(arguments: argparse.Namespace) -> str:
-    """Beside a local checkpoint, under runs/ for a hub name."""
+    """The folder CKPT-evaluation beside a local checkpoint, or under runs/ for a hub name."""
     local = Path(arguments.ckpt).exists()
     stem = str(Path(arguments.ckpt).absolute()) if local else "runs/" + arguments.ckpt.replace("/", "--")
     questions = arguments.benchmark or Path(arguments.data or "").stem
@@ -267,10 +272,9 @@ def default_output(arguments: argparse.Namespace) -> str:
 
 
 def make_parser() -> OneLineParser:
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog="Frames, pixels and prompt are as in training; values in brackets hold where a checkpoint has none.",
-    )  # fmt: skip
+    layout = argparse.RawDescriptionHelpFormatter
+    note = "Frames, pixels and prompt are as in training; a value in brackets holds if the checkpoint has none."
+    parser = OneLineParser(description=__doc__, formatter_class=layout, allow_abbrev=False, epilog=note)
     add = parser.add_argument
     add("--ckpt", required=True, help="Checkpoint of a run, or any Hugging Face folder or hub name of this family.")
     add("--data", help="Questions, in place of the run's own held-out ones.")
