@@ -1,27 +1,27 @@
-"""Frames and images, chosen and resized as qwen-vl-utils 0.0.14 does, which is how the published weights saw them.
+"""Frames and images, picked and resized as qwen-vl-utils 0.0.14 does, which is how the published weights saw them.
 
 Departures, each with its reason:
 - One sampling stage. Open-R1-Video samples at 2 fps and then spreads 16 frames over the result, which rounds twice and
-  repeats frames of short clips; here `fps` and `max_frames` act together, once, on the original frame numbers.
+  repeats frames of short clips. Here `fps` and `max_frames` act together, once, on the original frame numbers.
 - `smart_resize` never returns a side of 0 (qwen-vl-utils can, for a picture 30 high and 6000 wide, and then fails).
 - PyAV decodes, and a frame is what its decoder shows. qwen-vl-utils reads by decord, which counts and shows frames that
   an edit list hides, and takes wrong ones, without a word, from AVI, MPEG-2, WMV, HEVC, open GOPs and joined clips.
 - A file that cannot be read raises; qwen-vl-utils tries another reader.
-- A folder of frames is a video like any other: its frames are sampled too, none is repeated to make their number even,
-  and they are resized once (qwen-vl-utils takes all, repeats the last, and first resizes to multiples of 56).
+- A folder of frames is a video like any other: its frames are sampled too, no frame is repeated to make their number
+  even, and they are resized once (qwen-vl-utils takes all, repeats the last, and first resizes to multiples of 56).
 - Above MAX_FRAME_PIXELS nothing is decoded: a file of a few kB can claim a frame of many GB.
-- None in time: that of a frame is its number / the average rate, as in qwen-vl-utils. So clips (`video_start`) of a
-  file whose frame rate varies can show other seconds than those asked for.
 - Frames stay uint8. qwen-vl-utils resizes in uint8 as well, so its float frames hold the same integers.
+
+As in qwen-vl-utils, the time of a frame is its number / the average rate. So clips (`video_start`) of a file whose
+frame rate varies can show other seconds than those asked for.
 """
 
 import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain
 
@@ -35,6 +35,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from video.formats import WHOLE, Clip
+from video.settings import VideoSettings
 
 FRAME_FACTOR = 2  # frames come in pairs: the vision tower's temporal patch
 MAX_RATIO = 200  # a longer strip than this is refused, as the model's own processor does
@@ -44,11 +45,13 @@ FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # PIL knows more, and hands one of them (EPS) to Ghostscript
 MAX_FRAME_PIXELS = 64 * 2**20  # 8K has 33 million
 CUT_FRAMES = 4  # at the end of a clip cut without coding again, among which some are left out
-WHOLE_SHARE = 0.9  # of the frames that a header tells of; a file with fewer is taken for a broken download
+WHOLE_SHARE = 0.9  # of the frames that a header counts; a file with fewer is taken for a broken download
 SEEK_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # each packet has the time at which it is shown
 SEEK_CODECS = ("h264", "hevc", "vp8", "vp9", "libdav1d")  # a decoder may begin at any of their key frames
 SKIP_CODECS = ("h264", "hevc")  # frames that no other is predicted from can be left out, as late as at decoding
 CONTEXT_TOKENS = 128_000  # qwen-vl-utils' budget of a whole video is 90% of this, in merged patches
+
+Numbered = Iterator[tuple[int | None, av.VideoFrame]]  # frames as they are decoded, each after its number if known
 
 
 class SampleError(ValueError):
@@ -68,42 +71,18 @@ class VideoError(SampleError):
 
 @contextmanager
 def blamed(path: str, what: str = "", errors: tuple[type[Exception], ...] = (ValueError,)):
-    """Turns `errors` of its block, which name no file, into a VideoError of `path`: `what` and their first line."""
+    """Turns `errors` of its block, which name no file, into a VideoError of `path`: `what` and their first line.
+
+    The line begins with the name of the error's type if the text alone may say little, as with "IndexError: 3".
+    """
     try:
         yield
-    except VideoError:  # a ValueError, that has its path
+    except VideoError:  # a ValueError that has its path
         raise
     except errors as error:
-        raise VideoError(path, what + _one_line(error)) from error
-
-
-@dataclass(frozen=True)
-class VideoSettings:
-    """How frames are chosen and sized. Pixels are counted per frame, after resizing."""
-
-    fps: float = 2.0  # frames taken per second of video, within min_frames and max_frames
-    nframes: int | None = None  # take exactly this many frames instead (rounded to even), whatever the length
-    min_frames: int = 4  # at least so many frames, where the video has them (rounded up to even)
-    max_frames: int = 16  # at most so many frames (rounded down to even)
-    min_pixels: int = 128 * 28 * 28  # smaller frames are enlarged to this
-    max_pixels: int = 196 * 28 * 28  # larger frames are reduced to this
-    total_pixels: int | None = None  # bound on frames x pixels / 2 of one video; None: 115,200 tokens' worth
-    image_min_pixels: int = 4 * 28 * 28  # smaller images are enlarged to this
-    image_max_pixels: int = 1280 * 28 * 28  # larger images are reduced to this
-
-    def __post_init__(self):
-        rules = (
-            (self.fps > 0, "--fps must be above 0"),
-            (self.nframes is None or self.nframes >= FRAME_FACTOR, "--nframes must be 2 or more"),
-            (self.min_frames >= 1, "--min_frames must be 1 or more"),
-            (self.max_frames >= max(FRAME_FACTOR, self.min_frames), "--max_frames must be >= 2 and >= --min_frames"),
-            (0 < self.min_pixels <= self.max_pixels, "--min_pixels must be above 0 and <= --max_pixels"),
-            (self.total_pixels is None or self.total_pixels > 0, "--total_pixels must be above 0"),
-            (0 < self.image_min_pixels <= self.image_max_pixels, "--image_min_pixels must be <= --image_max_pixels"),
-        )
-        for holds, message in rules:
-            if not holds:
-                raise ValueError(message)
+        text = getattr(error, "strerror", None) or str(error).strip()
+        name = "" if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        raise VideoError(path, what + f"{name}{text.splitlines()[0] if text else ''}"[:200]) from error
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
@@ -127,7 +106,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pi
 
 
 def frame_count(total_frames: int, video_fps: float, settings: VideoSettings) -> int:
-    """How many frames to take of a video: even, between 2 and `total_frames`. Raises ValueError where none fits.
+    """How many frames to take of a video: even, between 2 and `total_frames`. Raises ValueError if no number fits.
 
     Source: qwen_vl_utils.vision_process.smart_nframes.
     """
@@ -145,7 +124,7 @@ def frame_count(total_frames: int, video_fps: float, settings: VideoSettings) ->
 
 
 def clip_range(total_frames: int, video_fps: float, clip: Clip) -> tuple[int, int]:
-    """The numbers of the first and last frame between clip.start and clip.end. Raises ValueError where there are none.
+    """The numbers of the first and last frame between clip.start and clip.end. Raises ValueError if there are not two.
 
     Source: qwen_vl_utils.vision_process.calculate_video_frame_range.
     """
@@ -160,8 +139,13 @@ def clip_range(total_frames: int, video_fps: float, clip: Clip) -> tuple[int, in
     return first, last
 
 
-def choose(total_frames: int, video_fps: float, settings: VideoSettings, clip: Clip = WHOLE) -> tuple[list[int], float]:
-    """(numbers of the frames to take, how many of them there are per second). Raises ValueError where none fit."""
+def pick_frames(
+    total_frames: int, video_fps: float, settings: VideoSettings, clip: Clip = WHOLE
+) -> tuple[list[int], float]:
+    """(numbers of the frames to take, how many of them there are per second). Raises ValueError if no frames fit.
+
+    in: 90 frames at 30 per second, settings of 2 fps; out: [0, 18, 36, 53, 71, 89], 2.0
+    """
     if not (total_frames > 0 and 0 < video_fps < math.inf):
         raise ValueError(f"its header gives {total_frames} frames at {video_fps} per second")
     first, last = clip_range(total_frames, video_fps, clip)
@@ -170,7 +154,10 @@ def choose(total_frames: int, video_fps: float, settings: VideoSettings, clip: C
 
 
 def frame_indices(first: int, last: int, count: int) -> list[int]:
-    """`count` frame numbers spread evenly from `first` to `last`, both included, rounded (never truncated)."""
+    """`count` frame numbers spread evenly from `first` to `last`, both included, rounded, never truncated.
+
+    in: 0, 7, 4; out: [0, 2, 5, 7]
+    """
     return torch.linspace(first, last, count).round().long().tolist()
 
 
@@ -198,8 +185,8 @@ def check_file(path: str) -> None:
 def probe(path: str, clip: Clip = WHOLE) -> tuple[int, float, int, int]:
     """(frames, frames per second, height, width) of a video from its metadata; no frame is decoded.
 
-    Height and width are those stored: a rotation flag may swap them, which changes no count of tokens. The last
-    65,536 answers are kept: planning, decoding and later epochs open a video once. Raises VideoError.
+    Height and width are as stored: a rotation flag may swap them, which changes no count of tokens. The last 65,536
+    answers are kept, so that planning, decoding and later epochs open a video once. Raises VideoError.
     """
     if os.path.isdir(path):
         files = frame_files(path)
@@ -227,6 +214,17 @@ def _probe(path: str, *_) -> tuple[int, float, int, int]:
     return frames, fps, height, width
 
 
+def plan_frames(
+    path: str, settings: VideoSettings, factor: int, clip: Clip = WHOLE
+) -> tuple[list[int], float, tuple[int, int]]:
+    """(numbers of the frames that `read_video` takes, how many there are per second, their height and width), from the
+    metadata alone. A header may be wrong about the number of frames. Raises VideoError."""
+    total, fps, height, width = probe(path, clip)
+    with blamed(path):
+        indices, rate = pick_frames(total, fps, settings, clip)
+        return indices, rate, frame_size(height, width, len(indices), settings, factor)
+
+
 def frame_files(folder: str) -> list[str]:
     """The images of a folder of frames, in the order of the numbers in their names. Raises VideoError."""
     names = [name for name in os.listdir(folder) if name.lower().endswith(FRAME_SUFFIXES) and not name.startswith(".")]
@@ -237,13 +235,13 @@ def frame_files(folder: str) -> list[str]:
 
 
 def read_video(path: str, settings: VideoSettings, factor: int, clip: Clip = WHOLE) -> tuple[torch.Tensor, float]:
-    """The chosen frames, uint8 (T, 3, H, W) resized, and how many of them there are per second of video.
+    """(picked frames, uint8 (T, 3, H, W) resized; how many of them there are per second of video).
 
     `factor` is the model's patch size x merge size: H and W are multiples of it. Raises VideoError.
     """
-    probe(path, clip)  # for the limit of the frames' size
+    probe(path, clip)  # refuses frames that are too large
     reader = _read_folder if os.path.isdir(path) else _read_file
-    with blamed(path, errors=(Exception,)):  # a damaged frame's conversion too raises errors of many types
+    with blamed(path, errors=(Exception,)):  # converting a damaged frame, too, raises errors of many types
         return reader(path, settings, factor, clip)
 
 
@@ -254,7 +252,7 @@ def image_size(path: str, settings: VideoSettings, factor: int) -> tuple[int, in
 
 
 def read_image(path: str, settings: VideoSettings, factor: int) -> torch.Tensor:
-    """An image, uint8 (3, H, W), on white where transparent, resized by PIL as in qwen-vl-utils. Raises VideoError."""
+    """An image, uint8 (3, H, W), on white if transparent, resized by PIL as in qwen-vl-utils. Raises VideoError."""
     size = image_size(path, settings, factor)
     with _open_image(path) as image:
         return _pixels(path, image, size)
@@ -338,7 +336,7 @@ def _read_file(path: str, settings: VideoSettings, factor: int, clip: Clip) -> t
     with _opened(path, "cannot be decoded: ") as (container, stream):
         packets = _Packets(container, stream)
     _check_whole(path, packets.count, packets.told)
-    indices, rate = choose(packets.count, packets.fps, settings, clip)
+    indices, rate = pick_frames(packets.count, packets.fps, settings, clip)
     found = {}
     if packets.numbers:
         with suppress(VideoError):  # damaged, or not what its packets promise: then it is decoded whole, which decides
@@ -348,20 +346,20 @@ def _read_file(path: str, settings: VideoSettings, factor: int, clip: Clip) -> t
         found, count = _take(_decode_all(path), indices, settings, factor, to_end)
         if count <= indices[-1] or to_end and count != packets.count:  # a packet need not be a frame in every codec
             _check_whole(path, count, packets.told)
-            indices, rate = choose(count, packets.fps, settings, clip)
+            indices, rate = pick_frames(count, packets.fps, settings, clip)
             found, _ = _take(_decode_all(path), indices, settings, factor)
     if missing := len(indices) - len(found):
         raise VideoError(path, f"cannot be decoded: {missing} of the {len(indices)} frames chosen are damaged")
     return torch.cat([found[index] for index in indices]), rate
 
 
-def _decode_all(path: str) -> Iterator[tuple[int, av.VideoFrame]]:
+def _decode_all(path: str) -> Numbered:
     """Yields (number, frame) of every frame."""
     with _opened(path, "cannot be decoded: ") as (container, stream):
         yield from enumerate(container.decode(stream))
 
 
-def _decode_needed(path: str, packets: _Packets, wanted: list[int]) -> Iterator[tuple[int | None, av.VideoFrame]]:
+def _decode_needed(path: str, packets: _Packets, wanted: list[int]) -> Numbered:
     """Yields (number, frame) of the frames `wanted` and of some more, decoding little else.
 
     Where decoding begins within the file, the numbers are None unless the key frame there is one: with x264's
@@ -392,48 +390,37 @@ def _decode_needed(path: str, packets: _Packets, wanted: list[int]) -> Iterator[
 
 
 def _take(
-    frames: Iterable[tuple[int | None, av.VideoFrame]],
-    wanted: list[int],
-    settings: VideoSettings,
-    factor: int,
-    to_end: bool = False,
+    frames: Numbered, wanted: list[int], settings: VideoSettings, factor: int, to_end: bool = False
 ) -> tuple[dict[int, torch.Tensor], int]:
-    """({number: frame (1, 3, H, W), resized} of the frames `wanted` that are whole, how many frames came).
+    """({number: frame (1, 3, H, W), resized} of the frames `wanted` that are not damaged, how many frames came).
 
-    It stops at the last of them, or goes on `to_end`, to count all.
+    It stops at the last frame wanted, or goes on `to_end`, to count all.
     """
     converter, found, seen = VideoReformatter(), {}, 0
     for seen, (number, frame) in enumerate(frames, 1):
         if number in wanted and not frame.is_corrupt:
             if not found:
-                width, height = frame.width, frame.height  # of all: they may change within a file
+                width, height = frame.width, frame.height  # of all frames: they may change within a file
             image = converter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
             upright = np.ascontiguousarray(np.rot90(image.to_ndarray(), frame.rotation // 90 % 4))
-            found[number] = _resize(upright, frame_size(*upright.shape[:2], len(wanted), settings, factor))
+            size = frame_size(*upright.shape[:2], len(wanted), settings, factor)
+            tensor = torch.from_numpy(upright).permute(2, 0, 1)[None]
+            found[number] = resize(tensor, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
         if number == wanted[-1] and not to_end:
             break
     return found, seen
 
 
 def _read_folder(path: str, settings: VideoSettings, factor: int, clip: Clip) -> tuple[torch.Tensor, float]:
-    """As `read_video`, of a folder of frames; resized by PIL as images are, as qwen-vl-utils does with a list."""
-    files = frame_files(path)
-    total, fps, height, width = probe(path, clip)
-    indices, rate = choose(total, fps, settings, clip)
-    size = frame_size(height, width, len(indices), settings, factor)
-    frames = []
-    for file in (files[i] for i in indices):
+    """As `read_video`, of a folder of frames; PIL resizes them as it does images, as qwen-vl-utils does with a list."""
+    indices, rate, size = plan_frames(path, settings, factor, clip)
+    files, frames, (*_, height, width) = frame_files(path), [], probe(path, clip)
+    for file in (files[index] for index in indices):
         with _open_image(file) as image:
             if image.size != (width, height):
                 raise VideoError(path, f"{os.path.basename(file)} is {image.size}, the first frame {(width, height)}")
             frames.append(_pixels(file, image, size))
     return torch.stack(frames), rate
-
-
-def _resize(frame: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
-    """A frame (H, W, 3) as (1, 3, *size), both uint8."""
-    tensor = torch.from_numpy(frame).permute(2, 0, 1)[None]
-    return resize(tensor, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
 
 
 @contextmanager
@@ -461,10 +448,3 @@ def _rate(stream) -> float:
 def _check_whole(path: str, count: int, told: int) -> None:
     if count < WHOLE_SHARE * told:  # else the frames would be those of another, shorter stretch of time
         raise VideoError(path, f"is cut short: holds {count} of the {told} frames that its header tells of")
-
-
-def _one_line(error: BaseException) -> str:
-    """An error's first line, after the name of its type where the line alone may say little."""
-    text = getattr(error, "strerror", None) or str(error).strip()
-    name = "" if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-    return f"{name}{text.splitlines()[0] if text else ''}"[:200]
