@@ -132,7 +132,7 @@ class Refusing:
 @pytest.mark.parametrize("encoder, advice", [
     (Refusing(VideoError("1.mp4", "no such file")), "1.mp4: no such file; python -m video.scan"),
     (Refusing(PromptTooLong("1.mp4", "9000 tokens")), "1.mp4: 9000 tokens; raise --max_prompt_tokens; lower --max"),
-    (Refusing(SampleError("", "the question holds <x>")), ": the question holds <x>; mend the rows"),
+    (Refusing(SampleError("", "the question holds <x>")), ": the question holds <x>; fix the rows"),
     (Refusing(RuntimeError("odd")), "1.mp4: RuntimeError: odd$"),
     ("sleep", "took more than 0.5 s .--decode_timeout.; raise --decode_timeout"),
     ("die", "its worker died .exit code 17.; lower --workers"),
