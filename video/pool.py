@@ -151,36 +151,33 @@ class _Worker:
         else:
             reason = self.reason or "they end before they take a call; see their error above"
             raise WorkersDoNotStart(f"worker processes do not start: {reason}")
-        try:
-            return self._receive(self.pool.timeout)
-        except EOFError as error:
-            raise WorkerDied(f"exit code {self._exit_code()}") from error
+        return self._receive(self.pool.timeout)
 
     def _begin(self, args: tuple) -> bool:
         """Whether the process took the call. If not, it had died or was stopped, and the call is not to blame."""
         try:
             self.pipe.send(args)
             self._receive(self.pool.timeout)
-        except (OSError, EOFError):  # TimeoutError is an OSError
+        except (OSError, WorkerDied):  # TimeoutError is an OSError
             return False
         return True
 
     def _receive(self, seconds: float):
-        """The next message of the process. Raises TimeoutError, or EOFError if the process has ended.
+        """The next message of the process. Raises TimeoutError, or WorkerDied if the process has ended.
 
         Once a message has begun, its rest has as long again: a process that is stopped while it sends is killed then.
         """
-        if not self.pipe.poll(seconds):
-            raise TimeoutError
-        deadline, timer = time.monotonic() + seconds, threading.Timer(seconds, self.kill)
-        timer.start()
-        try:
-            return self.pipe.recv()
-        except (OSError, EOFError) as error:  # killed in the middle of a message: a plain OSError
-            late = time.monotonic() >= deadline
-            raise TimeoutError if late else EOFError(str(error)) from error
-        finally:
-            timer.cancel()
+        if self.pipe.poll(seconds):
+            deadline, timer = time.monotonic() + seconds, threading.Timer(seconds, self.kill)
+            timer.start()
+            try:
+                return self.pipe.recv()
+            except (OSError, EOFError) as error:  # OSError: killed in the middle of a message
+                if time.monotonic() < deadline:
+                    raise WorkerDied(f"exit code {self._exit_code()}") from error
+            finally:
+                timer.cancel()
+        raise TimeoutError
 
     def _exit_code(self) -> int:
         """The exit code of the process, once it has ended."""
