@@ -104,7 +104,7 @@ def test_options_out_of_range_name_the_flag(options, flag):
 
 
 def test_a_run_in_which_nothing_can_be_read_stops_and_says_why():
-    """One kind of reason for the first samples of all, or none: a good sample or another reason and it goes on."""
+    """It stops if the first samples are all skipped for one type of reason, not after a good sample or another type."""
 
     def run(*texts, **options):
         with PromptLoader(Misbehaving(), workers=0, give_up_after=4, **options) as loader:

@@ -99,8 +99,10 @@ def repeat(samples: list[Sample], weight: float, name: str) -> list[Sample]:
 
 
 def distinct_names(paths: list[str]) -> list[str]:
-    """The shortest ends of `paths` that differ. in: ["x/a.jsonl", "y/a.jsonl", "b.jsonl"]; out: ["x/a.jsonl",
-    "y/a.jsonl", "b.jsonl"]"""
+    """The shortest ends of `paths` that differ.
+
+    in: ["/data/x/a.jsonl", "/data/y/a.jsonl", "/data/b.jsonl"]; out: ["x/a.jsonl", "y/a.jsonl", "b.jsonl"]
+    """
     parts = [Path(path).absolute().parts for path in paths]
     names = []
     for own in parts:
@@ -125,13 +127,13 @@ def read_skip_list(path: str | Path) -> dict[str, str]:
 
 
 def leave_out(samples: list[Sample], listed: dict[str, str]) -> tuple[list[Sample], list[Sample]]:
-    """(samples that use no file of `listed`, those that use one), each in order."""
+    """(samples that use no file of `listed`, samples that do), each in order."""
     bad = {s.key for s in samples if any(os.path.abspath(path) in listed for path in s.media)}
     return [s for s in samples if s.key not in bad], [s for s in samples if s.key in bad]
 
 
 def split_spec(spec: str) -> tuple[str, float]:
-    """(path, weight) of "FILE" or "FILE:WEIGHT"; a file whose own name ends so is a file."""
+    """(path, weight) of "FILE:WEIGHT", or of "FILE", with weight 1. A file that is called "a:2" is a file."""
     path, colon, number = spec.rpartition(":")
     if not colon or Path(spec).exists():
         return spec, 1.0
@@ -209,8 +211,8 @@ def _with_files(value, folder: Path, is_media: bool = False):
 def _keep(content: bytes, folder: Path) -> str:
     """The absolute path of a file in `folder` that holds `content`.
 
-    Its name is the content's hash: equal images of several rows are one file, and a file that an earlier run or another
-    process has written is used again.
+    Its name is the hash of the content: equal images of several rows share a file, and a file that an earlier run or
+    another process has written is used again.
     """
     file = folder.absolute() / hashlib.sha256(content).hexdigest()[:32]
     try:

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,8 +67,8 @@ def read_rows(path: str | Path, names: Iterable[str]) -> list[dict]:
 
 
 @contextmanager
-def naming(path: str | Path):
-    """Gives an OSError raised inside, such as that of a full disk, the name of the file if it has none."""
+def naming(path: str | Path) -> Iterator[None]:
+    """Gives an OSError of its block the name of the file if it has no name, as that of a full disk has not."""
     try:
         yield
     except OSError as error:

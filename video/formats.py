@@ -76,10 +76,10 @@ def each_row(items: Iterable, make: Callable) -> list:
 
 
 class Clip(NamedTuple):
-    """The part of a video that a row asks about, in seconds; None is the video's own start or end."""
+    """The part of a video that a row asks about."""
 
-    start: float | None = None
-    end: float | None = None
+    start: float | None = None  # seconds; None: the start of the video
+    end: float | None = None  # seconds; None: the end of the video
     fps: float | None = None  # the rate at which a folder of frames was taken (None: 2, as in qwen-vl-utils)
 
 
@@ -94,9 +94,9 @@ class Sample:
     problem: str  # the question as asked, options included
     answer: str  # the ground truth, e.g. "B" or "B."
     videos: tuple[str, ...] = ()  # files, or folders of frames
-    images: tuple[str, ...] = ()
-    problem_type: str = MULTIPLE_CHOICE
-    options: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()  # files
+    problem_type: str = MULTIPLE_CHOICE  # tells the rewards how to score: see `guess_type`
+    options: tuple[str, ...] = ()  # lettered: "A. red"
     completions: tuple[str, ...] = ()  # target texts of a supervised warm-up
     clips: tuple[Clip, ...] = ()  # one for each of `videos`; () if all are taken whole
     meta: dict = field(default_factory=dict)  # the row's other fields
@@ -113,7 +113,7 @@ class Row:
     def __init__(self, fields: dict, key: str, root: Path, source: str):
         self.fields, self.key, self.root, self.source, self.used = fields, key, root, source, set()
 
-    def get(self, name: str):
+    def get(self, name: str) -> object:
         self.used.add(name)
         return self.fields.get(name)
 
@@ -132,7 +132,7 @@ class Row:
         return tuple(_listed(given[0][1])) if given else ()
 
     def paths(self, *names: str) -> tuple[str, ...]:
-        """As `texts`, of files: where they lie under the root."""
+        """As `texts`, of paths: where the files lie under the root."""
         return tuple(reroot(path, self.root) for path in self.texts(*names))
 
     def error(self, message: str) -> DataError:
@@ -201,9 +201,9 @@ def _easy_r1(row: Row) -> Sample:
 
 
 def _messages(row: Row) -> Sample:
-    """A chat: one user turn with text, videos and images, then the assistant's. System turns are left out.
+    """A chat: one user turn with text, videos and images, and one assistant turn. System turns are left out.
 
-    The answer is the row's `answer` or `solution`, else the assistant's text, which is a completion in any case.
+    The answer is the row's `answer` or `solution`, else the assistant's text. That text is a completion in any case.
     """
     # 1) Turns, and their parts as dicts
     turns = {"user": [], "assistant": [], "system": []}
@@ -400,7 +400,10 @@ def guess_type(answer: str) -> str:
 
 
 def _clips(row: Row, count: int) -> tuple[Clip, ...]:
-    """The clips of a row's videos: numbers for all of them, or lists of one number a video."""
+    """The clips of a row's videos. A field holds one number for all videos, or a list with one for each.
+
+    in: two videos, video_start [0, 1], video_end 5; out: (Clip(0, 5), Clip(1, 5))
+    """
     columns = []
     for name in CLIP_FIELDS:
         value = row.get(name)

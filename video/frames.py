@@ -40,7 +40,7 @@ from video.settings import VideoSettings
 FRAME_FACTOR = 2  # frames come in pairs: the vision tower's temporal patch
 MAX_RATIO = 200  # a longer strip than this is refused, as the model's own processor does
 VIDEO_MAX_TOKENS = 768  # per frame, qwen-vl-utils' ceiling whatever max_pixels says
-FOLDER_FPS = 2.0  # of a folder of frames, where its row does not say; qwen-vl-utils' sample_fps
+FOLDER_FPS = 2.0  # of a folder of frames whose row has no sample_fps, as in qwen-vl-utils
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # PIL knows more, and hands one of them (EPS) to Ghostscript
 MAX_FRAME_PIXELS = 64 * 2**20  # 8K has 33 million
@@ -55,7 +55,7 @@ Numbered = Iterator[tuple[int | None, av.VideoFrame]]  # frames as they are deco
 
 
 class SampleError(ValueError):
-    """Why one sample cannot be used. `path` is the file at fault, `reason` one line."""
+    """A sample that cannot be used. `path` is the file at fault, "" if the text is; `reason` is one line."""
 
     def __init__(self, path: str, reason: str):
         super().__init__(path, reason)  # both in args, so that it survives pickling between processes
@@ -70,16 +70,17 @@ class VideoError(SampleError):
 
 
 @contextmanager
-def blamed(path: str, what: str = "", errors: tuple[type[Exception], ...] = (ValueError,)):
-    """Turns `errors` of its block, which name no file, into a VideoError of `path`: `what` and their first line.
+def blamed(path: str, what: str = "") -> Iterator[None]:
+    """Turns an error of its block into a VideoError of `path`: `what` and the first line of the error.
 
-    The line begins with the name of the error's type if the text alone may say little, as with "IndexError: 3".
+    Decoders raise errors of many types on damaged files, so the block does nothing but read. The name of the type comes
+    first if the text alone may say little: "IndexError: 3".
     """
     try:
         yield
-    except VideoError:  # a ValueError that has its path
+    except VideoError:
         raise
-    except errors as error:
+    except Exception as error:
         text = getattr(error, "strerror", None) or str(error).strip()
         name = "" if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
         raise VideoError(path, what + f"{name}{text.splitlines()[0] if text else ''}"[:200]) from error
@@ -241,7 +242,7 @@ def read_video(path: str, settings: VideoSettings, factor: int, clip: Clip = WHO
     """
     probe(path, clip)  # refuses frames that are too large
     reader = _read_folder if os.path.isdir(path) else _read_file
-    with blamed(path, errors=(Exception,)):  # converting a damaged frame, too, raises errors of many types
+    with blamed(path):
         return reader(path, settings, factor, clip)
 
 
@@ -259,7 +260,7 @@ def read_image(path: str, settings: VideoSettings, factor: int) -> torch.Tensor:
 
 
 def _pixels(path: str, image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
-    with blamed(path, "cannot be decoded: ", (OSError, SyntaxError, ValueError)):  # what PIL raises on damaged data
+    with blamed(path, "cannot be decoded: "):
         if image.mode == "RGBA":
             opaque = Image.new("RGB", image.size, (255, 255, 255))
             opaque.paste(image, mask=image.split()[3])
@@ -271,8 +272,7 @@ def _pixels(path: str, image: Image.Image, size: tuple[int, int]) -> torch.Tenso
 
 def _open_image(path: str) -> Image.Image:
     check_file(path)
-    errors = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-    with blamed(path, "cannot be opened as an image: ", errors), warnings.catch_warnings():
+    with blamed(path, "cannot be opened as an image: "), warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return Image.open(path, formats=IMAGE_FORMATS)
 
@@ -280,9 +280,12 @@ def _open_image(path: str) -> Image.Image:
 class _Packets:
     """What the packets of a video tell, in the order of decoding: reads the container to its end, decodes nothing.
 
-    `count` frames are shown, `fps` a second. A packet that its container hides, as an edit list does, is no frame, nor
-    is one shown before the first key frame, which no decoder can predict from anything. `told`: frames by the header,
-    0 or less if it does not say. `numbers`: time -> number of the frame shown then; None if times cannot be relied on.
+    - count: how many frames are shown. A packet that its container hides, as an edit list does, is no frame. Nor is a
+      packet that is shown before the first key frame: no decoder can predict it from anything.
+    - fps: frames shown a second
+    - told: how many frames the header says there are; 0 or less if it does not say
+    - numbers: time -> number of the frame shown then; None if times cannot be relied on
+    - times, keys: of each packet, when its frame is shown and whether it is a key frame
     """
 
     def __init__(self, container, stream):
@@ -294,21 +297,24 @@ class _Packets:
         self.told, self.fps = stream.frames - hidden, _rate(stream)
         clock = [ticks for *_, ticks in found if ticks is not None]
         if container.format.name == "avi" and len(clock) > 1 and clock[-1] - clock[0] >= len(clock):
-            ticks = (clock[-1] - clock[0]) / (len(clock) - 1)  # a frame may last several, and the header counts them
+            ticks = (clock[-1] - clock[0]) / (
+                len(clock) - 1
+            )  # a frame may last several ticks, and the header counts ticks
             self.told, self.fps = round(self.told / ticks), float(1 / (ticks * stream.time_base))
         decoder, timed = stream.codec_context, container.format.name in SEEK_CONTAINERS
         if timed and decoder.name in SEEK_CODECS and self._in_order(decoder.has_b_frames):
             shown = sorted(time for time in shown if time >= self.times[0])
             self.numbers = {time: number for number, time in enumerate(shown)}
             evenly = shown[:-CUT_FRAMES]
-            if hidden and len(evenly) > 1:  # average_rate may count those too
+            if hidden and len(evenly) > 1:  # average_rate may count hidden frames
                 self.fps = float((len(evenly) - 1) / ((evenly[-1] - evenly[0]) * stream.time_base))
         self.count = len(shown)
 
     def _in_order(self, reordered: bool) -> bool:
-        """Whether it begins with a key frame, and what is decoded before a key frame is shown before all the rest.
+        """Whether the times can be relied on: the first packet is a key frame, and all frames decoded before a key
+        frame are shown before all frames decoded from it on.
 
-        If frames are `reordered`, times that only rise are those of decoding, as of a raw stream copied into an mp4.
+        If frames are `reordered`, times that only rise are times of decoding, as of a raw stream copied into an mp4.
         """
         if None in self.times or len(set(self.times)) < len(self.times) or not any(self.keys[:1]):
             return False
@@ -319,7 +325,10 @@ class _Packets:
         return all(latest[at - 1] < earliest[at] for at, key in enumerate(self.keys) if key and at)
 
     def needed(self, wanted: list[int]) -> bytearray:
-        """1 for each packet that has to be decoded to show the frames `wanted`, else 0; a 0 after the last."""
+        """1 for each packet that has to be decoded to show the frames `wanted`, else 0; and a 0 after the last packet.
+
+        in: packets of 6 frames in the order they are shown, key frames 0 and 3, wanted [4]; out: 0 0 0 1 1 0 0
+        """
         needed, key, before = bytearray(len(self.times) + 1), 0, 0  # the last key frame, and the one before it
         wanted = set(wanted)
         for at, time in enumerate(self.times):
@@ -332,14 +341,14 @@ class _Packets:
 
 
 def _read_file(path: str, settings: VideoSettings, factor: int, clip: Clip) -> tuple[torch.Tensor, float]:
-    """As `read_video`. Decodes what the chosen frames need or, where that is not known for sure, all up to the last."""
+    """As `read_video`. Decodes what the picked frames need, or all up to the last if that is not known for sure."""
     with _opened(path, "cannot be decoded: ") as (container, stream):
         packets = _Packets(container, stream)
     _check_whole(path, packets.count, packets.told)
     indices, rate = pick_frames(packets.count, packets.fps, settings, clip)
     found = {}
     if packets.numbers:
-        with suppress(VideoError):  # damaged, or not what its packets promise: then it is decoded whole, which decides
+        with suppress(VideoError):  # damaged, or not as its packets say: then all is decoded, which decides
             found, _ = _take(_decode_needed(path, packets, indices), indices, settings, factor)
     if len(found) < len(indices):
         to_end = indices[-1] == packets.count - 1
@@ -362,8 +371,9 @@ def _decode_all(path: str) -> Numbered:
 def _decode_needed(path: str, packets: _Packets, wanted: list[int]) -> Numbered:
     """Yields (number, frame) of the frames `wanted` and of some more, decoding little else.
 
-    Where decoding begins within the file, the numbers are None unless the key frame there is one: with x264's
-    intra-refresh it is a picture that the next second mends. Raises VideoError if frames do not come in their order.
+    If decoding begins within the file, the numbers are None unless the first frame is intra-coded: with x264's
+    intra-refresh a "key frame" is a damaged picture, complete only a second later. Raises VideoError if frames do not
+    come in the order of their times.
     """
     needed, wanted, decoding, latest = packets.needed(wanted), set(wanted), 0, -math.inf
     with _opened(path, "cannot be decoded: ") as (container, stream):
@@ -424,13 +434,9 @@ def _read_folder(path: str, settings: VideoSettings, factor: int, clip: Clip) ->
 
 
 @contextmanager
-def _opened(path: str, what: str):
-    """Gives (container, video stream) of a file; what reading it raises becomes a VideoError that begins with `what`.
-
-    On damaged files PyAV raises errors of many types, an IndexError if a stream turns up late, for one. So the block
-    does nothing but read, and all of them are caught.
-    """
-    with blamed(path, what, (Exception,)), av.open(path, metadata_errors="replace") as container:
+def _opened(path: str, what: str) -> Iterator[tuple]:
+    """Gives (container, video stream) of a file; an error in reading it becomes a VideoError, after `what`."""
+    with blamed(path, what), av.open(path, metadata_errors="replace") as container:
         stream = container.streams.best("video")
         if stream is None:
             raise VideoError(path, "has no video stream")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
-from transformers import AutoProcessor
+from transformers import AutoProcessor, ProcessorMixin
 
 from video.cache import FrameCache
 from video.formats import MARKS, WHOLE, Clip, Sample
@@ -94,7 +94,7 @@ def with_clips(sample: Sample) -> list[tuple[str, Clip]]:
     return list(zip(sample.videos, sample.clips or [WHOLE] * len(sample.videos), strict=True))
 
 
-def load_processor(path: str):
+def load_processor(path: str) -> ProcessorMixin:
     """The processor of a folder or hub name; code that comes with it is never run.
 
     Raises ValueError if its chat template cannot ask about an image and a video, and what transformers raises on
@@ -112,7 +112,7 @@ def load_processor(path: str):
     return processor
 
 
-def chat_text(processor, question: str, images: int, videos: int) -> str:
+def chat_text(processor: ProcessorMixin, question: str, images: int, videos: int) -> str:
     """The chat text of a question after so many images and videos, a placeholder for each, ready to be completed.
 
     The system prompt is the default of the model's own chat template.
@@ -203,18 +203,17 @@ class PromptEncoder:
 
         Raises PromptTooLong.
         """
-        processor, counts = self.processor, {}
+        processor, tokens = self.processor, torch.tensor(ids)
+        repeats = torch.ones_like(tokens)
         for token, grid, cut in (
             (processor.image_token, image_grid, processor.image_processor),
             (processor.video_token, video_grid, processor.video_processor),
         ):
-            merged = [] if grid is None else (grid.prod(dim=1) // cut.merge_size**2).tolist()
-            counts[processor.tokenizer.convert_tokens_to_ids(token)] = iter(merged)
-        expanded = []
-        for token in ids:
-            expanded += [token] * (next(counts[token]) if token in counts else 1)
-        self._check_length(sample, len(expanded))  # after planning as well: a header may lie about the number of frames
-        return torch.tensor(expanded)
+            if grid is not None:
+                places = tokens == processor.tokenizer.convert_tokens_to_ids(token)
+                repeats[places] = grid.prod(dim=1) // cut.merge_size**2
+        self._check_length(sample, int(repeats.sum()))  # again after planning: a header may lie about the frames
+        return tokens.repeat_interleave(repeats)
 
     def text(self, sample: Sample) -> str:
         """The `chat_text` of `sample`: its question in the template. Raises SampleError."""
