@@ -49,15 +49,18 @@ class PromptLoader(AbstractContextManager):
             raise ValueError("--decode_timeout must be above 0 seconds")
         self.encoder, self.timeout, self.give_up_after = encoder, timeout, give_up_after
         self._reason_types, self._seen = set(), 0  # of the samples so far; None: the sample was used
-        self._pool = WorkerPool(partial(_encode, encoder), workers, timeout)
-        self._ahead = AHEAD if workers else 0
+        self._pool = WorkerPool(partial(_encode, encoder), workers, timeout) if workers else None
 
     def batches(self, groups: Iterable[list[Sample]], control: str | None = None) -> Iterator[list[Prompt | Skipped]]:
         """One list for each list of `groups`, in the same order; `control` goes to the encoder."""
+        if self._pool is None:
+            for group in groups:
+                yield self._checked([_encode(self.encoder, sample, control) for sample in group])
+            return
         source, pending = iter(groups), deque()
         try:
             while True:
-                while len(pending) <= self._ahead and (group := next(source, None)) is not None:
+                while len(pending) <= AHEAD and (group := next(source, None)) is not None:
                     pending.append([(sample, self._pool.submit(sample, control)) for sample in group])
                 if not pending:
                     return
@@ -68,7 +71,8 @@ class PromptLoader(AbstractContextManager):
 
     def __exit__(self, *_) -> None:
         """Ends the workers. (The server that forked them is shared by all loaders, and ends with this process.)"""
-        self._pool.close()
+        if self._pool is not None:
+            self._pool.close()
 
     def _checked(self, batch: list[Prompt | Skipped]) -> list[Prompt | Skipped]:
         """`batch`, unless it shows that no sample at all can be used."""

@@ -45,25 +45,20 @@ class WorkerPool:
     """Runs `function(*args)` in `count` processes; `function` and its arguments are pickled into them.
 
     `submit` gives a Future that raises TimeoutError after `timeout` seconds of running, WorkerDied if the process
-    ended, or what the call raised. Processes start at once. close() ends them all, whatever they do. With `count` 0,
-    `submit` itself makes the call, in this process, and raises what it raises.
+    ended, or what the call raised. Processes start at once. close() ends them all, whatever they do.
     """
 
     def __init__(self, function: Callable, count: int, timeout: float):
         self.function, self.timeout, self.closed = function, timeout, False
         self.tasks = queue.SimpleQueue()  # (Future, arguments) of each call, None for the end
-        self.context = multiprocessing.get_context(
-            "forkserver"
-        )  # inherits no thread, lock or CUDA state of the trainer
+        # a forked server inherits no thread, lock or CUDA state of the trainer, as a fork of the trainer would
+        self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(list(PRELOAD))
         self._workers = [_Worker(self) for _ in range(count)]
 
     def submit(self, *args) -> Future:
         future = Future()
-        if self._workers:
-            self.tasks.put((future, args))
-        else:
-            future.set_result(self.function(*args))
+        self.tasks.put((future, args))
         return future
 
     def close(self) -> None:
