@@ -27,7 +27,8 @@ HEIGHT = 96  # pixels, at most, of a frame in report.html
 def summary_of(before: dict, after: dict, controls: dict[str, dict], seconds: float) -> dict:
     """One flat record of a run's evaluations, each a summary; None stands for what was not evaluated.
 
-    `accuracy_*` are over the categories of question that the run trains on, `overall` over all, `categories` by category;
+    `accuracy_*` are over the categories of question that the run trains on, `overall` over all,
+    `categories` by category;
     `opposite_when_reversed` is the share of questions with an opposite answer that got it when the video ran backwards.
     """
     evaluated = {"before": before or None, "after": after or None}
@@ -70,7 +71,7 @@ def summary_table(summary: dict) -> str:
 def evaluation_table(result: dict) -> str:
     """Accuracies, their 95% intervals and the gains over another checkpoint, each by category, as text.
 
-    result: {"results": {column: summary}, "paired": {mode: `evaluation.significance.paired`}, "score": {column: share}}.
+    result: {"results": {column: summary}, "paired": {mode: `significance.paired`}, "score": {column: share}}.
     """
     results = result["results"]
     first = next(iter(results.values()))

@@ -37,7 +37,8 @@ def encoder(tmp_path_factory):
 
 def record(key, category, completion, prediction, score):
     return {
-        "key": key, "category": category, "completion": completion, "prediction": prediction, "score": score, "opposite": None
+        "key": key, "category": category, "completion": completion, "prediction": prediction, "score": score,
+        "opposite": None,
     }  # fmt: skip
 
 
@@ -235,7 +236,8 @@ def make_run(folder, steps):
     rows = [{"phase": "eval", "step": 0, "accuracy": 0.25}]
     for step in range(steps):
         row = {"reward": step / 10, "accuracy": 0.5, "kl": 0.01, "length": 11.0, "entropy": 0.2, "clip_low_frac": 0.01,
-               "clip_high_frac": 0.02, "sampler_logprob_diff": 1e-7, "letter_A": 0.75, "seconds_waiting": 0.1}  # fmt: skip
+               "clip_high_frac": 0.02, "sampler_logprob_diff": 1e-7, "letter_A": 0.75,
+               "seconds_waiting": 0.1}  # fmt: skip
         rows.append({"phase": "train", "step": step, **row, **({"letter_B": 0.25} if step % 2 else {})})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"phase": "tr')
     return folder
