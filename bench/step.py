@@ -534,7 +534,7 @@ def measure(case, names):
         workers = {}
         for name in names:
             log = stack.enter_context(open(Path(root) / f"{name}.log", "w+"))
-            command = [sys.executable, __file__, "--work", name, "--folder", str(folder)]
+            command = [sys.executable, __file__, "--work", name, "--only", name, "--folder", str(folder)]
             command += ["--case", json.dumps(asdict(case))]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
             worker = subprocess.Popen(
