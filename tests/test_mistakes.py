@@ -236,7 +236,7 @@ MISTAKES = {
         ("rows.jsonl:1: holds half a character",),
     ),
     "half an emoji in a field that nobody reads": (
-        "eval", lambda b: ["--data", b.rows(b.row(note="\ud83d", kind="\ud83d"))], 0, (r"\ud83d  ", "1 questions"),
+        "eval", lambda b: ["--data", b.rows(b.row(note="\ud83d", category="\ud83d"))], 0, (r"\ud83d  ", "1 questions"),
     ),
     "a row nested 1,000 deep": (
         "train", lambda b: ["--data", b.rows('{"problem": ' + "[" * 1000 + "]" * 1000 + "}")], 2,
@@ -258,13 +258,14 @@ MISTAKES = {
         "train", lambda b: ["--data", b.rows(b.row(solution=f"<answer>{'7' * 2**20}</answer>"))], 2,
         ("rows.jsonl:1: solution '7777", "has no option letter; write e.g. <answer>B</answer>"),
     ),
-    "kinds of every type": (
+    "categories of every type": (
         "eval", lambda b: ["--samples", "6", "--data", b.rows(
-            *[b.row(n, kind=kind) for n, kind in enumerate((["a", "b"], 3, None, {"x": 1}, "word", True))])], 0,
+            *[b.row(n, category=value) for n, value in enumerate((["a", "b"], 3, None, {"x": 1}, "word", True))])], 0,
         ("['a', 'b']", "\n3 ", "\nmultiple choice", "{'x': 1}", "\nword", "\nTrue", "6 questions; 0 unreadable"),
     ),
-    "kinds of every type, and rows without media, while training": (
-        "train", lambda b: ["--data", b.rows(b.row(kind=[]), b.row(1, kind=3, video=...), b.row(2, video=[]))], 0,
+    "categories of every type, and rows without media, while training": (
+        "train", lambda b: [
+            "--data", b.rows(b.row(category=[]), b.row(1, category=3, video=...), b.row(2, video=[]))], 0,
         ("2 of 3 questions to train on have no video or image: they are asked as text alone",
          "evaluation:   0%", "step 1: held-out accuracy ", "of all 2 questions; 0 unreadable"),
     ),

@@ -113,7 +113,7 @@ def test_parts_against_tensors_in_memory(checkpoints, monkeypatch):
     assert update["masters"] == sizes(policy.parameters())
     parts = moments(config, parameter_counts(config), settings, plan["tokens"], parameter_counts(config)["all"])
     assert parts["update"][-1]["gradients"] == sizes(p.grad for p in policy.parameters())
-    both = [state[kind] for state in optimizer.state.values() for kind in ("exp_avg", "exp_avg_sq")]
+    both = [state[moment] for state in optimizer.state.values() for moment in ("exp_avg", "exp_avg_sq")]
     assert update["moments"] == sizes(both)
 
     _, prompt_kv = policy.prefill(pack([prompt], [[]], policy.spec))
