@@ -249,6 +249,6 @@ def plan_text(config):
             f"peak {plan['peak'] / GIB:.1f} GiB {fits} --gpu_memory {config.gpu_memory:g} (torch reserves up to "
             f"{reserved / GIB:.1f} if there is room); most frames that fit: {most}",
             f"prompts this long {'are SKIPPED: raise' if skipped else 'fit'} --max_prompt_tokens "
-            f"{config.max_prompt_tokens}; a formula (grpo/plan.py), not yet run on a GPU",
+            f"{config.max_prompt_tokens}; a formula (grpo/run/plan.py), not yet run on a GPU",
         ]
     )
