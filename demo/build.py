@@ -7,7 +7,7 @@ from pathlib import Path
 
 from demo.synthetic import DemoSpec, make_demo_set
 from demo.tiny import CHAT_WORDS, build_tiny_model
-from grpo.config import demo_makes, demo_paths
+from grpo.config import demo_makes, preset_values
 from video.dataset import split_spec
 
 MARK = "demo.json"  # in a model folder that this file made and may make again
@@ -19,7 +19,7 @@ def build_demo(config):
     asked = {config.model, *(path for path, _ in map(split_spec, config.data)), config.eval_data, config.sft_data}
     if not asked & demo_makes(config.seed):
         return
-    paths = demo_paths(config.seed)
+    paths = preset_values("demo", config.seed)
     data = make_demo_set(Path(paths["eval_data"]).parent, DemoSpec(seed=config.seed, train=2048, val=200))
     model, mark = Path(paths["model"]), json.dumps({"seed": config.seed})
     if config.model != str(model) or model.exists() and not (model / MARK).exists():

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
+import yaml
+
 from grpo.errors import ConfigError
 from rewards import parse_rewards
 from video.files import write_text
@@ -151,58 +153,32 @@ RENAMED = {
 }
 
 
-def demo_paths(seed):
-    """The paths that --preset demo gives. Each seed has a folder of its own, so that no demo touches another's videos;
-    that of the default seed has a short name."""
-    folder = Path("runs/demo" if seed == Config.seed else f"runs/demo-seed-{seed}")
-    return dict(
-        model=str(folder / "start"), data=(str(folder / "data/train.jsonl"),), eval_data=str(folder / "data/val.jsonl"),
-        sft_data=str(folder / "data/warmup.jsonl"), frame_cache=str(folder / "frames"), output=str(folder / "run"),
-    )  # fmt: skip
+def as_setting(value):
+    """A value of a JSON or YAML file as Config holds it: lists are tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+with open(Path(__file__).with_name("presets.yaml"), encoding="utf-8") as file:
+    PRESETS = {
+        preset: {name: as_setting(value) for name, value in values.items()}
+        for preset, values in yaml.safe_load(file).items()
+    }
+
+
+def preset_values(preset, seed):
+    """{flag: value} of a preset. Each seed of the demo has a folder of its own, so that no demo touches the videos of
+    another: runs/demo for the default seed, else runs/demo-seed-N."""
+    values = PRESETS[preset]
+    if preset != "demo" or seed == Config.seed:
+        return values
+    move = lambda path: path.replace("runs/demo/", f"runs/demo-seed-{seed}/") if isinstance(path, str) else path
+    return {n: tuple(map(move, v)) if isinstance(v, tuple) else move(v) for n, v in values.items()}
 
 
 def demo_makes(seed):
     """The paths of the model and the data that --demo makes. What other paths hold is the user's."""
-    own = demo_paths(seed)
+    own = preset_values("demo", seed)
     return {own["model"], *own["data"], own["eval_data"], own["sft_data"]}
-
-
-PRESETS = {
-    # Open-R1-Video's one launch script: 4 processes, one prompt each a step, accuracy reward only. Its loss is a mean
-    # over each sequence, then over sequences.
-    "qwen2-vl-7b": {"loss_normaliser": "sequence"},
-    "demo": dict(
-        **demo_paths(Config.seed),
-        demo=True,
-        sft_steps=1200,
-        sft_until=0.9,
-        sft_learning_rate=1e-3,
-        sft_prompts_per_step=32,
-        steps=400,
-        prompts_per_step=32,
-        group_size=8,
-        max_new_tokens=24,
-        reward=("accuracy:1", "format:0.5"),
-        kl_coef=0.15,
-        learning_rate=5e-4,
-        lr_schedule="cosine",
-        adam_beta2=0.95,
-        prompt_template="{problem}",
-        min_pixels=28 * 28,
-        max_pixels=28 * 28,
-        nframes=8,
-        threads=1,
-        workers=1,
-        prompts_per_forward=32,
-        prompts_per_rollout=32,
-        gradient_checkpointing=False,
-        save_every=200,
-        eval_samples=1000,
-        eval_every=100,
-        eval_batch=128,
-        controls=True,
-    ),  # fmt: skip
-}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -236,10 +212,8 @@ def parse_config(arguments=None):
             section = parser.add_argument_group(item.metadata["section"])
         add_flag(section, item, {"preset": preset, **PRESETS[preset]}.get(item.name, item.default))
     given = vars(parser.parse_args(arguments))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    values = PRESETS[preset]
-    if preset == "demo" and "seed" in given:
-        values = {**values, **demo_paths(given["seed"])}
+    given = {name: as_setting(value) for name, value in given.items()}
+    values = preset_values(preset, given.get("seed", Config.seed))
     if given.keys() & {"fps", "min_frames", "max_frames"}:  # a flag counts more than the preset's --nframes
         values = {name: value for name, value in values.items() if name != "nframes"}
     config = Config(**{**values, **given})
@@ -321,7 +295,6 @@ def load_config(path):
     """The Config that `save_config` wrote. Raises ConfigError if the file is not one."""
     try:
         saved = json.loads(Path(path).read_text())
-        values = {RENAMED.get(name, name): value for name, value in saved.items()}
-        return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        return Config(**{RENAMED.get(name, name): as_setting(value) for name, value in saved.items()})
     except (AttributeError, OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: not a configuration of this project ({error})") from error

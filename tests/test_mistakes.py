@@ -205,7 +205,7 @@ MISTAKES = {
         ("1 of 1 questions to answer have no video or image", "1 questions; 0 unreadable"),
     ),
     "a line that is no JSON": (
-        "train", lambda b: ["--data", b.rows(b.row(), "{not json")], 2, ("rows.jsonl:2: is not JSON", "mend or delete"),
+        "train", lambda b: ["--data", b.rows(b.row(), "{not json")], 2, ("rows.jsonl:2: is not JSON", "fix or delete"),
     ),
     "many bad rows": (
         "train", lambda b: ["--data", b.rows(*[b.row(solution="<answer>7</answer>")] * 12, b.row())], 2,
@@ -226,7 +226,7 @@ MISTAKES = {
     ),
     "half an emoji in a question": (
         "train", lambda b: ["--data", b.rows(b.row(), b.row(problem="What? \ud83d\nA. x"))], 2,
-        (r"rows.jsonl:2: holds half a character ('\ud83d')", "mend or delete it"),
+        (r"rows.jsonl:2: holds half a character ('\ud83d')", "fix or delete it"),
     ),
     "half an emoji in an option": (
         "eval", lambda b: ["--data", b.rows(b.row(options=["A. \ud83d", "B. y"]))], 2, ("holds half a character",),
@@ -240,7 +240,7 @@ MISTAKES = {
     ),
     "a row nested 1,000 deep": (
         "train", lambda b: ["--data", b.rows('{"problem": ' + "[" * 1000 + "]" * 1000 + "}")], 2,
-        ("rows.jsonl:1: is nested", "deep; mend or delete it"),
+        ("rows.jsonl:1: is nested", "deep; fix or delete it"),
     ),
     "a row nested 100 deep": (
         "eval", lambda b: ["--data", b.rows(b.row(note=json.loads("[" * 100 + "]" * 100)))], 2,
