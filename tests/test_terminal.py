@@ -55,6 +55,15 @@ ANSWERS = {
     "train.py --zzz 4": (2, "train.py: error: unrecognized arguments: --zzz 4 (see --help)\n"),
     "train.py --steps ten": (2, "train.py: error: argument --steps: invalid int value: 'ten' (see --help)\n"),
     "train.py --group_size 1": (2, "train.py: error: --group_size 1: must be at least 2\n"),
+    "eval.py --help": (0, "usage: eval.py"),
+    "eval.py --ckpt x --smaples 3": (
+        2, "eval.py: error: unrecognized arguments: --smaples 3 (did you mean --samples?)\n"
+    ),
+    "eval.py --samples 3": (2, "eval.py: error: the following arguments are required: --ckpt (see --help)\n"),
+    "eval.py --ckpt x --samples 0": (2, "eval.py: error: --samples 0: must be at least 1, and finite\n"),
+    "eval.py --ckpt x --temperature nan": (
+        2, "eval.py: error: --temperature nan: must be at least 0.0, and finite\n"
+    ),
 }  # fmt: skip
 
 
