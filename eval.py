@@ -14,29 +14,33 @@ code, so it logs the same numbers.
 if __name__ == "__main__":
     from video.terminal import prepare_terminal
 
-    prepare_terminal()  # before the slow imports
+    prepare_terminal()  # before the slow imports, as is the next: --help and a wrong flag answer at once
+    from evaluation.flags import parse_flags
+    from grpo.config import parse_or_exit
+
+    parse_or_exit(lambda: parse_flags(__doc__))
 
 import argparse
 import functools
 import itertools
 import json
-import math
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from evaluation.benchmarks import BENCHMARKS, benchmark_score, read_benchmark
+from evaluation.benchmarks import benchmark_score, read_benchmark
+from evaluation.flags import SHARED, parse_flags
 from evaluation.plot import plot_runs
 from evaluation.predictions import Predictions, checkpoint_identity, settings_of
 from evaluation.report import evaluation_table, write_report
 from evaluation.significance import paired, with_intervals
-from grpo.config import Config, OneLineParser, add_flag, check, load_config
+from grpo.config import Config, check, load_config
 from grpo.engine import distributed
 from grpo.engine.build import build_policy
 from grpo.engine.distributed import is_main
@@ -54,10 +58,6 @@ from video.formats import DataError, Sample
 from video.loader import PromptLoader
 from video.prompt import PromptEncoder
 
-# Flags of training that also say how to evaluate; without a flag, the value that the checkpoint was trained with holds.
-SHARED = ("fps", "nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "prompt_template",
-          "max_prompt_tokens", "max_new_tokens", "eval_batch", "workers", "threads", "decode_timeout",
-          "device", "decode_graph", "text_only")  # fmt: skip
 DIRECT = "Answer with the letter of the option only."
 DIRECT_BY_TYPE = dict.fromkeys(("numerical", "mra", "regression", "math"), "Answer with a number only.")
 DIRECT_BY_TYPE |= dict.fromkeys(("OCR", "free-form"), "Answer with a word or a short phrase only.")
@@ -152,12 +152,6 @@ def make_config(folder: Path, arguments: argparse.Namespace) -> Config:
     # Evaluation scores accuracy alone: a reward file of the training machine need not be here.
     config = replace(config, **given, reward=("accuracy:1",), gradient_checkpointing=False)
     check(config)
-    for name, least in (("temperature", 0.0), ("samples", 1), ("report_samples", 0)):
-        value = getattr(arguments, name)
-        if value is not None and not least <= value < math.inf:
-            raise ConfigError(f"--{name} {value}: must be at least {least}, and finite")
-    if arguments.output == "":
-        raise ConfigError("--output: is empty; name a folder")
     return config
 
 
@@ -275,34 +269,11 @@ def default_output(arguments: argparse.Namespace) -> str:
     return f"{stem}-evaluation-{questions}".removesuffix("-")
 
 
-def make_parser() -> OneLineParser:
-    layout = argparse.RawDescriptionHelpFormatter
-    note = "Frames, pixels and prompt are as in training; a value in brackets holds if the checkpoint has none."
-    parser = OneLineParser(description=__doc__, formatter_class=layout, allow_abbrev=False, epilog=note)
-    add = parser.add_argument
-    add("--ckpt", required=True, help="Checkpoint of a run, or any Hugging Face folder or hub name of this family.")
-    add("--data", help="Questions, in place of the run's own held-out ones.")
-    add("--video_root", help="Folder that video paths are under (default: that of the data file, or as in training).")
-    add("--benchmark", choices=tuple(BENCHMARKS), help="A published benchmark, scored as it scores.")
-    add("--benchmark_dir", help="Its folder: annotation files and videos as published.")
-    add("--mode", choices=("think", "direct", "both"), default="think", help="As in training, or the answer only.")
-    add("--controls", action="store_true", help="Also with the video shuffled, reversed and blank, and with no video.")
-    add("--against", help="A second checkpoint for the same questions and settings: paired difference and its p-value.")
-    add("--samples", type=int, help="Only so many questions, drawn from all, always the same.")
-    add("--temperature", type=float, default=0.0, help="Sampling temperature; 0 is greedy. [0.0]")
-    add("--report_samples", type=int, default=300, help="Most questions shown in report.html. [300]")
-    add("--output", help="Folder of predictions.jsonl, results.json and report.html [CKPT-evaluation].")
-    for item in fields(Config):
-        if item.name in SHARED:
-            add_flag(parser, item, item.default)
-    return parser
-
-
 def main(arguments: list[str] | None = None) -> int:
     quiet_libraries()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        evaluate(make_parser().parse_args(arguments))
+        evaluate(parse_flags(__doc__, arguments))
     except KeyboardInterrupt:
         print("eval.py: stopped; the same command goes on from the answers that there are", file=sys.stderr)
         return 130

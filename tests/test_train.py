@@ -433,6 +433,42 @@ def test_configuration_survives_saving(tmp_path):
         load_config(tmp_path / "run.json")
 
 
+@pytest.fixture
+def as_before():
+    """A function that gives the flags in a run.json the names that an earlier version wrote."""
+    old = {"clip_eps_low": "clip_low", "clip_eps_high": "clip_high", "dynamic_filter": "filter_groups",
+           "tis_cap": "importance_cap", "ppo_epochs": "updates_per_batch"}  # fmt: skip
+
+    def rename(path):
+        saved = json.loads(path.read_text())
+        assert old.keys() <= saved.keys()
+        path.write_text(json.dumps({old.get(name, name): value for name, value in saved.items()}))
+
+    return rename
+
+
+def test_a_run_json_of_an_earlier_version_is_read(tmp_path, as_before):
+    config = parse_config(["--clip_eps_low", "0.1", "--clip_eps_high", "0.3", "--dynamic_filter", "--tis_cap", "2",
+                           "--ppo_epochs", "3"])  # fmt: skip
+    save_config(config, tmp_path / "run.json")
+    as_before(tmp_path / "run.json")
+    assert load_config(tmp_path / "run.json") == config
+
+
+def test_a_run_of_an_earlier_version_goes_on(flags, as_before, capsys):
+    flags = [*flags, *SHORT, "--clip_eps_high", "0.3"]
+    folder = run(flags, "--steps", "4")
+    before = metrics_of(folder)
+    for path in (folder / "run.json", folder / "checkpoint-4" / "run.json"):
+        as_before(path)
+    capsys.readouterr()
+    assert train.main([*flags, "--clip_eps_high", "0.2"]) == 2
+    assert "--clip_eps_high was 0.3, is 0.2" in capsys.readouterr().err
+    run(flags)
+    assert "4 of 4 steps are done" in capsys.readouterr().out and metrics_of(folder) == before
+    assert json.loads((folder / "run.json").read_text())["clip_eps_high"] == 0.3
+
+
 def test_every_flag_has_a_sentence(capsys):
     with pytest.raises(SystemExit):
         parse_config(["--help"])
