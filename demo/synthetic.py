@@ -114,7 +114,7 @@ def completions(row: dict) -> list[str]:
     A question for the direction gets one for each option: `<think>I see up .</think><answer>B</answer>` for "B. up".
     Any other question gets the one with its true answer, because a pretrained model would know how to see it.
     """
-    options = row["options"] if row["kind"] == "direction" else [row["original_answer"]]
+    options = row["options"] if row["category"] == "direction" else [row["original_answer"]]
     return [f"<think>I see {option[3:]} .</think><answer>{option[0]}</answer>" for option in options]
 
 
