@@ -23,8 +23,8 @@ from grpo.engine.build import build_policy
 from grpo.engine.checkpoint import CheckpointError, Saver, load_training
 from grpo.engine.checkpoint import checkpoints as checkpoints_of
 from grpo.engine.model import load_model
+from grpo.engine.optimizer import make_optimizer
 from grpo.run.run import Run
-from grpo.update import make_optimizer
 
 LONG = ("--steps", "4", "--save_every", "2", "--keep_checkpoints", "9")
 

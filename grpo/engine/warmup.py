@@ -12,7 +12,8 @@ import torch
 
 from grpo.batch import RolloutGroup
 from grpo.engine.distributed import reduce_sum, world_size
-from grpo.update import apply_gradients, learning_rate, make_micro_batches, make_optimizer, set_learning_rate
+from grpo.engine.optimizer import learning_rate, make_optimizer, set_learning_rate
+from grpo.update import apply_gradients, make_micro_batches
 from video.formats import DataError
 
 RAMP = 20  # steps of linear warm-up of the learning rate, which then stays constant
