@@ -6,8 +6,8 @@ import sys
 import pytest
 from processes import ROOT, assert_same_run, finish, free_port, launch, metrics_of, run_here, start, start_command
 
-from grpo.config import ConfigError
 from grpo.engine.distributed import start as start_group
+from grpo.errors import ConfigError
 
 
 @pytest.mark.parametrize(
