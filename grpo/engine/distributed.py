@@ -3,11 +3,11 @@
 torch's process group is global, so these are plain functions: nothing has to be handed around.
 """
 
+import atexit
 import copy
 import os
 import sys
 import threading
-import time
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +23,7 @@ from grpo.errors import ConfigError
 # Rank 0 may build the demo or write 15 GB while the others wait. `watch_ranks` notices a rank that dies.
 TIMEOUT = timedelta(minutes=30)
 GRACE = 3  # seconds for a rank to end by itself, with its own message, once another rank is gone
-finished = threading.Event()  # set once every rank is done: from then on ranks may leave
+finished = threading.Event()  # set once every rank is done, or this one ends: from then on ranks may leave
 
 
 def rank():
@@ -92,7 +92,9 @@ def start(device="auto", shard_size=0):
     mesh = init_device_mesh(backend, shape, mesh_dim_names=names)
     if world > 1:
         pids = [pid for node, pid in gather((_node(), os.getpid())) if node == _node()]
-        threading.Thread(target=watch_ranks, args=(pids,), daemon=True).start()
+        watcher = threading.Thread(target=watch_ranks, args=(pids,), daemon=True)
+        watcher.start()
+        atexit.register(_end_watch, watcher)
     return device, mesh
 
 
@@ -112,13 +114,20 @@ def watch_ranks(pids):
     """
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     while not (any(_is_gone(pid) for pid in pids) or _is_lost(store)):
-        time.sleep(1)
+        if finished.wait(1):
+            return
     with suppress(dist.DistError):  # the store may be gone, too
         store.set("a process is lost", "1")
     if not finished.wait(GRACE):
         name = Path(sys.argv[0]).name
         print(f"{name}: error: another process is gone, see its message or torchrun's", file=sys.stderr, flush=True)
         os._exit(3)  # the main thread may be inside a collective, out of reach
+
+
+def _end_watch(watcher):
+    """Ends the thread before Python ends: a thread that is inside the store just then would abort the process."""
+    finished.set()
+    watcher.join(GRACE)
 
 
 def _node():
