@@ -1,6 +1,6 @@
 """What bounds a GRPO step on GPUs, on paper: FLOPs, bytes and link traffic counted from config.json and the code.
 
-    python bench/cost_model.py        prints the tables of docs/performance.md
+    python bench/cost_model.py        prints the tables of docs/forecast.md
 
 Counted for one GPU, one prompt a process and step, every completion C tokens long (real ones end earlier):
 
@@ -338,7 +338,7 @@ def factor_table(config, counts, machine):
 
 
 def report():
-    """All tables, as docs/performance.md holds them."""
+    """All tables, as docs/forecast.md holds them."""
     parts = []
     for label, name in MODELS.items():
         config = published_config(name)

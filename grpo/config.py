@@ -63,18 +63,43 @@ class Config:
     temporal_threshold: float = flag(
         0.8, "The bonus is given where the accuracy is at least this share of that on shuffled frames.", ge=0.0
     )
-    scale_advantages: str = flag("group", "Divide by the group's deviation, or not.", choices=("group", "none"))
+    advantage: str = flag(
+        "group", "What a reward is compared with: docs/algorithms.md.",
+        choices=("group", "none", "rloo", "batch", "reinforce_baseline"),
+    )  # fmt: skip
     dynamic_filter: bool = flag(False, "Leave out groups whose completions are all equally accurate (DAPO).")
+    dynamic_sampling: int = flag(
+        0, "Draw new prompts in place of such groups, at most this many times --prompts_per_step; 0 is off.", ge=0
+    )  # fmt: skip
+    mask_truncated: bool = flag(False, "Leave completions that --max_new_tokens truncated out of the loss (DAPO).")
 
-    clip_eps_low: float = flag(0.2, "Lower clip of the ratio.", gt=0.0, le=1.0, section="loss")
+    loss: str = flag(
+        "ppo", "What is maximised: docs/algorithms.md.", section="loss",
+        choices=("ppo", "gspo", "gspo_token", "cispo", "cispo_sequence", "sapo", "sapo_sequence"),
+    )  # fmt: skip
+    clip_eps_low: float = flag(0.2, "Lower clip of the ratio.", gt=0.0, le=1.0)
     clip_eps_high: float = flag(0.2, "Upper clip of the ratio.", gt=0.0)
-    kl_coef: float = flag(0.1, "Weight of the KL (k3) to the frozen reference; 0 loads no reference.", ge=0.0)
+    dual_clip: float | None = flag(None, "Bound of the loss of negative advantages, as a ratio (dual clip).", gt=1.0)
+    entropy_coef: float = flag(0.0, "Weight of the entropy bonus.", ge=0.0)
+    kl_coef: float = flag(0.1, "Weight of the KL to the frozen reference; 0 loads no reference.", ge=0.0)
+    kl_estimator: str = flag("k3", "How the KL of a token is estimated.", choices=("k1", "k2", "k3"))
+    kl_in: str = flag(
+        "loss", "Where the KL is: a term of the loss, or taken from the reward.", choices=("loss", "reward")
+    )
+    kl_correction: bool = flag(False, "Weight the KL of each token by its importance ratio (TRL's default).")
+    ref_sync_steps: int = flag(0, "Move the reference towards the policy every so many steps (TR-DPO); 0: never.", ge=0)
+    ref_mixup_alpha: float = flag(0.6, "The policy's share of the moved reference.", gt=0.0, le=1.0)
     loss_normaliser: str = flag(
         "token", "What a token's loss is divided by: all tokens, its sequence, or a constant.",
         choices=("token", "sequence", "constant"),
     )  # fmt: skip
     tis_cap: float | None = flag(None, "Cap of truncated importance sampling against the sampler.", gt=0.0)
-    ppo_epochs: int = flag(1, "Update passes over each batch (mu).", ge=1)
+    tis_mode: str = flag(
+        "token_truncate", "Whose ratio is capped, and what happens above the cap.",
+        choices=("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    )  # fmt: skip
+    mini_batch_size: int = flag(0, "Prompts of one optimizer step, over all processes; 0: all of the step's.", ge=0)
+    ppo_epochs: int = flag(1, "Passes over the mini-batches of a step (mu).", ge=1)
 
     epochs: float = flag(1.0, "Passes over the training questions; --steps overrides.", gt=0.0, section="optimiser")
     steps: int | None = flag(None, "GRPO steps.", ge=0)
@@ -140,7 +165,7 @@ METRICS = frozenset(
     "skipped seconds_waiting seconds_sampling seconds learning_rate loss entropy clip_low_frac clip_high_frac "
     "sampler_logprob_diff kl grad_norm updates_skipped reward length truncated_frac reward_std rewards_failed "
     "frac_groups_all_correct frac_groups_all_wrong no_answer_frac several_answers_frac shuffled_accuracy "
-    "temporal_bonus phase step".split()
+    "temporal_bonus prompts_drawn phase step".split()
 )
 
 # Flags of earlier versions, as run.json files have them.
@@ -149,6 +174,7 @@ RENAMED = {
     "clip_high": "clip_eps_high",
     "filter_groups": "dynamic_filter",
     "importance_cap": "tis_cap",
+    "scale_advantages": "advantage",
     "updates_per_batch": "ppo_epochs",
 }
 
@@ -218,7 +244,9 @@ def parse_config(arguments=None):
         values = {name: value for name, value in values.items() if name != "nframes"}
     config = Config(**{**values, **given})
     check(config)
+    check_combinations(config, {**values, **given})
     config.freeze_vision |= config.lora_rank > 0  # adapters are the decoder's
+    config.dynamic_filter |= config.dynamic_sampling > 0
     return config
 
 
@@ -274,7 +302,7 @@ def check(config):
         raise ConfigError("--prompt_template must hold {problem}, where the question goes")
     if config.sft_steps and not config.sft_data:
         raise ConfigError("--sft_steps needs --sft_data, whose rows have `completions`")
-    for name in ("dynamic_filter", "temporal_bonus"):
+    for name in ("dynamic_filter", "dynamic_sampling", "temporal_bonus"):
         if getattr(config, name) and not any(spec.split(":")[0] == "accuracy" for spec in config.reward):
             raise ConfigError(f"--{name} looks at the accuracy; add accuracy:1 to --reward")
     try:
@@ -285,6 +313,33 @@ def check(config):
     for reward in rewards:
         if reward.user and (reward.name in METRICS or reward.name.startswith("letter_")):
             raise ConfigError(f"--reward {reward.name}: a metric has this name; give your function another")
+
+
+def check_combinations(config, given):
+    """Raises ConfigError, naming both flags, for settings that mean nothing together. given: the flags of the user and
+    of the preset; a default never contradicts."""
+    clipped, kl, in_loss = config.loss in ("ppo", "gspo", "gspo_token"), config.kl_coef, config.kl_in == "loss"
+    sigmoid = f"--loss {config.loss} has a sigmoid in place of the clip; leave it out"
+    rules = [
+        ("dual_clip", not clipped, f"bounds the clip of ppo, gspo and gspo_token; --loss {config.loss} has none"),
+        ("clip_eps_low", config.loss.startswith("sapo"), sigmoid),
+        ("clip_eps_high", config.loss.startswith("sapo"), sigmoid),
+        *((name, not kl, "there is no KL with --kl_coef 0; set --kl_coef or leave it out")
+          for name in ("kl_estimator", "kl_in", "kl_correction", "ref_sync_steps")),
+        ("kl_in", not in_loss and config.kl_estimator != "k1",
+         f"--kl_estimator {config.kl_estimator} hardly pulls as a reward; set --kl_estimator k1"),
+        ("kl_correction", not in_loss, "is about the gradient of the KL; --kl_in reward has none; leave it out"),
+        ("kl_estimator", kl and in_loss and config.kl_estimator == "k1" and not config.kl_correction,
+         "its mean gradient with --kl_in loss is 0; set k2, k3 or --kl_correction"),
+        ("ref_sync_steps", config.lora_rank > 0, "with --lora_rank the reference is the model without adapters"),
+        ("ref_mixup_alpha", not config.ref_sync_steps, "does nothing without --ref_sync_steps"),
+        ("tis_mode", config.tis_cap is None, "weighs nothing without --tis_cap"),
+        ("mini_batch_size", config.mini_batch_size > config.prompts_per_step,
+         f"is above --prompts_per_step {config.prompts_per_step}; lower it"),
+    ]  # fmt: skip
+    for name, wrong, reason in rules:
+        if wrong and given.get(name):
+            raise ConfigError(f"--{name} {as_typed(given[name])}: {reason}")
 
 
 def save_config(config, path):

@@ -177,30 +177,3 @@ def policy_loss(
             logged["sampler_logprob_diff"] = (old_logprobs - sampler_logprobs).abs()
         sums = {name: (values * (weights != 0)).sum() for name, values in logged.items()}
     return (weights * per_token).sum(), sums
-
-
-def check_loss(
-    loss: str = "ppo", dual_clip: float | None = None, kl_coef: float = 0.0, kl_estimator: str = "k3",
-    kl_in: str = "loss", kl_correction: bool = False, tis_cap: float | None = None, tis_mode: str = "token_truncate",
-    given: Sequence[str] = (),
-) -> None:  # fmt: skip
-    """Raises ValueError naming both flags for settings that mean nothing together. given: flags that the user set."""
-    gain = LOSSES[loss][1]
-    if dual_clip is not None and gain is not ppo:
-        raise ValueError(
-            f"--dual_clip {dual_clip}: bounds the clip of ppo, gspo and gspo_token; --loss {loss} has none"
-        )
-    for name in ("clip_eps_low", "clip_eps_high"):
-        if name in given and gain is sapo:
-            raise ValueError(f"--{name}: --loss {loss} has a sigmoid in place of the clip; leave --{name} out")
-    for name in ("kl_estimator", "kl_in", "kl_correction"):
-        if name in given and not kl_coef:
-            raise ValueError(f"--{name}: there is no KL with --kl_coef 0; set --kl_coef or leave --{name} out")
-    if tis_mode != "token_truncate" and tis_cap is None:
-        raise ValueError(f"--tis_mode {tis_mode}: weighs nothing without --tis_cap; set --tis_cap")
-    if kl_coef and kl_in == "reward" and kl_estimator != "k1":
-        raise ValueError(f"--kl_in reward: --kl_estimator {kl_estimator} hardly pulls as a reward; set k1")
-    if kl_coef and kl_in == "reward" and kl_correction:
-        raise ValueError("--kl_correction: is about the gradient of the KL; --kl_in reward has none; leave it out")
-    if kl_coef and kl_in == "loss" and kl_estimator == "k1" and not kl_correction:
-        raise ValueError("--kl_estimator k1: its mean gradient with --kl_in loss is 0; set k2, k3 or --kl_correction")

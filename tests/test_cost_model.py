@@ -364,5 +364,5 @@ def test_bounds_by_hand():
 
 
 def test_the_document_holds_what_the_script_prints():
-    text = (ROOT / "docs/performance.md").read_text()
-    assert cost_model.report() in text, "put what `python bench/cost_model.py` prints into docs/performance.md"
+    text = (ROOT / "docs/forecast.md").read_text()
+    assert cost_model.report() in text, "put what `python bench/cost_model.py` prints into docs/forecast.md"

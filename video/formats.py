@@ -99,6 +99,7 @@ class Sample:
     options: tuple[str, ...] = ()  # lettered: "A. red"
     completions: tuple[str, ...] = ()  # target texts of a supervised warm-up
     clips: tuple[Clip, ...] = ()  # one for each of `videos`; () if all are taken whole
+    slot: int = field(default=0, compare=False)  # its number among the samples that a step draws
     meta: dict = field(default_factory=dict)  # the row's other fields
 
     @property

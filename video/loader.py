@@ -53,21 +53,33 @@ class PromptLoader(AbstractContextManager):
 
     def batches(self, groups: Iterable[list[Sample]], control: str | None = None) -> Iterator[list[Prompt | Skipped]]:
         """One list for each list of `groups`, in the same order; `control` goes to the encoder."""
-        if self._pool is None:
-            for group in groups:
-                yield self._checked([_encode(self.encoder, sample, control) for sample in group])
-            return
         source, pending = iter(groups), deque()
         try:
             while True:
-                while len(pending) <= AHEAD and (group := next(source, None)) is not None:
-                    pending.append([(sample, self._pool.submit(sample, control)) for sample in group])
+                ahead = AHEAD if self._pool else 0
+                while len(pending) <= ahead and (group := next(source, None)) is not None:
+                    pending.append(self._begin(group, control))
                 if not pending:
                     return
-                yield self._checked([self._collect(sample, future) for sample, future in pending.popleft()])
+                yield self._finish(pending.popleft())
         finally:  # the consumer stopped early: calls that have not begun need not begin
             for _, future in chain(*pending):
                 future.cancel()
+
+    def submit(self, group: list[Sample], control: str | None = None) -> Callable[[], list[Prompt | Skipped]]:
+        """Begins to encode one batch; returns a function that waits for it."""
+        return partial(self._finish, self._begin(group, control))
+
+    def _begin(self, group: list[Sample], control: str | None) -> list[tuple[Sample, Future]]:
+        if self._pool:
+            return [(sample, self._pool.submit(sample, control)) for sample in group]
+        futures = [Future() for _ in group]
+        for sample, future in zip(group, futures):
+            future.set_result(_encode(self.encoder, sample, control))
+        return list(zip(group, futures))
+
+    def _finish(self, calls: list[tuple[Sample, Future]]) -> list[Prompt | Skipped]:
+        return self._checked([self._collect(sample, future) for sample, future in calls])
 
     def __exit__(self, *_) -> None:
         """Ends the workers. (The server that forked them is shared by all loaders, and ends with this process.)"""
