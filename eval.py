@@ -216,7 +216,7 @@ def answer(
     for (folder, mode), group in itertools.groupby(missing, lambda v: (v.folder, v.mode)):
         questions = ask(samples, mode)
         with open_loader(folder, mode, config) as loader:
-            tokenizer = loader.encoder.tokenizer
+            tokenizer = loader.encoder.processor.tokenizer
             if loaded != folder:
                 policy = None  # frees the memory of the other checkpoint
                 policy = build(folder, processor=loader.encoder.processor)
