@@ -26,9 +26,11 @@ def rollout(policy, prompts, tokenizer, rewards, config, step):
         shuffled = sample_groups(plain, timed, config.group_size // 2, tokenizer, config, step, shuffle=True)
     shuffled = {prompt.sample.key: group.texts for prompt, group in zip(timed, shuffled)}
     for prompt, group in zip(prompts, rollouts):
-        score = score_group(rewards, group.texts, prompt.sample, group.lengths, config.reward_timeout)
-        group.rewards, group.parts = score.total, score.parts
-        group.failed, group.errors = score.failed, score.errors
+        group.rewards, group.parts, failures = score_group(
+            rewards, group.texts, prompt.sample, group.lengths, config.reward_timeout
+        )
+        group.failed = sum(len(messages) for messages in failures.values())
+        group.errors = {name: messages[0] for name, messages in failures.items()}
         if prompt.sample.key in shuffled:
             without = [accuracy(text, prompt.sample) for text in shuffled[prompt.sample.key]]
             bonus = temporal_bonus(group.parts["accuracy"], without, config.temporal_threshold, config.temporal_bonus)
