@@ -47,8 +47,8 @@ from video.files import write_text
 from video.pool import WorkersDoNotStart
 
 
-def grpo(run, policy, reference, optimizer):
-    """GRPO from the first step that is not done yet to the last."""
+def grpo(run, policy, reference, moving, optimizer):
+    """GRPO from the first step that is not done yet to the last; moving: the reference, if it moves."""
     config, first, rewards = run.config, run.state["step"], parse_rewards(run.config.reward)
     sample = lambda prompts, step: rollout(policy, prompts, run.processor.tokenizer, rewards, config, step)
     run.log.start("grpo", config.steps, first)
@@ -68,12 +68,12 @@ def grpo(run, policy, reference, optimizer):
         add_advantages(batches, config)
         metrics["learning_rate"] = schedule(optimizer, step, config)
         metrics |= update(policy, optimizer, steps, config, seed=f"{config.seed}/{step}")
-        if config.ref_sync_steps and (step + 1) % config.ref_sync_steps == 0:
-            sync_reference(reference, policy, config.ref_mixup_alpha)
+        if moving is not None and (step + 1) % config.ref_sync_steps == 0:
+            sync_reference(moving, policy, config.ref_mixup_alpha)
         metrics["seconds"] = time.perf_counter() - began + metrics["seconds_waiting"]
 
         run.report(step, groups, metrics)
-        run.evaluate_and_save(step + 1, policy, optimizer)
+        run.evaluate_and_save(step + 1, policy, optimizer, moving)
     run.log.stop()
 
 
@@ -112,20 +112,21 @@ def train_and_evaluate(run):
     policy = build_policy(start, config, run.processor, run.device, run.mesh, adapters=config.lora_rank > 0)
     run.choose_fast_paths(policy)
     reference = build_reference(start, policy, config, run.processor, run.device, run.mesh)
+    moving = reference if config.ref_sync_steps else None
     optimizer = make_optimizer(policy, config)
     if run.checkpoint:
-        load_training(run.checkpoint, policy, optimizer)
+        load_training(run.checkpoint, policy, optimizer, moving)
     else:
         run.state["before"] = run.evaluate(policy)
         run.log.evaluation(0, run.state["before"])
 
     # 2) GRPO; a run that is asked to stop saves first
     try:
-        grpo(run, policy, reference, optimizer)
+        grpo(run, policy, reference, moving, optimizer)
     except Stopped as stop:
         run.saver.wait()
         if stop.step not in (run.state["step"], run.saver.step):
-            run.save(stop.step, policy, optimizer)
+            run.save(stop.step, policy, optimizer, moving)
             run.saver.wait()
         raise
 

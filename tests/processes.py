@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import train
 import video.files
+from grpo.engine.checkpoint import checkpoints as checkpoints_of
 
 ROOT = Path(__file__).parent.parent
 WATCHDOG = 150  # seconds after which a hang fails its own test
@@ -166,6 +168,15 @@ def training_of(folder, step=3):
     tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
     dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
+
+
+def back_to(folder, step, copy):
+    """A copy of a run folder as it was when checkpoint `step` was its newest."""
+    shutil.copytree(folder, copy)
+    for later in checkpoints_of(copy):
+        if int(later.name.split("-")[1]) > step:
+            shutil.rmtree(later)
+    return copy
 
 
 def assert_same_run(one, other, folder, other_folder, step=3):

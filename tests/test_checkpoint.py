@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from processes import assert_same_run, command, kill, launch, metrics_of, run_here, start, wait_for, weights_of
+from processes import assert_same_run, back_to, command, kill, launch, metrics_of, run_here, start, wait_for, weights_of
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
@@ -27,15 +27,6 @@ from grpo.engine.optimizer import make_optimizer
 from grpo.run.run import Run
 
 LONG = ("--steps", "4", "--save_every", "2", "--keep_checkpoints", "9")
-
-
-def back_to(folder, step, copy):
-    """A copy of a run folder as it was when checkpoint `step` was its newest."""
-    shutil.copytree(folder, copy)
-    for later in checkpoints_of(copy):
-        if int(later.name.split("-")[1]) > step:
-            shutil.rmtree(later)
-    return copy
 
 
 @pytest.mark.slow

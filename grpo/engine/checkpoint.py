@@ -1,12 +1,14 @@
 """Checkpoints: a Hugging Face folder that `from_pretrained` loads, with what resuming needs beside it.
 
     checkpoint-120/  config.json, *.safetensors, tokenizer and processor files, run.json (the Config)
-                     training/  state.json, and fp32 masters and both moments, each process's shard in a safetensors
-                                file of its own (torch.distributed.checkpoint): any number of processes can load them
+                     training/  state.json, and fp32 masters, both moments and a reference that moves, each process's
+                                shard in a safetensors file of its own (torch.distributed.checkpoint): any number of
+                                processes can load them
 
 Everything is copied to the host's memory first, and written by a thread while training goes on. Written under a
 temporary name, synced to the disk and renamed, so a checkpoint that exists is whole. Nothing in it is a pickle.
-Randomness needs no saving: it is derived from seed, step and prompt; the data position is the step.
+Randomness needs no saving: it is derived from seed, step and prompt. The position in the data is the step, or, with
+--dynamic_sampling, the state's "position".
 """
 
 import errno
@@ -80,11 +82,12 @@ class Saver:
     def failed(self):
         return self.error is not None
 
-    def save(self, step, policy, optimizer, state):
+    def save(self, step, policy, optimizer, state, reference=None):
         """Begins to save what there is after `step` steps, once the checkpoint before is written; returns its folder.
 
         The last config.keep_checkpoints and the best are kept. state: plain values that resuming needs beside weights
-        and moments; its "best" is that of `note_if_best`. Raises CheckpointError, where the one before failed.
+        and moments; its "best" is that of `note_if_best`. reference: one that moves. Raises CheckpointError, where the
+        one before failed.
         """
         self.wait()
         folder, best = Path(self.config.output), state.get("best", {}).get("step")
@@ -94,7 +97,8 @@ class Saver:
         write_model = self._export(policy, adapters=self.config.lora_rank > 0)
         partial = self._prepare(target)
         # Copied here, once: dcp.async_save copies each shard twice.
-        tensors = {name: t.to("cpu", copy=True) for name, t in _training_tensors(policy, optimizer).items()}
+        own = _training_tensors(policy, optimizer, reference)
+        tensors = {name: t.to("cpu", copy=True) for name, t in own.items()}
 
         def write_shards():
             writer = HuggingFaceStorageWriter(str(partial / "training"), _files_of(tensors), save_distributed=True)
@@ -260,13 +264,14 @@ def _unfinished(folder):
     return folder.with_name(folder.name + UNFINISHED)
 
 
-def _training_tensors(policy, optimizer):
-    """{name: this process's tensor} of masters and moments, to be saved from or loaded into."""
+def _training_tensors(policy, optimizer, reference=None):
+    """{name: this process's tensor} of masters, moments and reference, to be saved from or loaded into."""
     tensors = {}
     for name, parameter in _trained(policy):
         tensors[f"master.{name}"] = parameter.detach()
         tensors |= {f"{kind}.{name}": optimizer.state[parameter][kind] for kind in MOMENTS}
-    return tensors
+    named = reference.named_parameters() if reference is not None else ()
+    return tensors | {f"reference.{name}": parameter.detach() for name, parameter in named}
 
 
 def _trained(policy):
@@ -278,10 +283,11 @@ def load_state(checkpoint):
     return json.loads((Path(checkpoint) / "training" / "state.json").read_text())
 
 
-def load_training(checkpoint, policy, optimizer):
-    """Puts saved masters and moments into a policy and its optimizer, whatever the number of processes then and now."""
-    tensors = _training_tensors(policy, optimizer)
+def load_training(checkpoint, policy, optimizer, reference=None):
+    """Puts saved masters and moments into a policy and its optimizer, and a reference that moves into `reference`,
+    whatever the number of processes then and now."""
     reader = HuggingFaceStorageReader(str(Path(checkpoint) / "training"))
+    tensors = _training_tensors(policy, optimizer, reference)
     dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     steps = load_state(checkpoint)["adam_steps"]
     for name, parameter in _trained(policy):

@@ -232,7 +232,7 @@ class Run:
         self.log.step("train", step, metrics, shown=("reward", "accuracy", "kl", "length"))
         self.bad = count_bad(self.bad, metrics, self.config, step)
 
-    def evaluate_and_save(self, done, policy, optimizer):
+    def evaluate_and_save(self, done, policy, optimizer, moving=None):
         """Does what is due after `done` steps. The last evaluation comes after the loop."""
         config, best = self.config, False
         if config.eval_every and done % config.eval_every == 0 and done < config.steps:
@@ -240,9 +240,9 @@ class Run:
             self.log.evaluation(done, accuracy)
             best = note_if_best(self.state, done, accuracy)
         if best or done % config.save_every == 0 or done == config.steps:
-            self.save(done, policy, optimizer)
+            self.save(done, policy, optimizer, moving)
 
-    def save(self, step, policy, optimizer):
-        """Begins to write a checkpoint of what there is after `step` steps."""
+    def save(self, step, policy, optimizer, moving=None):
+        """Begins to write a checkpoint of what there is after `step` steps; moving: the reference, if it moves."""
         self.state["seconds"] = time.time() - self.began
-        self.saver.save(step, policy, optimizer, self.state)
+        self.saver.save(step, policy, optimizer, self.state, moving)
