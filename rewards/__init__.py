@@ -19,7 +19,7 @@ from pathlib import Path
 from rewards.answer import answer_text
 from rewards.choice import choice
 from rewards.format import format
-from rewards.length import length_cosine, length_window
+from rewards.length import length_cosine, length_window, soft_overlong
 from rewards.math import math
 from rewards.numeric import mean_relative_accuracy, numeric
 from rewards.ocr import ocr
@@ -49,6 +49,7 @@ class Group:
     index: int  # of the completion being scored
     lengths: list[int]  # in tokens; empty where the caller did not give them
     accuracy: list[float]  # raw, of every completion; empty where accuracy is not among the rewards
+    max_new_tokens: int = 0  # the length at which completions are cut; 0 if the caller gave no limit
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ REWARDS: dict[str, Callable] = {
     "repetition": repetition,
     "length_window": length_window,
     "length_cosine": length_cosine,
+    "soft_overlong": soft_overlong,
 }
+NEED_ACCURACY = ("length_window", "length_cosine")
 
 
 def parse_rewards(specs: list[str]) -> list[Reward]:
@@ -126,7 +129,7 @@ def parse_rewards(specs: list[str]) -> list[Reward]:
     for reward, spec in zip(rewards, specs):
         if names.count(reward.name) > 1 or (reward.user and reward.name in REWARDS):
             raise ValueError(f"--reward {spec}: the name {reward.name!r} is taken; give each reward a name of its own")
-        if reward.wants_group and not reward.user and "accuracy" not in names:
+        if reward.name in NEED_ACCURACY and "accuracy" not in names:
             raise ValueError(f"--reward {spec}: {reward.name} depends on the accuracy; add accuracy:1")
     return sorted(rewards, key=lambda reward: reward.name != "accuracy")  # first, since the group rewards read it
 
@@ -137,10 +140,12 @@ def score_group(
     sample,
     lengths: list[int] | None = None,
     reward_timeout: float = 60.0,
+    max_new_tokens: int = 0,
 ) -> tuple[list[float], dict[str, list[float]], dict[str, list[str]]]:
     """The total and the named parts of each completion of one prompt.
 
-    total[i] = sum over rewards r of r.weight * parts[r.name][i]. `lengths` are in tokens; the length rewards need them.
+    total[i] = sum over rewards r of r.weight * parts[r.name][i]. `lengths` are in tokens; the length rewards need them,
+    and soft_overlong needs `max_new_tokens`.
 
     A user's reward may be slow or fail: it gets `reward_timeout` seconds for the group, all completions at once. A call
     that raises, is late, ends its process or returns no finite number scores 0, is counted in `failed`, and the first
@@ -149,7 +154,7 @@ def score_group(
     """
     totals, parts, failures = [0.0] * len(completions), {}, {}
     for reward in rewards:
-        group = Group(completions, 0, lengths or [], parts.get("accuracy", []))
+        group = Group(completions, 0, lengths or [], parts.get("accuracy", []), max_new_tokens)
         if not reward.user and reward.wants_group and len(group.lengths) != len(completions):
             raise ValueError(f"{reward.name} needs the length in tokens of each completion")
         calls = [

@@ -1,4 +1,4 @@
-"""Rewards of length. Both read the raw accuracy and the lengths in tokens from the group."""
+"""Rewards of length. They read the raw accuracy, the lengths in tokens and their limit from the group."""
 
 import math
 
@@ -22,3 +22,15 @@ def length_cosine(completion: str, sample, group) -> float:
     """
     fall = 0.5 * (1 + math.cos(math.pi * min(1.0, group.lengths[group.index] / 1000)))  # 1 at length 0, 0 at 1000
     return 0.5 + 0.5 * fall if group.accuracy[group.index] > 0.5 else -0.5 - 0.5 * fall
+
+
+def soft_overlong(completion: str, sample, group) -> float:
+    """0 up to 4/5 of --max_new_tokens, then falling linearly to -1 at --max_new_tokens.
+
+    DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13). Its cache is a fifth of the limit, as the paper's 4096
+    tokens are of 20480. It is negative already: give it a positive weight.
+    """
+    if not group.max_new_tokens:
+        raise ValueError("soft_overlong needs --max_new_tokens, the length at which completions are cut")
+    cache = group.max_new_tokens / 5
+    return min(0.0, (group.max_new_tokens - cache - group.lengths[group.index]) / cache)
