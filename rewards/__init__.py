@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rewards.answer import answer_text
-from rewards.length import length_cosine, length_window, repetition
+from rewards.length import length_cosine, length_window, repetition, soft_overlong
 from rewards.problem_types import ACCURACY
 from rewards.think_format import tag_count, think_format
 from rewards.user import arguments_needed, reward_file
@@ -33,6 +33,7 @@ class Group:
     index: int  # of the completion that is being scored
     lengths: list[int]  # of each completion, in tokens; empty if the caller gave no lengths
     accuracy: list[float]  # of each completion, unweighted; empty if accuracy is not among the rewards
+    max_new_tokens: int = 0  # the length at which completions are truncated; 0 if the caller gave no limit
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ REWARDS: dict[str, Callable] = {
     "repetition": repetition,
     "length_window": length_window,
     "length_cosine": length_cosine,
+    "soft_overlong": soft_overlong,
 }
+NEED_ACCURACY = ("length_window", "length_cosine")
 
 
 def parse_rewards(specs: list[str]) -> list[Reward]:
@@ -99,7 +102,7 @@ def parse_rewards(specs: list[str]) -> list[Reward]:
         except (ValueError, ImportError, OSError) as error:
             raise ValueError(f"--reward {spec}: {error}") from error
     for name, reward in rewards.items():
-        if reward.arguments == 3 and not reward.user and "accuracy" not in rewards:
+        if name in NEED_ACCURACY and "accuracy" not in rewards:
             raise ValueError(f"--reward {name}: {name} depends on the accuracy; add accuracy:1")
     return sorted(rewards.values(), key=lambda reward: reward.name != "accuracy")
 
@@ -135,6 +138,7 @@ def score_group(
     sample,
     lengths: list[int] | None = None,
     reward_timeout: float = 60.0,
+    max_new_tokens: int = 0,
 ) -> tuple[list[float], dict[str, list[float]], dict[str, list[str]]]:
     """Scores the completions of one prompt -> (totals, parts, failures).
 
@@ -142,7 +146,7 @@ def score_group(
     parts[name][i]: the unweighted value of completion i; parts["accuracy"] is the raw accuracy.
     failures[name]: the messages of the reward's failed calls, in the order of the completions; only if calls failed.
 
-    `lengths` are in tokens; the length rewards need them. A user's reward gets `reward_timeout` seconds for the group,
+    `lengths` are in tokens; the length rewards need them, and soft_overlong needs `max_new_tokens`. A user's reward gets `reward_timeout` seconds for the group,
     all completions at once. A call of it that raises, is late, ends its process or returns no finite number scores 0.
     Each call gets a copy of the sample. An error in a built-in reward is a bug or a bad sample, and is raised.
     """
@@ -150,8 +154,10 @@ def score_group(
     for reward in rewards:
         if not reward.user and reward.arguments == 3 and len(lengths or []) != len(completions):
             raise ValueError(f"{reward.name} needs the length in tokens of each completion")
+        group = functools.partial(Group, completions, max_new_tokens=max_new_tokens)
+        accuracies = parts.get("accuracy", [])
         calls = [
-            (completion, sample, Group(completions, i, lengths or [], parts.get("accuracy", [])))[: reward.arguments]
+            (completion, sample, group(i, lengths or [], accuracies))[: reward.arguments]
             for i, completion in enumerate(completions)
         ]
         outcomes = reward.function(calls, reward_timeout)

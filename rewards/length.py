@@ -33,3 +33,15 @@ def repetition(completion: str, sample, n: int = 3) -> float:
     words = completion.lower().split()
     grams = list(zip(*(words[i:] for i in range(n))))
     return len(set(grams)) / len(grams) - 1.0 if grams else 0.0
+
+
+def soft_overlong(completion: str, sample, group) -> float:
+    """0 up to 4/5 of --max_new_tokens, then falling linearly to -1 at --max_new_tokens.
+
+    DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13). Its cache is a fifth of the limit, as the paper's 4096
+    tokens are of 20480. It is negative already: give it a positive weight.
+    """
+    if not group.max_new_tokens:
+        raise ValueError("soft_overlong needs --max_new_tokens, the length at which completions are truncated")
+    cache = group.max_new_tokens / 5
+    return min(0.0, (group.max_new_tokens - cache - group.lengths[group.index]) / cache)

@@ -383,6 +383,20 @@ def test_length_cosine(length, accurate, reward):
     assert REWARDS["length_cosine"]("", None, Group([], 0, [length], [accurate])) == pytest.approx(reward)
 
 
+@pytest.mark.parametrize(("length", "reward"), [(1, 0.0), (80, 0.0), (90, -0.5), (95, -0.75), (100, -1.0)])
+def test_soft_overlong(length, reward):
+    """DAPO, arXiv 2503.14476, eq. 13, with a limit of 100 and so a cache of 20."""
+    assert REWARDS["soft_overlong"]("", None, Group([], 0, [length], [], 100)) == reward
+
+
+def test_soft_overlong_is_given_the_limit_and_needs_no_accuracy():
+    rewards = parse_rewards(["soft_overlong:2"])
+    total, parts, _ = score_group(rewards, [RIGHT, WRONG], Sample("B"), lengths=[10, 90], max_new_tokens=100)
+    assert parts == {"soft_overlong": [0.0, -0.5]} and total == [0.0, -1.0]
+    with pytest.raises(ValueError, match="soft_overlong needs --max_new_tokens"):
+        score_group(rewards, [RIGHT], Sample("B"), lengths=[10])
+
+
 def test_temporal_bonus():
     assert temporal_bonus([1.0, 0.0, 0.1, 0.2], [0.0, 0.0]) == [0.3, 0.0, 0.0, 0.3]
     assert temporal_bonus([1.0, 0.0], [1.0, 1.0]) == [0.0, 0.0], "shuffled frames do better: time is not used"
