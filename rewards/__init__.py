@@ -146,9 +146,10 @@ def score_group(
     parts[name][i]: the unweighted value of completion i; parts["accuracy"] is the raw accuracy.
     failures[name]: the messages of the reward's failed calls, in the order of the completions; only if calls failed.
 
-    `lengths` are in tokens; the length rewards need them, and soft_overlong needs `max_new_tokens`. A user's reward gets `reward_timeout` seconds for the group,
-    all completions at once. A call of it that raises, is late, ends its process or returns no finite number scores 0.
-    Each call gets a copy of the sample. An error in a built-in reward is a bug or a bad sample, and is raised.
+    `lengths` are in tokens; the length rewards need them, and soft_overlong needs `max_new_tokens`. A user's reward has
+    `reward_timeout` seconds for the group, all completions at once. A call of it that raises, is late, ends its process
+    or returns no finite number scores 0. Each call gets a copy of the sample. An error in a built-in reward is a bug or
+    a bad sample, and is raised.
     """
     totals, parts, failures = [0.0] * len(completions), {}, {}
     for reward in rewards:
