@@ -194,10 +194,11 @@ def measure(case, tiny):
                 return sampler.generate(plain, [prompt], settings.group_size, sampling, [1], words)
 
         groups = meter("rollout", roll_out)
-        groups[0].advantages = torch.randn(settings.group_size)
-        batches = update.make_micro_batches(groups, policy, settings.prompts_per_forward)
+        groups[0].rewards = torch.randn(settings.group_size).tolist()
+        [batches] = update.mini_batches(groups, policy, settings)
         meter("reference", lambda: update.add_reference(reference, batches, 1.0))
-        metrics = meter("update", lambda: update.update(policy, optimizer, [batches], settings))
+        update.add_advantages(batches, settings)
+        metrics = meter("update", lambda: update.update(policy, optimizer, [batches], settings, seed=0))
 
     counts = parameter_counts(config)
     tokens = settings.group_size * settings.max_new_tokens

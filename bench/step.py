@@ -4,7 +4,7 @@
     python bench/step.py --model small --images 16 --group 8 --completion 64 --rounds 3 --output docs/bench_step
     python bench/step.py --sweep tokens           writes NAME.json, and NAME.md with the table that it prints
 
-ours: `generate`, `mini_batches`, `add_reference`, `update`, as train.py calls them.
+ours: `generate`, `mini_batches`, `add_reference`, `add_advantages`, `update`, as train.py calls them.
 trl:  TRL's `GRPOTrainer`, its own loop and defaults; vision and prompt are repeated for each of the G completions.
 once: plain transformers with the easy fix: `generate(num_return_sequences=G)`, and a batch of G copies for reference
       and policy, whose vision features are computed once for each model and shared; same loss, same checkpointing.
@@ -299,10 +299,11 @@ def ours(case, folder, meter, ready):
     def step(number=0):
         prompt = encoder(row)
         [group] = draw(policy, [prompt], case.group, settings, [number], tokenizer)
-        group.advantages = group_advantages([reward(t.tolist()) for t in group.tokens])
-        (batches,) = update.mini_batches([group], policy, config)
+        group.rewards = [reward(t.tolist()) for t in group.tokens]
+        [batches] = update.mini_batches([group], policy, config)
         score(reference, batches, config.temperature)
-        train(policy, optimizer, [batches], config)
+        update.add_advantages(batches, config)
+        train(policy, optimizer, [batches], config, seed=number)
         return {"prompt_tokens": len(prompt.input_ids), "completion_tokens": sum(group.lengths)}
 
     return step

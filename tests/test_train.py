@@ -230,7 +230,7 @@ def test_a_sample_that_comes_twice_in_a_step_is_sampled_anew():
         assert keys == ["a:1", "a:1#2", "a:1#3"], "numbered as they come"
     pairs = [Sample(key, "?", "A") for key in ("a:1", "b:1")]
     assert sorted(s.key for s in draw_samples(pairs, 0, 4, seed=1)) == ["a:1", "a:1#2", "b:1", "b:1#2"], "two epochs"
-    assert sorted(s.key for s in draw_samples(pairs, 2, 2, seed=1)) == ["a:1", "b:1"], "a later step counts anew"
+    assert sorted(s.key for s in draw_samples(pairs, 2, 2, seed=1)) == ["a:1", "b:1"], "a later draw counts anew"
 
 
 def test_a_failing_reward_is_shown_and_counted(flags, tmp_path, capsys):
@@ -366,7 +366,7 @@ def test_bad_settings_are_one_line(flags, name, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("more, words", [(["--no_such_flag", "1"], ""), (["--steps", "many"], "many"),
-                                         (["--group", "4"], ""), (["--preset", "huge"], "open-r1-video"),
+                                         (["--group", "4"], ""), (["--preset", "huge"], "qwen2-vl-7b"),
                                          (["--lr_schedule", "wavy"], "cosine")])  # fmt: skip
 def test_unknown_flags_types_and_choices_exit_with_2(flags, more, words, capsys):
     with pytest.raises(SystemExit) as stop:
