@@ -56,9 +56,9 @@ def grpo(run, policy, reference, moving, optimizer):
         began = time.perf_counter()
         groups = sample(prompts, step)
         if config.dynamic_sampling:
-            groups, drawn = resample(groups, lambda count: sample(run.draw(count), step), config)
+            groups, drawn = resample(groups, lambda count: sample(run.draw(count, metrics), step), config)
             metrics["prompts_drawn"] = drawn
-            run.begin_draws(run.state["position"] + drawn)
+            run.begin_draws(step + 1, run.state["position"] + drawn)
         metrics["seconds_sampling"] = time.perf_counter() - began
 
         steps = mini_batches(groups, policy, config)

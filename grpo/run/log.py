@@ -176,7 +176,8 @@ def completions_table(group):
     """A group's completions with reward, its parts and advantage, as Markdown."""
     plain = lambda text: " ".join(html.escape(text).replace("|", "&#124;").split())
     sample, names = group.prompt.sample, ["reward", "advantage", *group.parts]
-    columns = [group.rewards, group.advantages, *group.parts.values()]
+    advantages = [0.0] * len(group.texts) if group.advantages is None else group.advantages  # None: filtered out
+    columns = [group.rewards, advantages, *group.parts.values()]
     lines = [f"{plain(sample.problem)} (answer: {plain(sample.answer)})", ""]
     lines += ["| " + " | ".join([*names, "completion"]) + " |", "|---" * (len(names) + 1) + "|"]
     for text, *values in zip(group.texts, *columns):

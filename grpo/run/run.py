@@ -135,7 +135,7 @@ class Run:
         """The batches of the GRPO steps that are not done yet."""
         config, steps = self.config, range(self.state["step"], self.config.steps)
         if config.dynamic_sampling:
-            self.begin_draws(self.state.setdefault("position", 0))
+            self.begin_draws(self.state["step"], self.state.get("position", 0))
             return self.batches(iter(lambda: self.ahead(), None), steps, "--data")
         draws = (
             draw_samples(self.train, s * config.prompts_per_step, config.prompts_per_step, config.seed) for s in steps
@@ -178,11 +178,12 @@ class Run:
                 self.log.say(f"skipped {p.key}: {p.path}: {p.reason}", everywhere=True)
         return [p for p in batch if not isinstance(p, Skipped)]
 
-    def begin_draws(self, position):
-        """With dynamic sampling: the next step draws from `position` of the data. Its first prompts are decoded from
-        now on, while the update of the step before runs."""
+    def begin_draws(self, step, position):
+        """With dynamic sampling: `step` draws from `position` of the data. Its first prompts are decoded from now on,
+        while the update of the step before runs."""
         self.state["position"], self.drawn = position, 0
-        self.ahead = self.submit(self.config.prompts_per_step)
+        if step < self.config.steps:
+            self.ahead = self.submit(self.config.prompts_per_step)
 
     def submit(self, count):
         """A function that waits for this rank's share of the next `count` prompts of the step."""
@@ -191,9 +192,16 @@ class Run:
         draw = draw_samples(self.train, position, self.drawn, self.config.seed)[first:]
         return self.loader.submit(draw[own_share()])
 
-    def draw(self, count):
-        """This rank's prompts among the next `count` of the step, beyond those that it began with."""
-        return self.readable(self.submit(count)())
+    def draw(self, count, metrics):
+        """This rank's prompts among the next `count` of the step, beyond those that it began with. Adds the samples
+        that could not be read to metrics["skipped"]."""
+        batch = self.submit(count)()
+        prompts = self.readable(batch)
+        self.prompts = self.prompts + prompts
+        sums = reduce_sum({"used": len(prompts), "skipped": len(batch) - len(prompts)})
+        self.state["used"]["--data"] += sums["used"]
+        metrics["skipped"] += int(sums["skipped"])
+        return prompts
 
     def until_signalled(self, batches):
         """Yields the batches; an empty one, for all ranks to stop at, if a signal has ended the workers too."""
