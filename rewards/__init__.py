@@ -23,6 +23,7 @@ from rewards.length import length_cosine, length_window, repetition, soft_overlo
 from rewards.problem_types import ACCURACY
 from rewards.think_format import tag_count, think_format
 from rewards.user import arguments_needed, reward_file
+from video.formats import Sample
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Reward:
     user: bool  # whether the user wrote it: then a call may fail
 
 
-def score_prediction(prediction: str | None, sample) -> float:
+def score_prediction(prediction: str | None, sample: Sample) -> float:
     """The accuracy, in [0, 1], of a prediction (see `answer_text`) by the sample's problem type; 0.0 for None.
 
     Evaluation calls it with `answer_text(completion, strict=False)`. Raises ValueError for an unknown problem type, and
@@ -62,12 +63,12 @@ def score_prediction(prediction: str | None, sample) -> float:
         raise ValueError(f"sample {sample.key!r}: {error}") from error
 
 
-def accuracy(completion: str, sample) -> float:
+def accuracy(completion: str, sample: Sample) -> float:
     """How right the one answer in the answer tag is, in [0, 1]; 0.0 if there is no answer, or several."""
     return score_prediction(answer_text(completion), sample)
 
 
-def check_sample(sample) -> None:
+def check_sample(sample: Sample) -> None:
     """Raises ValueError or ImportError if `accuracy` cannot score this sample. Called before training."""
     score_prediction(None, sample)
 
@@ -135,7 +136,7 @@ def _parse_reward(spec: str) -> Reward:
 def score_group(
     rewards: list[Reward],
     completions: list[str],
-    sample,
+    sample: Sample,
     lengths: list[int] | None = None,
     reward_timeout: float = 60.0,
     max_new_tokens: int = 0,

@@ -4,14 +4,14 @@ Every pattern runs on whitespace-collapsed text and holds no nested repeats, so 
 Choices are read in English, and short answers also in Chinese, Japanese, Korean, French, German, Spanish, Italian and
 Portuguese.
 
-How a text is read, by `choice_letters`:
+How `choice_letters` reads a text. Each step applies if those before it find nothing:
 
-    "(b)"                                -> B           the whole text is a letter
-    "blue"  or  "B) blue"                -> B           the whole text is an option
-    "A. is wrong, so the answer is (b)"                 else: the rules of _REWRITES
-    "A is wrong, so the answer is B)"                   _BREAK cuts it into clauses
-    "A is wrong" | "so the answer is B"                 _REJECTS drops the first clause
-    "so the answer is B"                 -> B           `_chosen`: words of _WORD_CLASS up to the clause's end
+    1. The text is a letter:       "(b)" -> B
+    2. The text is an option:      "blue", "B) blue" -> B
+    3. _REWRITES unify spellings:  "A. is wrong, so I go with (b)" -> "A is wrong, so I choose B)"
+       _BREAK cuts clauses:        "A is wrong", "so I choose B"
+       _REJECTS drops clauses:     "so I choose B"
+       `_chosen` reads the rest:   -> B
 """
 
 import re

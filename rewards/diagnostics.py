@@ -3,9 +3,10 @@
 from collections import Counter
 
 from rewards.answer import answers_given, choice_letters
+from video.formats import Sample
 
 
-def answer_stats(completions: list[str], samples: list) -> dict:
+def answer_stats(completions: list[str], samples: list[Sample]) -> dict:
     """`{"letters": {letter: count}, "no_answer": share, "several_answers": share}` of completions[i] to samples[i].
 
     letters: what the completions of multiple-choice samples chose. no_answer: no answer tag, or its text names no

@@ -2,8 +2,10 @@
 
 import math
 
+from video.formats import Sample
 
-def length_window(completion: str, sample, group) -> float:
+
+def length_window(completion: str, sample: Sample, group) -> float:
     """1.0 if 320 <= tokens <= 512, the accuracy is above .1, and so is that of another completion; else 0.0.
 
     Video-R1's length control. Its bonus of .2 is the weight here: `--reward length_window:0.2`.
@@ -13,7 +15,7 @@ def length_window(completion: str, sample, group) -> float:
     return float(in_window and right > 1 and group.accuracy[group.index] > 0.1)
 
 
-def length_cosine(completion: str, sample, group) -> float:
+def length_cosine(completion: str, sample: Sample, group) -> float:
     """Falls with the length from 1 to .5 if the completion is right; rises from -1 to -.5 if it is wrong.
 
     Half a cosine over 1000 tokens, then flat. Yeo et al. 2025 (arXiv 2502.03373), with the values of Open-R1's
@@ -24,7 +26,7 @@ def length_cosine(completion: str, sample, group) -> float:
     return 0.5 + 0.5 * fall if group.accuracy[group.index] > 0.5 else -0.5 - 0.5 * fall
 
 
-def repetition(completion: str, sample, n: int = 3) -> float:
+def repetition(completion: str, sample: Sample, n: int = 3) -> float:
     """-(1 - distinct n-grams / n-grams) over lower-cased words: 0 without repeats, towards -1 for a loop.
 
     Yeo et al. 2025 (arXiv 2502.03373, appendix C.2) with maximal penalty 1. It is negative already: give it a positive

@@ -13,6 +13,7 @@ from rapidfuzz.distance import LCSseq, Levenshtein
 
 from rewards.answer import choice_letter
 from rewards.symbolic import symbolic
+from video.formats import Sample
 
 # A number that is not part of a word or of a longer number ("m2", "1.2.3", "3,5"). Commas stand only between thousands.
 _NUMBER = re.compile(
@@ -21,7 +22,7 @@ _NUMBER = re.compile(
 _MRA_THRESHOLDS = [0.5 + i * ((0.95 - 0.5) / 9) for i in range(9)] + [0.95]  # numpy's linspace, to the last bit
 
 
-def choice(prediction: str, sample) -> float:
+def choice(prediction: str, sample: Sample) -> float:
     """1.0 if the prediction chooses the letter of the ground truth, else 0.0.
 
     The ground truth is a letter, such as "B", "(b)" or "B. blue", or the text of an option. The reference
@@ -48,7 +49,7 @@ def parse_number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _numbers(prediction: str, sample) -> tuple[float, float]:
+def _numbers(prediction: str, sample: Sample) -> tuple[float, float]:
     """(the number predicted, the true number). A prediction that is no number is inf: as far off as can be."""
     answer, value = parse_number(sample.answer), parse_number(prediction)
     if answer is None:
@@ -56,7 +57,7 @@ def _numbers(prediction: str, sample) -> tuple[float, float]:
     return math.inf if value is None else value, answer
 
 
-def numeric(prediction: str, sample, tolerance: float = 0.005) -> float:
+def numeric(prediction: str, sample: Sample, tolerance: float = 0.005) -> float:
     """1.0 if |prediction - answer| <= tolerance, else 0.0.
 
     Video-R1 rounds both numbers to two decimals, and scores "3" against "3.0" as wrong. Here the distance counts: the
@@ -66,7 +67,7 @@ def numeric(prediction: str, sample, tolerance: float = 0.005) -> float:
     return float(abs(value - answer) <= tolerance + 1e-9)
 
 
-def mean_relative_accuracy(prediction: str, sample) -> float:
+def mean_relative_accuracy(prediction: str, sample: Sample) -> float:
     """The share of ten thresholds t = .5, .55, .. .95 for which |prediction - answer| / |answer| <= 1 - t.
 
     VSI-Bench (Yang et al. 2024), as its code has it: with `<=`; the paper writes `<`. Departure: if the answer is 0,
@@ -78,7 +79,7 @@ def mean_relative_accuracy(prediction: str, sample) -> float:
     return sum(abs(value - answer) / abs(answer) <= 1 - t for t in _MRA_THRESHOLDS) / 10
 
 
-def regression(prediction: str, sample) -> float:
+def regression(prediction: str, sample: Sample) -> float:
     """1 - min(1, |prediction - answer| / |answer|).
 
     Video-R1's, which adds 1e-9 to numerator and denominator. Departure: an exact prediction always scores 1; there it
@@ -90,7 +91,7 @@ def regression(prediction: str, sample) -> float:
     return 1.0 - min(1.0, (abs(value - answer) + 1e-9) / (abs(answer) + 1e-9))
 
 
-def ocr(prediction: str, sample) -> float:
+def ocr(prediction: str, sample: Sample) -> float:
     """1 - word error rate, at least 0. As Video-R1: words are split at whitespace; case and punctuation count."""
     want = sample.answer.split()
     if not want:
@@ -98,7 +99,7 @@ def ocr(prediction: str, sample) -> float:
     return max(0.0, 1.0 - Levenshtein.distance(want, prediction.split()) / len(want))
 
 
-def rouge(prediction: str, sample) -> float:
+def rouge(prediction: str, sample: Sample) -> float:
     """The mean of the F-measures of ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004) of the prediction against the answer.
 
     Video-R1's reward for free-form answers. Departures from the `rouge-score` package that it uses: a word is a run of

@@ -8,11 +8,10 @@ import importlib.util
 from pathlib import Path
 
 from rewards.user import reward_file
+from video.formats import Sample
 
-_SECONDS = 5.0  # for one comparison
 
-
-def symbolic(prediction: str, sample) -> float:
+def symbolic(prediction: str, sample: Sample) -> float:
     """1.0 if math-verify finds the prediction equal to the answer; 0.0 if not, if it fails, or if it takes over 5 s.
 
     ImportError without the package: comparing strings instead would silently call 1/2 and 0.5 different.
@@ -23,5 +22,4 @@ def symbolic(prediction: str, sample) -> float:
         return 0.0
     checker = reward_file(str(Path(__file__).with_name("symbolic_equal.py")))
     checker.functions()  # imports math-verify before the time limit starts; raises ImportError if that fails
-    ((score, _),) = checker.call("equal", [(sample.answer, prediction)], _SECONDS)
-    return score
+    return checker.call("equal", [(sample.answer, prediction)], seconds=5.0)[0][0]

@@ -2,11 +2,14 @@
 
 import re
 
+from video.formats import Sample
+
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_FORM = re.compile(r"<think>\s*\S.*</think>\s*<answer>\s*\S.*</answer>", re.DOTALL)  # each tag once: \S is no tag's
+# Demands something after each opening tag: in "<think> </think>" \S takes the "<", and no other "</think>" follows.
+_FORM = re.compile(r"<think>\s*\S.*</think>\s*<answer>\s*\S.*</answer>", re.DOTALL)
 
 
-def think_format(completion: str, sample) -> float:
+def think_format(completion: str, sample: Sample) -> float:
     """1.0 if the whole completion is `<think>..</think>`, whitespace, `<answer>..</answer>`, else 0.0.
 
     As Open-R1-Video and Video-R1, with three departures. Text after the last tag scores 0 (their `match` lets it
@@ -15,7 +18,7 @@ def think_format(completion: str, sample) -> float:
     return float(tag_count(completion, sample) == 1.0 and _FORM.fullmatch(completion) is not None)
 
 
-def tag_count(completion: str, sample) -> float:
+def tag_count(completion: str, sample: Sample) -> float:
     """The share of the four tags that occur exactly once: partial credit on the way to the form.
 
     Open-R1's, without the newline beside each tag that it demands: the prompt here does not ask for newlines.
