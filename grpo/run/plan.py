@@ -22,7 +22,7 @@ from dataclasses import replace
 
 import torch
 
-from grpo.engine.model import FAMILIES, read_config
+from grpo.engine.model_files import FAMILIES, read_config
 from grpo.errors import ConfigError, ModelError
 from grpo.policy import LOGITS_PER_CHUNK
 
