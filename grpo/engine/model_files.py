@@ -6,6 +6,7 @@ that names the file, the field and the fix, before any weight is read.
 
 import json
 from contextlib import contextmanager
+from functools import reduce
 from operator import attrgetter
 from pathlib import Path
 
@@ -27,6 +28,13 @@ FAMILIES = {
 CONFIGS = ("*config.json",)
 TEXTS = ("*.json", "*.jinja", "*.txt")
 EVERYTHING = (*TEXTS, "*.safetensors")
+
+SIZES = (
+    "text_config.hidden_size text_config.intermediate_size text_config.vocab_size text_config.num_attention_heads "
+    "text_config.num_key_value_heads text_config.rms_norm_eps vision_config.num_heads vision_config.in_channels "
+    "vision_config.patch_size vision_config.spatial_merge_size vision_config.temporal_patch_size"
+)
+TOKENS = "image_token_id video_token_id vision_start_token_id vision_end_token_id"
 
 
 def find_model(path: str | Path, flag: str = "--model", files: tuple[str, ...] = EVERYTHING) -> Path:
@@ -90,7 +98,7 @@ def read_config(path: str | Path, flag: str = "--model") -> PreTrainedConfig:
             raise ModelError(f"{flag} {path}: family {config.model_type!r}; supported are {', '.join(FAMILIES)}")
         for fields, must, is_right in _rules(config):
             for field in fields.split():
-                value = attrgetter(field)(config)
+                value = reduce(lambda part, name: getattr(part, name, None), field.split("."), config)
                 if not is_right(value):
                     shown = repr(value)[:100]
                     raise ModelError(f"{flag} {path}: {field} must be {must}, and is {shown} in its config.json")
@@ -99,43 +107,33 @@ def read_config(path: str | Path, flag: str = "--model") -> PreTrainedConfig:
 
 def _rules(config):
     """Yields (fields of config.json, what each must be, whether a value is). A rule may rely on those before it."""
-    text, vision = config.text_config, config.vision_config
     positive = lambda value: type(value) in (int, float) and value > 0
-    for part, sizes in (
-        (
-            "text_config.",
-            "hidden_size intermediate_size vocab_size num_attention_heads num_key_value_heads rms_norm_eps",
-        ),
-        ("vision_config.", "num_heads in_channels patch_size spatial_merge_size temporal_patch_size"),
-    ):
-        yield " ".join(part + name for name in sizes.split()), "a number above 0", positive
+    yield SIZES, "a number above 0", positive
     # More layers are a slip, and would be built for hours.
     yield "text_config.num_hidden_layers vision_config.depth", "from 1 to 1000", lambda n: 1 <= n <= 1000
+    text, vision = config.text_config, config.vision_config
     size, heads, width = text.hidden_size, text.num_attention_heads, getattr(vision, "embed_dim", vision.hidden_size)
     yield "text_config.num_attention_heads", "a divisor of hidden_size / 2", lambda n: size % (2 * n) == 0
     yield "text_config.num_key_value_heads", "a divisor of num_attention_heads", lambda n: heads % n == 0
     yield "vision_config.num_heads", f"a divisor of {width} / 4", lambda n: width % (4 * n) == 0
     acts = "text_config.hidden_act vision_config.hidden_act"
     yield acts, "an activation that transformers has", lambda name: name in ACT2FN
-    types, rope, half = ("default", *ROPE_INIT_FUNCTIONS), "text_config.rope_parameters", size // heads // 2
+    rope, types, half = "text_config.rope_parameters", ("default", *ROPE_INIT_FUNCTIONS), size // heads // 2
+
+    def has_sections(value):
+        sections = value.get("mrope_section", [16, 24, 24])  # the models' default
+        whole = isinstance(sections, list) and all(type(n) is int and n >= 0 for n in sections)
+        return whole and len(sections) == 3 and sum(sections) == half
+
     yield rope, "of a type that transformers has", lambda value: value.get("rope_type") in types
     yield rope, "of a rope_theta above 0", lambda value: positive(value.get("rope_theta"))
-    ints = lambda value: [n for n in value if type(n) is int and n >= 0] if isinstance(value, list) else []
-    split = lambda value: len(ints(value)) == 3 == len(value) and sum(value) == half
-    default = [16, 24, 24]  # the models' own
-    yield rope, f"of three mrope_section that add up to {half}", lambda v: split(v.get("mrope_section", default))
-    tokens = "image_token_id video_token_id vision_start_token_id vision_end_token_id"
-    yield tokens, f"from 0 to {text.vocab_size - 1}", lambda token: 0 <= token < text.vocab_size
+    yield rope, f"of three mrope_section that add up to {half}", has_sections
+    yield TOKENS, f"from 0 to {text.vocab_size - 1}", lambda token: 0 <= token < text.vocab_size
     # What follows could be built, but not trained: with dropout, say, the scorer would disagree with the sampler.
     yield "text_config.attention_dropout", "0", lambda share: share == 0
     yield "text_config.use_sliding_window", "false", lambda _: "sliding_attention" not in text.layer_types
-    for part, prefix in ((config, ""), (text, "text_config.")):
-        if getattr(part, "quantization_config", None) is not None:
-            yield (
-                prefix + "quantization_config",
-                "absent (take the model in bf16, not a quantised one)",
-                lambda _: False,
-            )
+    quantised = "quantization_config text_config.quantization_config"
+    yield quantised, "absent (take the model in bf16, not a quantised one)", lambda value: value is None
 
 
 def read_processor(path: str | Path, flag: str = "--model") -> ProcessorMixin:

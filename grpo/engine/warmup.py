@@ -2,8 +2,8 @@
 
 Rows carry `completions`. The pass ends after `sft_steps`, or as soon as the model predicts the determined tokens: all
 tokens of a prompt's only completion; of several completions, whose thoughts differ, the tokens between <answer> and
-</answer>. "Predicts" means: the mean over the prompts of the last ten steps, of the least probability of a prompt's
-determined tokens, is above `sft_until`.
+</answer>. "Predicts" means: the least probability of a prompt's determined tokens is above `sft_until`, as a mean over
+the prompts of the last ten steps.
 """
 
 from collections import deque
@@ -36,8 +36,8 @@ def target_tokens(tokenizer: Tokenizer, text: str) -> tuple[torch.Tensor, torch.
 def target_groups(
     prompts: list[Prompt], tokenizer: Tokenizer, spec: ModelSpec, max_tokens: int
 ) -> tuple[list[RolloutGroup], list[tuple[torch.Tensor, ...]]]:
-    """(`RolloutGroup`s whose completions are the prompts' targets, for each group the marks of its completions as in
-    `target_tokens`).
+    """(`RolloutGroup`s whose completions are the prompts' targets, for each group a tuple of its completions' (C,) bool
+    marks of the determined tokens).
 
     Every prompt weighs the same, however many targets it has. Raises DataError, naming the row, for a completion of
     more than max_tokens, which would take all memory, or with a vision token, which would have no features.
@@ -55,7 +55,7 @@ def target_groups(
         group = RolloutGroup(prompt, list(tokens), [torch.zeros(len(own)) for own in tokens], [], [])
         group.advantages = torch.full((len(tokens),), 1.0 / sum(group.lengths))
         groups.append(group)
-        marks.append(answers)
+        marks.append(answers if len(answers) > 1 else (torch.ones_like(answers[0]),))
     return groups, marks
 
 
@@ -75,10 +75,8 @@ def supervised_step(
     return reduce_sum({"loss": total})["loss"], probabilities
 
 
-def least_probable(probabilities: torch.Tensor, marks: torch.Tensor, completions: int) -> float:
-    """The least of the (C,) probabilities of a completion's determined tokens, 1 if it has none."""
-    chosen = probabilities if completions == 1 else probabilities[marks]
-    return chosen.min().item() if len(chosen) else 1.0
+def _least(probabilities):
+    return probabilities.min().item() if len(probabilities) else 1.0
 
 
 def warm_up(policy: Policy, batches: Iterable, tokenizer: Tokenizer, config: Config, log) -> None:
@@ -91,7 +89,7 @@ def warm_up(policy: Policy, batches: Iterable, tokenizer: Tokenizer, config: Con
         groups, marks = target_groups(prompts, tokenizer, policy.spec, config.max_prompt_tokens)
         loss, probabilities = supervised_step(policy, optimizer, groups, config)
         flat = iter(probabilities)
-        least = [min(least_probable(next(flat), own, len(answers)) for own in answers) for answers in marks]
+        least = [min(_least(next(flat)[own]) for own in answers) for answers in marks]
         sums = reduce_sum({"probability": sum(least), "prompts": len(least)})
         recent.append(sums["probability"] / max(sums["prompts"], 1))
         log.step("warmup", step, {"loss": loss, "probability": recent[-1]}, shown=("loss", "probability"))

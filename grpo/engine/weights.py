@@ -43,9 +43,9 @@ def materialise(model: nn.Module, device: torch.device | str) -> None:
 def load_weights(model: PreTrainedModel, path: str | Path) -> None:
     """Fills a materialised model from safetensors files; of a sharded parameter each rank reads its own rows alone.
 
-    `from_pretrained` on rank 0 with torch's `set_model_state_dict` would be shorter, but holds the whole model in rank
-    0's memory (16.6 GB for 7B), sends it to every rank, and takes quantised weights for numbers. Raises ModelError for
-    a weight that is missing, of another shape, quantised, not finite, or that the model has no place for.
+    (`from_pretrained` on rank 0 and torch's `set_model_state_dict` would hold the whole model in rank 0's memory, 16.6
+    GB for 7B, and send it to all ranks.) Raises ModelError for a weight that is missing, of another shape, quantised,
+    not finite, or that the model has no place for.
     """
     folder = find_model(path)
     targets = {name.replace(".base_layer", ""): p for name, p in model.named_parameters(remove_duplicate=False)}
