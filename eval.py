@@ -5,34 +5,42 @@
     python eval.py --ckpt Qwen/Qwen2-VL-7B-Instruct --data FILE.jsonl --video_root FOLDER
     torchrun --nproc_per_node 4 eval.py --ckpt FOLDER --benchmark mvbench --benchmark_dir FOLDER
 
-Accuracies come with 95% Wilson intervals, answers that cannot be parsed count as wrong, unreadable videos are reported
-apart. Every answer goes to predictions.jsonl as it comes: a killed evaluation goes on where it stopped. report.html
-shows each question with the frames that the model saw. Training evaluates with the same code, so its numbers are these.
+Accuracies come with 95% Wilson intervals. An answer that cannot be parsed counts as wrong; a question whose video
+cannot be read is counted apart. Every answer goes to predictions.jsonl as it comes, so a killed evaluation goes on
+where it stopped. report.html shows each question with the frames that the model saw. Training evaluates with the same
+code, so it logs the same numbers.
 """
 
 if __name__ == "__main__":
     from video.terminal import prepare_terminal
 
-    prepare_terminal()  # before the slow imports
+    prepare_terminal()  # before the slow imports, as is the next: --help and a wrong flag answer at once
+    from evaluation.flags import parse_flags
+    from grpo.config import parse_or_exit
+
+    parse_or_exit(lambda: parse_flags(__doc__))
 
 import argparse
-import dataclasses
 import functools
+import itertools
 import json
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from evaluation.benchmarks import BENCHMARKS, benchmark_score, read_benchmark
+from evaluation.benchmarks import benchmark_score, read_benchmark
+from evaluation.flags import SHARED, parse_flags
 from evaluation.plot import plot_runs
 from evaluation.predictions import Predictions, checkpoint_identity, settings_of
 from evaluation.report import evaluation_table, write_report
 from evaluation.significance import paired, with_intervals
-from grpo.config import Config, OneLineParser, add_flag, check, load_config
+from grpo.config import Config, check, load_config
 from grpo.engine import distributed
 from grpo.engine.build import build_policy
 from grpo.engine.distributed import is_main
@@ -46,32 +54,80 @@ from grpo.run.log import quiet_libraries
 from grpo.run.stops import exit_code
 from video.dataset import read_samples
 from video.files import write_text
-from video.formats import DataError
+from video.formats import DataError, Sample
 from video.loader import PromptLoader
 from video.prompt import PromptEncoder
 
-# Flags of training that also say how to evaluate; without them the checkpoint's own values hold.
-SHARED = ("fps", "nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "prompt_template",
-          "max_prompt_tokens", "max_new_tokens", "eval_batch", "workers", "threads", "decode_timeout",
-          "device", "decode_graph", "text_only")  # fmt: skip
 DIRECT = "Answer with the letter of the option only."
 DIRECT_BY_TYPE = dict.fromkeys(("numerical", "mra", "regression", "math"), "Answer with a number only.")
 DIRECT_BY_TYPE |= dict.fromkeys(("OCR", "free-form"), "Answer with a word or a short phrase only.")
-WEIGHTS = ("*.json", "*.safetensors", "*.jinja", "*.txt")
+WEIGHTS = ("*.json", "*.safetensors", "*.jinja", "*.txt")  # the files of a model on the hub that are downloaded
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Variant:
-    """One column of the table: which checkpoint answers, how it is asked, what is done to the video."""
+    """One column of the table: every question, answered by one checkpoint in one way."""
 
-    name: str
-    folder: Path
-    mode: str
-    control: str | None
+    name: str  # of the column, e.g. "think shuffled"
+    folder: Path  # the checkpoint
+    mode: str  # "think": asked as in training; "direct": asked for the answer only
+    control: str | None  # what is done to the video, one of CONTROLS
 
 
-def find_checkpoint(flag, path):
-    """The local folder of a checkpoint folder or hub name. Raises ConfigError, and as `read_processor`."""
+def evaluate(arguments: argparse.Namespace) -> dict:
+    """Returns {"results": {column: summary}, "paired": {mode: gain}, "score": {column: share}}, as in results.json.
+
+    `score` is there for a benchmark only, `paired` is {} without --against.
+    """
+    # 1) The checkpoints
+    folder = find_checkpoint("--ckpt", arguments.ckpt)
+    against = arguments.against and find_checkpoint("--against", arguments.against)
+    if against and checkpoint_identity(against) == checkpoint_identity(folder):
+        raise ConfigError(f"--against {arguments.against}: has the same weights as --ckpt; give another checkpoint")
+
+    # 2) The settings, the questions, and the ways in which they are asked
+    config = make_config(folder, arguments)
+    samples = find_samples(folder, config, arguments)
+    variants = make_variants(arguments, folder, against)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device, mesh = distributed.start(config.device)
+    say = print if is_main() else lambda line: None
+    say_text_only(samples, "to answer", say)
+
+    # 3) The answers: those that the folder has, and the others
+    output = Path(arguments.output or default_output(arguments))
+    settings = settings_of(config, samples, arguments.temperature, device.type)
+    with sole_use(output):
+        predictions = Predictions(output, settings)
+        build = functools.partial(build_policy, config=config, device=device, mesh=mesh, trained=False)
+        columns = answer(variants, samples, config, arguments.temperature, predictions, build, say)
+        predictions.merge()
+
+    # 4) Accuracies, and the comparison of the two checkpoints on the videos as they are
+    own = {v.mode: columns[v.name] for v in variants if v.folder == folder and v.control is None}
+    gains = {v.mode: paired(own[v.mode], columns[v.name]) for v in variants if v.folder == against}
+    result = {
+        "results": {n: with_intervals(summarise(records), records) for n, records in columns.items()},
+        "paired": gains,
+    }
+    if arguments.benchmark:
+        result["score"] = {name: benchmark_score(arguments.benchmark, s) for name, s in result["results"].items()}
+
+    # 5) What there is to read and to look at
+    if is_main():
+        write_text(output / "results.json", json.dumps(result, indent=2) + "\n")
+        print(f"\n{evaluation_table(result)}")
+        asked = ask(samples, variants[0].mode)
+        questions = [(s, {name: records[i] for name, records in columns.items()}) for i, s in enumerate(asked)]
+        path = show(arguments, config, output, variants[0], questions, result)
+        print(f"answers: {output / 'predictions.jsonl'}; to look at: {path}")
+    distributed.stop()
+    return result
+
+
+def find_checkpoint(flag: str, path: str) -> Path:
+    """The folder of a checkpoint, given as folder or hub name. Raises ConfigError, and as `read_processor`."""
     check_folder(flag, path)
     folder = Path(path)
     if not folder.exists():
@@ -83,197 +139,141 @@ def find_checkpoint(flag, path):
     if (folder / "adapter_config.json").is_file():
         raise ConfigError(f"{flag} {path}: holds adapters alone; give RUN/merged, which --lora_merge writes")
     if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"{flag} {path}: has no config.json; give the folder of a checkpoint, such as RUN/checkpoint-400"
-        )
+        raise ConfigError(f"{flag} {path}: has no config.json; give the folder of a checkpoint, as RUN/checkpoint-400")
     read_processor(folder)
     return folder
 
 
-def make_config(folder, arguments):
-    """The checkpoint's Config (the defaults where it is none of this project), changed by the flags given."""
+def make_config(folder: Path, arguments: argparse.Namespace) -> Config:
+    """The Config of the checkpoint's run (the defaults if no run made it), with the flags that are given."""
     saved = folder / "run.json"
     config = load_config(saved) if saved.exists() else Config()
     given = {name: value for name, value in vars(arguments).items() if name in SHARED}
     # Evaluation scores accuracy alone: a reward file of the training machine need not be here.
-    config = dataclasses.replace(config, **given, reward=("accuracy:1",), gradient_checkpointing=False)
+    config = replace(config, **given, reward=("accuracy:1",), gradient_checkpointing=False)
     check(config)
-    for name, least in (("temperature", 0.0), ("samples", 1), ("report_samples", 0)):
-        value = getattr(arguments, name)
-        if value is not None and not least <= value < float("inf"):
-            raise ConfigError(f"--{name} {value}: must be at least {least}, and finite")
-    if arguments.output == "":
-        raise ConfigError("--output: is empty; name a folder")
     return config
 
 
-def find_samples(folder, config, arguments):
+def find_samples(folder: Path, config: Config, arguments: argparse.Namespace) -> list[Sample]:
     """The questions: of --benchmark, of --data, or those that the checkpoint's run held out."""
     if arguments.benchmark:
         if not arguments.benchmark_dir or arguments.data:
-            raise ConfigError(
-                "--benchmark needs --benchmark_dir, the folder of its annotations and videos, and no --data"
-            )
+            raise ConfigError("--benchmark needs --benchmark_dir, its annotations and videos, and no --data")
         samples = read_benchmark(arguments.benchmark, arguments.benchmark_dir)
     elif arguments.data:
         samples = read_samples(arguments.data, arguments.video_root, text_only=config.text_only)
-    elif (folder / "run.json").exists():
-        config.video_root = arguments.video_root or config.video_root
-        if config.eval_data:  # held out of --data, more would be what the run was trained on
-            config.eval_samples = arguments.samples or config.eval_samples
-        try:
-            samples = split_data(config, lambda line: None)[1]
-        except DataError as error:
-            raise DataError(f"{error}; {folder / 'run.json'} names that data; --data takes another") from error
     else:
-        raise ConfigError(
-            f"--ckpt {arguments.ckpt}: is of no run, so it has no held-out questions; give --data or --benchmark"
-        )
-    if not samples:
-        raise ConfigError(f"--ckpt {arguments.ckpt}: its run held out no questions; give --data FILE")
+        samples = held_out_samples(folder, config, arguments)
     samples = draw(samples, arguments.samples or len(samples))
     check_answers(samples)
     return samples
 
 
-def make_variants(arguments, folder, against):
+def held_out_samples(folder: Path, config: Config, arguments: argparse.Namespace) -> list[Sample]:
+    """The questions that the checkpoint's run held out of its data."""
+    if not (folder / "run.json").exists():
+        raise ConfigError(f"--ckpt {arguments.ckpt}: no run made it and held out questions; give --data or --benchmark")
+    config = replace(config, video_root=arguments.video_root or config.video_root)
+    if config.eval_data and arguments.samples:  # without a file of their own, more would be what the run was trained on
+        config = replace(config, eval_samples=arguments.samples)
+    try:
+        samples = split_data(config, lambda line: None)[1]
+    except DataError as error:
+        raise DataError(f"{error}; {folder / 'run.json'} names that data; --data takes another") from error
+    if not samples:
+        raise ConfigError(f"--ckpt {arguments.ckpt}: its run held out no questions; give --data FILE")
+    return samples
+
+
+def make_variants(arguments: argparse.Namespace, folder: Path, against: Path | None) -> list[Variant]:
+    """The columns in the order of the table. Their names have the mode if there are two: "think shuffled", "direct
+    shuffled"; else "shuffled", and the mode alone for the video as it is."""
     modes = ("think", "direct") if arguments.mode == "both" else (arguments.mode,)
-    label = lambda mode, name: f"{mode} {name}".strip() if len(modes) > 1 else name or mode
     controls = (None, *CONTROLS) if arguments.controls else (None,)
-    own = [Variant(label(mode, c or ""), folder, mode, c) for mode in modes for c in controls]
+    label = lambda mode, name: f"{mode} {name}".strip() if len(modes) > 1 else name or mode
+    own = [Variant(label(mode, control or ""), folder, mode, control) for mode in modes for control in controls]
     return own + [Variant(label(mode, "against"), against, mode, None) for mode in modes if against]
 
 
-def ask(samples, mode, config):
-    """(prompt template, samples) of a mode: "think" asks as in training, "direct" for the answer alone."""
+def answer(
+    variants: list[Variant],
+    samples: list[Sample],
+    config: Config,
+    temperature: float,
+    predictions: Predictions,
+    build: Callable,
+    say: Callable,
+) -> dict[str, list[dict]]:
+    """{name of a variant: one record for each sample}. A checkpoint is loaded only if answers of it are missing.
+
+    build: returns the policy of (folder, processor=...); say: takes a line for the user.
+    """
+    places = {v: (checkpoint_identity(v.folder), v.mode, v.control) for v in variants}
+    done = {v: predictions.done.get(place, {}) for v, place in places.items()}
+    missing = [v for v in variants if any(s.key not in done[v] for s in samples)]
+    policy = loaded = None
+    for (folder, mode), group in itertools.groupby(missing, lambda v: (v.folder, v.mode)):
+        questions = ask(samples, mode)
+        with open_loader(folder, mode, config) as loader:
+            tokenizer = loader.encoder.tokenizer
+            if loaded != folder:
+                policy = None  # frees the memory of the other checkpoint
+                policy = build(folder, processor=loader.encoder.processor)
+                if loaded is None:  # the first checkpoint decides for the other one too
+                    choose_fast_paths(policy, loader, questions, config, tokenizer, say)
+                loaded = folder
+            for v in group:
+                save = functools.partial(predictions.add, places[v])
+                settings = EvalSettings(config.max_new_tokens, config.eval_batch, temperature, v.control)
+                with Progress(v.name, len(samples) - len(done[v]), save=save) as progress:
+                    records = predict(policy, loader, questions, tokenizer, settings, done=done[v], report=progress)
+                done[v] = {record["key"]: record for record in records}
+    return {v.name: [done[v][s.key] for s in samples] for v in variants}
+
+
+def ask(samples: list[Sample], mode: str) -> list[Sample]:
+    """The samples with the questions of a mode: "direct" adds which form the answer must have."""
     if mode == "think":
-        return config.prompt_template, samples
-    asked = [f"{s.problem}\n{DIRECT_BY_TYPE.get(s.problem_type, DIRECT)}" for s in samples]
-    return "{problem}", [dataclasses.replace(s, problem=problem) for s, problem in zip(samples, asked)]
+        return samples
+    return [replace(s, problem=f"{s.problem}\n{DIRECT_BY_TYPE.get(s.problem_type, DIRECT)}") for s in samples]
 
 
-def answer(variants, samples, config, temperature, predictions, device, mesh):
-    """{variant: records}. A model is loaded only where answers are missing."""
-    records, loaded = {}, None
-    for folder, mode in dict.fromkeys((v.folder, v.mode) for v in variants):
-        template, asked = ask(samples, mode, config)
-        encoder = PromptEncoder(folder, config.video_settings(), template, config.max_prompt_tokens)
-        with PromptLoader(encoder, config.workers, config.decode_timeout) as loader:
-            for variant in (v for v in variants if (v.folder, v.mode) == (folder, mode)):
-                place = (checkpoint_identity(folder), mode, variant.control)
-                done = predictions.done.get(place, {})
-                if all(s.key in done for s in samples):
-                    records[variant] = [done[s.key] for s in samples]
-                    continue
-                if loaded != folder:
-                    policy, first = None, loaded is None  # None: the memory of the other checkpoint
-                    processor = read_processor(folder)
-                    # No masters: what is computed in is what is held, half the memory and the same numbers.
-                    policy, loaded = build_policy(folder, config, processor, device, mesh, trained=False), folder
-                    if first:  # it decides for the other one too
-                        say = print if is_main() else lambda line: None
-                        choose_fast_paths(policy, loader, asked, config, processor.tokenizer, say)
-                save = functools.partial(predictions.add, place)
-                settings = EvalSettings(config.max_new_tokens, config.eval_batch, temperature, variant.control)
-                with Progress(variant.name, len(samples) - len(done), save=save) as progress:
-                    records[variant] = predict(
-                        policy, loader, asked, processor.tokenizer, settings, done=done, report=progress
-                    )
-    return records
-
-
-def compare(variants, records):
-    """{mode: `evaluation.evaluate.paired`} of --ckpt and --against; {} without the latter."""
-    plain = {(v.folder, v.mode): records[v] for v in variants if v.control is None}
-    ours = variants[0].folder
-    return {mode: paired(plain[ours, mode], theirs) for (folder, mode), theirs in plain.items() if folder != ours}
-
-
-def evaluate(arguments):
-    """Returns {"results": {column: summary}, "paired", "score"}, as written to results.json."""
-    folder = find_checkpoint("--ckpt", arguments.ckpt)
-    against = arguments.against and find_checkpoint("--against", arguments.against)
-    if against and checkpoint_identity(against) == checkpoint_identity(folder):
-        raise ConfigError(f"--against {arguments.against}: has the same weights as --ckpt; give another checkpoint")
-    config = make_config(folder, arguments)
-    samples = find_samples(folder, config, arguments)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device, mesh = distributed.start(config.device)
-    output = Path(arguments.output or default_output(arguments))
-    if is_main():
-        say_text_only(samples, "to answer", print)
-    settings = settings_of(config, samples, arguments.temperature, device.type)
-    variants = make_variants(arguments, folder, against)
-    with sole_use(output):
-        predictions = Predictions(output, settings)
-        records = answer(variants, samples, config, arguments.temperature, predictions, device, mesh)
-        predictions.close()
-    result = {
-        "results": {v.name: with_intervals(summarise(rows), rows) for v, rows in records.items()},
-        "paired": compare(variants, records),
-    }
-    if arguments.benchmark:
-        result["score"] = {name: benchmark_score(arguments.benchmark, s) for name, s in result["results"].items()}
-    if is_main():
-        write_text(output / "results.json", json.dumps(result, indent=2) + "\n")
-        print(f"\n{evaluation_table(result)}")
-        columns = {v.name: rows for v, rows in records.items()}
-        path = show(arguments, config, output, folder, ask(samples, variants[0].mode, config), result, columns)
-        print(f"answers: {output / 'predictions.jsonl'}; to look at: {path}")
-    distributed.stop()
-    return result
-
-
-def show(arguments, config, output, folder, asked, result, columns):
-    """Writes report.html, with the picture of the run that the checkpoint is of, and returns its path."""
-    template, samples = asked
-    run = folder.parent if (folder.parent / "metrics.jsonl").exists() else None
-    picture = plot_runs([run], output / "training.png") if run else None
-    title = f"{arguments.ckpt} on {arguments.benchmark or arguments.data or 'the questions that its run held out'}"
+def open_loader(folder: Path, mode: str, config: Config) -> PromptLoader:
+    """Encodes questions for a checkpoint: in the template of training, or, in the mode "direct", as they are."""
+    template = config.prompt_template if mode == "think" else "{problem}"
     encoder = PromptEncoder(folder, config.video_settings(), template, config.max_prompt_tokens)
-    with PromptLoader(encoder, config.workers, config.decode_timeout) as loader:
-        most = arguments.report_samples
-        return write_report(output / "report.html", title, result, columns, samples, loader, most, picture)
+    return PromptLoader(encoder, config.workers, config.decode_timeout)
 
 
-def default_output(arguments):
-    """Beside a local checkpoint, under runs/ for a hub name."""
+def show(
+    arguments: argparse.Namespace, config: Config, output: Path, first: Variant, questions: list, result: dict
+) -> Path:
+    """Writes report.html, with the curve of the run that the checkpoint is of, and returns its path.
+
+    first: the variant whose answers are shown in full. questions: as for `write_report`.
+    """
+    run, picture = first.folder.parent, None
+    if (run / "metrics.jsonl").exists():
+        picture = plot_runs([run], output / "training.png")
+    title = f"{arguments.ckpt} on {arguments.benchmark or arguments.data or 'the questions that its run held out'}"
+    with open_loader(first.folder, first.mode, config) as loader:
+        return write_report(output / "report.html", title, result, questions, loader, arguments.report_samples, picture)
+
+
+def default_output(arguments: argparse.Namespace) -> str:
+    """The folder CKPT-evaluation beside a local checkpoint, or under runs/ for a hub name."""
     local = Path(arguments.ckpt).exists()
     stem = str(Path(arguments.ckpt).absolute()) if local else "runs/" + arguments.ckpt.replace("/", "--")
-    questions = arguments.benchmark or (Path(arguments.data).stem if arguments.data else "")
+    questions = arguments.benchmark or Path(arguments.data or "").stem
     return f"{stem}-evaluation-{questions}".removesuffix("-")
 
 
-def make_parser():
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog="Frames, pixels and prompt are as in training; values in brackets hold where a checkpoint has none.",
-    )  # fmt: skip
-    add = parser.add_argument
-    add("--ckpt", required=True, help="Checkpoint of a run, or any Hugging Face folder or hub name of this family.")
-    add("--data", help="Questions, in place of the run's own held-out ones.")
-    add("--video_root", help="Folder that video paths are under (default: that of the data file, or as in training).")
-    add("--benchmark", choices=tuple(BENCHMARKS), help="A published benchmark, scored as it scores.")
-    add("--benchmark_dir", help="Its folder: annotation files and videos as published.")
-    add("--mode", choices=("think", "direct", "both"), default="think", help="As in training, or the answer only.")
-    add("--controls", action="store_true", help="Also with the video shuffled, reversed and blank, and with no video.")
-    add("--against", help="A second checkpoint for the same questions and settings: paired difference and its p-value.")
-    add("--samples", type=int, help="Only so many questions, drawn from all, always the same.")
-    add("--temperature", type=float, default=0.0, help="Sampling temperature; 0 is greedy. [0.0]")
-    add("--report_samples", type=int, default=300, help="Most questions shown in report.html. [300]")
-    add("--output", help="Folder of predictions.jsonl, results.json and report.html [CKPT-evaluation].")
-    for item in dataclasses.fields(Config):
-        if item.name in SHARED:
-            add_flag(parser, item, item.default)
-    return parser
-
-
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> int:
     quiet_libraries()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        evaluate(make_parser().parse_args(arguments))
+        evaluate(parse_flags(__doc__, arguments))
     except KeyboardInterrupt:
         print("eval.py: stopped; the same command goes on from the answers that there are", file=sys.stderr)
         return 130

@@ -34,13 +34,13 @@ from grpo.engine.checkpoint import load_training
 from grpo.engine.evaluate import CONTROLS
 from grpo.engine.warmup import warm_up
 from grpo.errors import Stopped
-from grpo.rollout import rollout
+from grpo.rollout import resample, rollout
 from grpo.run.folder import check_inputs, sole_use
 from grpo.run.log import quiet_libraries
 from grpo.run.plan import plan_text
 from grpo.run.run import open_run
 from grpo.run.stops import exit_code, listening
-from grpo.update import add_reference, make_optimizer, micro_batches, schedule, update
+from grpo.update import add_advantages, add_reference, make_optimizer, mini_batches, schedule, sync_reference, update
 from rewards import parse_rewards
 from video.files import write_text
 from video.pool import WorkersDoNotStart
@@ -49,17 +49,26 @@ from video.pool import WorkersDoNotStart
 def grpo(run, policy, reference, optimizer):
     """GRPO from the first step that is not done yet to the last."""
     config, first, rewards = run.config, run.state["step"], parse_rewards(run.config.reward)
+    sample = lambda prompts, step: rollout(policy, prompts, run.processor.tokenizer, rewards, config, step)
     run.log.start("grpo", config.steps, first)
     for step, (prompts, metrics) in enumerate(run.grpo_batches(), start=first):
         began = time.perf_counter()
-        groups = rollout(policy, prompts, run.processor.tokenizer, rewards, config, step)
+        groups = sample(prompts, step)
+        if config.dynamic_sampling:
+            groups, drawn = resample(groups, lambda count: sample(run.draw(count), step), config)
+            metrics["prompts_drawn"] = drawn
+            run.begin_draws(run.state["position"] + drawn)
         metrics["seconds_sampling"] = time.perf_counter() - began
 
-        batches = micro_batches(groups, policy, config)
+        steps = mini_batches(groups, policy, config)
+        batches = [batch for own in steps for batch in own]
         if reference is not None:
             add_reference(reference, batches, config.temperature)
+        add_advantages(batches, config)
         metrics["learning_rate"] = schedule(optimizer, step, config)
-        metrics |= update(policy, optimizer, batches, config)
+        metrics |= update(policy, optimizer, steps, config, seed=f"{config.seed}/{step}")
+        if config.ref_sync_steps and (step + 1) % config.ref_sync_steps == 0:
+            sync_reference(reference, policy, config.ref_mixup_alpha)
         metrics["seconds"] = time.perf_counter() - began + metrics["seconds_waiting"]
 
         run.report(step, groups, metrics)

@@ -1,6 +1,6 @@
 """What bounds a GRPO step on GPUs, on paper: FLOPs, bytes and link traffic counted from config.json and the code.
 
-    python bench/cost_model.py        prints the tables of docs/performance.md
+    python bench/cost_model.py        prints the tables of docs/forecast.md
 
 Counted for one GPU, one prompt a process and step, every completion C tokens long (real ones end earlier):
 
@@ -45,8 +45,8 @@ EFFICIENCY = {"compute": 0.5, "memory": 0.8, "link": 0.7, "network": 0.7}
 LAUNCH = 10e-6  # seconds of Python and dispatch for a kernel that eager torch launches
 # Kernels of one decoder layer and one vision block, counted from the operators that torch dispatches.
 KERNELS = {"layer": 50, "layer backward": 95, "block": 38, "block backward": 54, "adapter": 4}
-# Bytes read and written for one logit by every kernel between lm_head and the result, in `Policy._score`, for its
-# entropy, in its backward, and in `Policy._logits` with `sampler.choose`.
+# Bytes that all kernels after lm_head read and write for one logit: for a log-probability, for the entropy beside it,
+# in backward, and for a sampled token (`Policy.prefill` or `decode`, then `grpo.sampler.sample_next_token`).
 SCORE_BYTES, ENTROPY_BYTES, SCORE_BACKWARD_BYTES, CHOOSE_BYTES = 26, 20, 46, 78
 PIXELS = 196 * 28 * 28
 
@@ -338,7 +338,7 @@ def factor_table(config, counts, machine):
 
 
 def report():
-    """All tables, as docs/performance.md holds them."""
+    """All tables, as docs/forecast.md holds them."""
     parts = []
     for label, name in MODELS.items():
         config = published_config(name)

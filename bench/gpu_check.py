@@ -19,7 +19,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -35,8 +34,9 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from demo.tiny import build_tiny_model
-from grpo import distributed, sampler, update
+from grpo import sampler, update
 from grpo.config import parse_config
+from grpo.engine import distributed
 from grpo.engine.fast_paths import using
 from grpo.engine.model import FAMILIES, ModelSpec, checkpoint_activations, materialise, read_config, use_own_kernels
 from grpo.policy import Policy
@@ -49,15 +49,17 @@ SIDE = 14  # merged rows and columns of a frame of 196·28² pixels
 TEXT_TOKENS = 256
 
 
-def build(config, device, processes, master, compute):
-    """A sharded Policy of random weights; no file is read."""
+def build(config, device, mesh, master, compute):
+    """A Policy of random weights, sharded if there is a mesh; no file is read."""
     with torch.device("meta"):
         model = FAMILIES[config.model_type]._from_config(copy.deepcopy(config), dtype=master)
     use_own_kernels(model).eval()
     if master is torch.float32:
         checkpoint_activations(model)
     spec = ModelSpec.of(config, [config.text_config.vocab_size - 1], None)
-    policy = distributed.shard(Policy(model, spec), processes, compute)
+    policy = Policy(model, spec)
+    if mesh is not None:
+        distributed.shard(policy, mesh, compute)
     materialise(model, device)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -80,22 +82,22 @@ def make_prompt(config, frames, side):
     )  # fmt: skip
 
 
-def never_ending(choose):
-    """`grpo.sampler.choose` whose tokens are always an ordinary one: every completion is as long as it may be, and what
-    a fake collective left in the logits does not matter."""
+def never_ending(sample_next_token):
+    """A `sample_next_token` that always returns one ordinary token. So every completion is as long as it may be, and
+    what a fake collective left in the logits does not matter."""
 
     def chosen(logits, uniform, settings):
-        tokens, logprobs = choose(logits.nan_to_num(), uniform, settings)
+        tokens, logprobs = sample_next_token(logits.nan_to_num(), uniform, settings)
         return torch.full_like(tokens, 7), logprobs.nan_to_num()
 
     return chosen
 
 
-def finite(clip_gradients):
-    """`clip_gradients` whose norm is always 1: what fake collectives left in it must not skip the optimizer's step."""
+def finite(clip_grad_norm):
+    """A `clip_grad_norm` that always returns 1: what fake collectives left in gradients must not skip the update."""
 
     def clipped(policy, limit):
-        clip_gradients(policy, limit)
+        clip_grad_norm(policy, limit)
         return 1.0
 
     return clipped
@@ -137,8 +139,8 @@ def decode_rates(config, policy, prompt, settings, words):
         sampling = sampler.SamplingSettings(max_new_tokens=length)
         began = time.perf_counter()
         # Its end waits for the device: tokens are copied to the host.
-        with distributed.gathered(policy) as plain, using({"decoding graph"} if graph else ()):
-            sampler.sample(plain, [prompt], settings.group_size, sampling, [1], words)
+        with distributed.unsharded(policy) as plain, using({"decoding graph"} if graph else ()):
+            sampler.generate(plain, [prompt], settings.group_size, sampling, [1], words)
         return time.perf_counter() - began
 
     for name in ("eager", "graph") if policy.device.type == "cuda" else ("eager",):
@@ -168,19 +170,18 @@ def measure(case, tiny):
     if world > 1:
         dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
         mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-        processes = distributed.Processes(0, world, device, mesh)
     else:
-        processes = distributed.start(device.type)
+        device, mesh = distributed.start(device.type)
     compute = None if tiny else torch.bfloat16
-    policy = build(config, device, processes, torch.float32, compute)
-    holders = processes if world > 1 else replace(processes, mesh=None)  # as in `grpo.engine.build`
-    reference = build(config, device, holders, compute or torch.float32, compute).requires_grad_(False)
+    policy = build(config, device, mesh, torch.float32, compute)
+    shared = mesh if world > 1 else None  # as in `grpo.engine.build`
+    reference = build(config, device, shared, compute or torch.float32, compute).requires_grad_(False)
     if reference.sharded:
         reference.set_reshard_after_forward(True, recurse=False)
     optimizer = update.make_optimizer(policy, settings)
     if world > 1:
-        sampler.choose = never_ending(sampler.choose)
-        update.clip_gradients = finite(update.clip_gradients)
+        sampler.sample_next_token = never_ending(sampler.sample_next_token)
+        update.clip_grad_norm = finite(update.clip_grad_norm)
 
     prompt, meter = make_prompt(config, frames, side), Meter(device)
     words = SimpleNamespace(batch_decode=lambda rows, **_: ["" for _ in rows])
@@ -188,15 +189,14 @@ def measure(case, tiny):
     for _ in range(2):  # the first also pays for kernels being chosen and memory being claimed
 
         def roll_out():
-            with distributed.gathered(policy) as plain:
-                return sampler.sample(plain, [prompt], settings.group_size, sampling, [1], words)
+            with distributed.unsharded(policy) as plain:
+                return sampler.generate(plain, [prompt], settings.group_size, sampling, [1], words)
 
-        rollouts = meter("rollout", roll_out)
-        rollouts[0].advantages = torch.randn(settings.group_size)
-        one = SimpleNamespace(**{**vars(settings), "prompts_per_step": world})
-        chunks = update.make_chunks([prompt], rollouts, one, policy, processes)
-        meter("reference", lambda: update.add_reference(reference, chunks, 1.0))
-        metrics = meter("update", lambda: update.update(policy, optimizer, chunks, settings, processes))
+        groups = meter("rollout", roll_out)
+        groups[0].advantages = torch.randn(settings.group_size)
+        batches = update.make_micro_batches(groups, policy, settings, prompts_per_step=world)
+        meter("reference", lambda: update.add_reference(reference, batches, 1.0))
+        metrics = meter("update", lambda: update.update(policy, optimizer, batches, settings))
 
     counts = parameter_counts(config)
     tokens = settings.group_size * settings.max_new_tokens

@@ -4,7 +4,7 @@
     python bench/step.py --model small --images 16 --group 8 --completion 64 --rounds 3 --output docs/bench_step
     python bench/step.py --sweep tokens           writes NAME.json, and NAME.md with the table that it prints
 
-ours: `sample`, `make_chunks`, `add_reference`, `update`, as train.py calls them.
+ours: `generate`, `micro_batches`, `add_reference`, `update`, as train.py calls them.
 trl:  TRL's `GRPOTrainer`, its own loop and defaults; vision and prompt are repeated for each of the G completions.
 once: plain transformers with the easy fix: `generate(num_return_sequences=G)`, and a batch of G copies for reference
       and policy, whose vision features are computed once for each model and shared; same loss, same checkpointing.
@@ -58,10 +58,9 @@ from grpo import update
 from grpo.advantage import group_advantages
 from grpo.config import OneLineParser, parse_config
 from grpo.engine.build import build_policy, build_reference
-from grpo.engine.distributed import Processes
 from grpo.loss import policy_loss
 from grpo.policy import LOGITS_PER_CHUNK
-from grpo.sampler import SamplingSettings, sample
+from grpo.sampler import SamplingSettings, generate
 from video.dataset import Sample
 from video.prompt import PromptEncoder
 
@@ -280,9 +279,9 @@ def ours(case, folder, meter, ready):
         "--group_size", str(case.group), "--max_new_tokens", str(case.completion), "--kl_coef", str(BETA),
         "--loss_normaliser", "token",
     ])  # fmt: skip
-    alone, processor = Processes(0, 1, torch.device("cpu"), None), AutoProcessor.from_pretrained(folder)
-    policy = build_policy(str(folder), config, processor, alone)
-    reference = build_reference(str(folder), policy, config, processor, alone)
+    device, processor = torch.device("cpu"), AutoProcessor.from_pretrained(folder)
+    policy = build_policy(str(folder), config, processor, device)
+    reference = build_reference(str(folder), policy, config, processor, device)
     for model in (policy, reference):
         model.never_sampled = torch.tensor(suppressed(processor))
         meter.watch_model(model.model)
@@ -292,7 +291,7 @@ def ours(case, folder, meter, ready):
     encoder = PromptEncoder(str(folder), config.video_settings(), config.prompt_template)
     row = Sample(key="bench", problem=QUESTION, answer="A", images=tuple(image_files(folder)))
     settings, tokenizer = SamplingSettings(max_new_tokens=case.completion), processor.tokenizer
-    draw = meter.wrap(sample, "prefill")
+    draw = meter.wrap(generate, "prefill")
     score = meter.wrap(update.add_reference, "reference")
     train = meter.wrap(update.update, "policy")
 
@@ -300,9 +299,9 @@ def ours(case, folder, meter, ready):
         prompt = encoder(row)
         [group] = draw(policy, [prompt], case.group, settings, [number], tokenizer)
         group.advantages = group_advantages([reward(t.tolist()) for t in group.tokens])
-        chunks = update.make_chunks([prompt], [group], config, policy, alone)
-        score(reference, chunks, config.temperature)
-        train(policy, optimizer, chunks, config, alone)
+        batches = update.micro_batches([group], policy, config)
+        score(reference, batches, config.temperature)
+        train(policy, optimizer, batches, config)
         return {"prompt_tokens": len(prompt.input_ids), "completion_tokens": sum(group.lengths)}
 
     return step
@@ -336,11 +335,11 @@ def once(case, folder, meter, ready):
         grids = inputs["image_grid_thw"]
         features = model.get_image_features(inputs["pixel_values"], grids, return_dict=True)
         features.pooler_output = tuple(features.pooler_output) * case.group
-        kinds = F.pad(inputs["mm_token_type_ids"], (0, case.completion)).repeat(case.group, 1)
+        token_types = F.pad(inputs["mm_token_type_ids"], (0, case.completion)).repeat(case.group, 1)
         logits = model(
             input_ids=rows, attention_mask=torch.ones_like(rows), mm_encoder_outputs={"image": features},
-            image_grid_thw=grids.repeat(case.group, 1), mm_token_type_ids=kinds, use_cache=False,
-            logits_to_keep=case.completion + 1,
+            image_grid_thw=grids.repeat(case.group, 1), mm_token_type_ids=token_types,
+            use_cache=False, logits_to_keep=case.completion + 1,
         ).logits[:, :-1]  # fmt: skip
         return logits.log_softmax(-1).gather(-1, rows[:, -case.completion :, None]).flatten()
 
@@ -535,7 +534,7 @@ def measure(case, names):
         workers = {}
         for name in names:
             log = stack.enter_context(open(Path(root) / f"{name}.log", "w+"))
-            command = [sys.executable, __file__, "--work", name, "--folder", str(folder)]
+            command = [sys.executable, __file__, "--work", name, "--only", name, "--folder", str(folder)]
             command += ["--case", json.dumps(asdict(case))]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
             worker = subprocess.Popen(

@@ -1,36 +1,38 @@
-"""The demo set: mp4 videos of a moving shape, with four-option questions some of which only time can answer.
+"""The demo set: mp4 videos of a coloured shape, with four-option questions, some of which only time can answer.
 
-What a still picture may tell. The middle of the path is drawn from one distribution for all four directions, so the
-set of frames without their order (mean frame, shuffled frames) says which axis at most, never which way along it; and a
-video played backwards is distributed exactly as one of the opposite direction. No motion can hide its direction from
-the path's middle and from its start at once: their difference *is* the direction. So the first frame alone allows 84%
-(best guess from its position, of four ways), a middle one 34%: travel is short against the room.
+What a single frame reveals: the middle of the path has one distribution for all four directions. So the set of frames
+without their order (mean frame, shuffled frames) tells the axis at most, never which way along it; and a reversed video
+is distributed exactly like a video of the opposite direction. No motion can hide its direction from both the middle and
+the start of its path, because their difference *is* the direction. So the first frame alone allows 84% (the best guess
+of the direction from the shape's position), a middle frame 34%: the path is short compared with the video's side.
 """
 
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import av
 import numpy as np
 
+SIDE, FRAMES, FPS = 28, 8, 2  # of every video; SIDE in pixels, even as h264 requires
+RADIUS = 0.12  # of a shape, relative to the side
+TRAVEL = (0.35, 0.50)  # first to last frame, relative to the side; if longer, the first frame tells the direction
 COLOURS = {"red": (225, 40, 40), "green": (40, 205, 70), "blue": (50, 90, 240), "yellow": (240, 220, 50)}
 SHAPES = ("square", "circle", "triangle", "cross")
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y down
-PLACES = {"west": (-1, 0), "east": (1, 0), "north": (0, -1), "south": (0, 1)}  # no word that names a direction
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y): x to the right, y down
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
-QUESTIONS = {
-    "direction": "Which direction does the shape move?",
-    "order": "Which colour comes first?",
-    "place": "Where is the shape?",
-    "colour": "What colour is the shape?",
-    "shape": "What shape is it?",
-}
+PLACES = {"west": (-1, 0), "east": (1, 0), "north": (0, -1), "south": (0, 1)}  # no word that names a direction
 LETTERS = "ABCD"
-RADIUS = 0.12  # of a shape, relative to the side of the video
-TRAVEL = (0.35, 0.50)  # first to last frame, relative to the side: no longer, or the first frame tells the direction
+QUESTIONS = {  # by kind: what is asked, and the four options
+    "direction": ("Which direction does the shape move?", tuple(DIRECTIONS)),
+    "place": ("Where is the shape?", tuple(PLACES)),
+    "colour": ("What colour is the shape?", tuple(COLOURS)),
+    "shape": ("What shape is it?", SHAPES),
+}
+ASKED = {"train": ("direction",), "val": ("direction", "colour", "shape"), "warmup": ("direction", "colour")}  # by part
 MANIFEST = "demo.json"  # written last: a folder that has it is complete
 
 
@@ -39,48 +41,42 @@ class DemoSpec:
     """What determines a demo set, byte for byte (with one version of the encoder)."""
 
     seed: int = 0
-    size: int = 28  # side of the square videos, in pixels; even, as h264 requires
-    frames: int = 8
-    fps: int = 2
-    kinds: tuple[str, ...] = ("direction",)  # the kinds that RL trains: "direction", "order"
-    train: int = 1024  # questions, one a video, spread evenly over `kinds`
-    val: int = 256  # held-out videos of each of `kinds`; the first kind's are also asked for colour and shape
-    warmup: int = 768  # videos of the warm-up, spread evenly over `kinds`
+    train: int = 2048  # videos to train on, each with a question for the direction
+    val: int = 200  # held-out videos that move (asked for direction, colour, shape), and as many still ones (place)
+    warmup: int = 768  # videos of the warm-up that move (direction, colour), and as many still ones (place)
 
-    def __post_init__(self):
-        if self.size < 16 or self.size % 2:
-            raise ValueError(f"demo size must be even and 16 or more, got {self.size}")
-        if self.frames < 2 or self.fps < 1 or min(self.train, self.val, self.warmup) < 1:
-            raise ValueError("demo sets need 2 or more frames, fps of 1 or more and a video in each part")
-        if not self.kinds or not set(self.kinds) <= {"direction", "order"}:
-            raise ValueError(f"demo kinds must be some of direction, order; got {self.kinds}")
+
+@dataclass(frozen=True)
+class Scene:
+    """What one video shows."""
+
+    colour: str
+    shape: str
+    direction: str  # of a shape that moves; the place of a shape that stands still
+    centres: tuple[tuple[float, float], ...]  # (x, y) of the shape's centre in each frame, in pixels
+    background: tuple[int, int, int]
 
 
 def make_demo_set(folder: str | Path, spec: DemoSpec = DemoSpec()) -> dict[str, Path]:
     """Writes videos and rows under `folder`; returns the paths of train.jsonl, val.jsonl and warmup.jsonl by name.
 
-    No video is in two parts. A complete folder of the same `spec` is used again; anything else there called `videos`
-    is replaced, once the new set is complete. Rows are in the open-r1-video-4k form, plus `kind`, `opposite` (letter of
-    the answer if time ran backwards; absent where time does not matter) and, in the warm-up, `completions`.
+    No two parts share a video. If the folder already holds a complete set of the same `spec`, it is used again; else
+    the new set replaces the old one, folder `videos` included, once it is complete. Rows have the fields of
+    open-r1-video-4k, plus `kind`, `direction` and `opposite` (letter of the answer if time ran backwards) of questions
+    for the direction and, in the warm-up, `completions`.
     """
     folder = Path(folder)
-    paths = {part: folder / f"{part}.jsonl" for part in ("train", "val", "warmup")}
+    paths = {part: folder / f"{part}.jsonl" for part in ASKED}
     manifest, text = folder / MANIFEST, json.dumps(asdict(spec), sort_keys=True)
     is_complete = lambda: manifest.is_file() and manifest.read_text() == text and all(map(Path.is_file, paths.values()))
     if is_complete():
         return paths
     folder.mkdir(parents=True, exist_ok=True)
-    makers = {"train": train_rows, "val": val_rows, "warmup": warmup_rows}
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as name:
         aside = Path(name)
         (aside / "videos").mkdir()
-        for number, (part, maker) in enumerate(makers.items()):
-            rows = []
-            for index, (scene, scene_rows) in enumerate(maker(np.random.default_rng([spec.seed, number]), spec)):
-                video = f"videos/{part}_{index:05d}.mp4"
-                write_video(aside / video, draw(scene, spec), spec.fps)
-                rows += [{**row, "video": video} for row in scene_rows]
-            (aside / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for number, part in enumerate(paths):
+            write_part(aside, part, number, spec)
         if is_complete():  # another process was quicker, and its set is in use
             return paths
         manifest.unlink(missing_ok=True)
@@ -92,129 +88,85 @@ def make_demo_set(folder: str | Path, spec: DemoSpec = DemoSpec()) -> dict[str, 
     return paths
 
 
-@dataclass(frozen=True)
-class Scene:
-    """What a video shows. Positions are (x, y) of the centre in pixels."""
-
-    kind: str  # "direction": one shape that moves; "place": one that is still; "order": two still ones in turn
-    colours: tuple[str, ...]
-    shapes: tuple[str, ...]
-    direction: str  # or place
-    centres: tuple[tuple[float, float], ...]  # of each frame
-    background: tuple[int, int, int]
+def write_part(folder: Path, part: str, number: int, spec: DemoSpec) -> None:
+    """Writes the videos and the .jsonl file of one part; `number` tells its random numbers from other parts'."""
+    rows, rng = [], np.random.default_rng([spec.seed, number])
+    for index, (scene, questions) in enumerate(scenes_and_questions(rng, part, getattr(spec, part))):
+        video = f"videos/{part}_{index:05d}.mp4"
+        write_video(folder / video, draw(scene), FPS)
+        rows += [{**row, "video": video} for row in questions]
+    (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def train_rows(rng, spec: DemoSpec):
-    """Yields (scene, rows) of the training set: one question a video, of a kind that RL trains."""
-    for index in range(spec.train):
-        kind = spec.kinds[index % len(spec.kinds)]
-        scene = random_scene(rng, spec, kind, index // len(spec.kinds))
-        yield scene, [question(rng, scene, kind, index // (4 * len(spec.kinds)))]
+def scenes_and_questions(rng: np.random.Generator, part: str, count: int) -> Iterator[tuple[Scene, list[dict]]]:
+    """Yields each scene of a part with its rows: `count` shapes that move and, but in "train", as many still ones."""
+    moving, still = ([(moves, index) for index in range(count)] for moves in (True, False))
+    mixed = [each for pair in zip(moving, still) for each in pair]
+    for moves, index in {"train": moving, "val": moving + still, "warmup": mixed}[part]:
+        scene = random_scene(rng, moves, index)
+        rows = [question(rng, scene, kind, index // 4) for kind in (ASKED[part] if moves else ("place",))]
+        yield scene, [{**row, "completions": completions(row)} for row in rows] if part == "warmup" else rows
 
 
-def val_rows(rng, spec: DemoSpec):
-    """Yields (scene, rows) of the held-out set; each kind has `spec.val` questions (colour and shape as well)."""
-    for kind in (*spec.kinds, "place"):
-        asked = (kind, "colour", "shape") if kind == "direction" else (kind,)
-        for index in range(spec.val):
-            scene = random_scene(rng, spec, kind, index)
-            yield scene, [question(rng, scene, name, index // 4) for name in asked]
+def completions(row: dict) -> list[str]:
+    """The targets of the warm-up, which teach the form of an answer and nothing about motion.
 
-
-def warmup_rows(rng, spec: DemoSpec):
-    """Yields (scene, rows) of the warm-up: the form of an answer, and nothing of the trained kinds' truth.
-
-    A question of a trained kind gets a completion for *each* option, with the letter that the named option has; a
-    question for the colour, of the same video, gets its true one, and so does a question for the place of a shape that
-    does not move: what a pretrained model would know how to see.
+    A question for the direction gets one for each option: `<think>I see up .</think><answer>B</answer>` for "B. up".
+    Any other question gets the one with its true answer, because a pretrained model would know how to see it.
     """
-    for index in range(spec.warmup):
-        kind = spec.kinds[index % len(spec.kinds)]
-        scene = random_scene(rng, spec, kind, index // len(spec.kinds))
-        row = question(rng, scene, kind, index // (4 * len(spec.kinds)))
-        names = [option[3:] for option in row["options"]]
-        rows = [{**row, "completions": [completion(name, letter) for name, letter in zip(names, LETTERS)]}]
-        if kind == "direction":
-            rows.append(answered(question(rng, scene, "colour", index // 4)))
-        yield scene, rows
-        still = random_scene(rng, spec, "place", index)
-        yield still, [answered(question(rng, still, "place", index // 4))]
+    options = row["options"] if row["kind"] == "direction" else [row["original_answer"]]
+    return [f"<think>I see {option[3:]} .</think><answer>{option[0]}</answer>" for option in options]
 
 
-def answered(row: dict) -> dict:
-    """The row with its true answer as the one completion."""
-    letter, _, name = row["original_answer"].partition(". ")
-    return {**row, "completions": [completion(name, letter)]}
-
-
-def completion(name: str, letter: str) -> str:
-    """A thought that names an option, and the letter of that option."""
-    return f"<think>I see {name} .</think><answer>{letter}</answer>"
-
-
-def question(rng, scene: Scene, kind: str, turn: int) -> dict:
+def question(rng: np.random.Generator, scene: Scene, kind: str, turn: int) -> dict:
     """A row without its video. The answer's place among the options is `turn` modulo 4, so letters are balanced."""
-    answer, others, opposite = {
-        "direction": lambda: (scene.direction, tuple(DIRECTIONS), OPPOSITE[scene.direction]),
-        "order": lambda: (scene.colours[0], tuple(COLOURS), scene.colours[-1]),
-        "place": lambda: (scene.direction, tuple(PLACES), None),
-        "colour": lambda: (scene.colours[0], tuple(COLOURS), None),
-        "shape": lambda: (scene.shapes[0], SHAPES, None),
-    }[kind]()
-    options = [str(name) for name in rng.permutation([name for name in others if name != answer])]
-    options.insert(turn % 4, answer)
-    letter = dict(zip(options, LETTERS))
-    lines = [f"{letter[name]}. {name}" for name in options]
+    asked, names = QUESTIONS[kind]
+    answer = {"colour": scene.colour, "shape": scene.shape}.get(kind, scene.direction)
+    names = [str(name) for name in rng.permutation([name for name in names if name != answer])]
+    names.insert(turn % 4, answer)
+    letter = dict(zip(names, LETTERS))
+    options = [f"{letter[name]}. {name}" for name in names]
     row = {
-        "problem": "\n".join((QUESTIONS[kind], *lines)),
+        "problem": "\n".join((asked, *options)),
         "solution": f"<answer>{letter[answer]}</answer>",
-        "original_question": QUESTIONS[kind],
+        "original_question": asked,
         "original_answer": f"{letter[answer]}. {answer}",
-        "options": lines,
+        "options": options,
         "problem_type": "multiple choice",
         "category": kind,
     }
     if kind == "direction":
-        row["direction"] = scene.direction
-    return row if opposite is None else {**row, "opposite": letter[opposite]}
+        row |= {"direction": answer, "opposite": letter[OPPOSITE[answer]]}
+    return row
 
 
-def random_scene(rng, spec: DemoSpec, kind: str, turn: int) -> Scene:
-    """A scene of `kind`. Directions (and first colours of "order") take turns, the rest is drawn at random.
+def random_scene(rng: np.random.Generator, moves: bool, index: int) -> Scene:
+    """A shape that moves, or one that stands still; directions (or places) take turns by `index`, the rest is random.
 
-    One rule draws the path's middle whatever the direction: uniform where the whole path would fit along either axis.
+    One rule draws the path's middle for all directions: uniform over where the path would fit along either axis.
     """
-    direction, half = "", 0.0
-    colours, shapes = (str(rng.choice(tuple(COLOURS))),), (str(rng.choice(SHAPES)),)
-    if kind == "direction":
-        direction = tuple(DIRECTIONS)[turn % 4]
-        half = rng.uniform(*TRAVEL) * spec.size / 2
-    elif kind == "order":
-        first = tuple(COLOURS)[turn % 4]
-        colours = (first, str(rng.choice([name for name in COLOURS if name != first])))
-        shapes = (str(rng.choice(SHAPES)), str(rng.choice(SHAPES)))
-    margin = RADIUS * spec.size + half
-    middle = rng.uniform(margin, spec.size - margin, size=2)
-    if kind == "place":
-        direction = tuple(PLACES)[turn % 4]
-        away = rng.uniform(*TRAVEL) * spec.size / 2
-        middle = spec.size / 2 + away * np.array(PLACES[direction]) + rng.uniform(-1, 1, size=2) * spec.size / 16
-    step = np.array(DIRECTIONS.get(direction, (0, 0)))
-    ways = np.linspace(-half, half, spec.frames)
-    centres = tuple((float(x), float(y)) for x, y in middle + ways[:, None] * step)
+    colour, shape = str(rng.choice(tuple(COLOURS))), str(rng.choice(SHAPES))
+    half = rng.uniform(*TRAVEL) * SIDE / 2 if moves else 0.0
+    margin = RADIUS * SIDE + half
+    middle = rng.uniform(margin, SIDE - margin, size=2)
+    ways = DIRECTIONS if moves else PLACES
+    direction = tuple(ways)[index % 4]
+    if not moves:
+        away = rng.uniform(*TRAVEL) * SIDE / 2
+        middle = SIDE / 2 + away * np.array(ways[direction]) + rng.uniform(-1, 1, size=2) * SIDE / 16
+    path = middle + np.linspace(-half, half, FRAMES)[:, None] * np.array(ways[direction])
     background = tuple(int(level) for level in rng.integers(0, 30, size=3))
-    return Scene(kind, colours, shapes, direction, centres, background)
+    return Scene(colour, shape, direction, tuple((float(x), float(y)) for x, y in path), background)
 
 
-def draw(scene: Scene, spec: DemoSpec) -> np.ndarray:
+def draw(scene: Scene) -> np.ndarray:
     """The frames of a scene, uint8 (T, H, W, 3)."""
-    video = np.empty((spec.frames, spec.size, spec.size, 3), np.uint8)
+    video = np.empty((FRAMES, SIDE, SIDE, 3), np.uint8)
     video[:] = scene.background
-    grid = np.arange(spec.size) + 0.5  # centres of pixels
-    for number, (x, y) in enumerate(scene.centres):
-        part = number * len(scene.colours) // spec.frames  # "order": the first half shows the first shape
-        dx, dy = (grid[None, :] - x), (grid[:, None] - y)
-        video[number][inside(scene.shapes[part], dx, dy, RADIUS * spec.size)] = COLOURS[scene.colours[part]]
+    grid = np.arange(SIDE) + 0.5  # centres of pixels
+    for frame, (x, y) in zip(video, scene.centres):
+        covered = inside(scene.shape, grid[None, :] - x, grid[:, None] - y, RADIUS * SIDE)
+        frame[covered] = COLOURS[scene.colour]
     return video
 
 
@@ -229,12 +181,12 @@ def inside(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndar
     return ((abs(dx) <= radius / 3) & (abs(dy) <= radius)) | ((abs(dy) <= radius / 3) & (abs(dx) <= radius))
 
 
-def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
+def write_video(path: str | Path, frames: np.ndarray, fps: int) -> None:
     """Encodes uint8 frames (T, H, W, 3) as h264 in mp4, at a quality that keeps small shapes' colours."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options={"preset": "ultrafast", "crf": "8"})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        stream.codec_context.thread_count = 1  # so that the same frames give the same bytes on any machine
+        stream.codec_context.thread_count = 1  # the same frames then give the same bytes on any machine
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

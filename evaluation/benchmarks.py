@@ -1,28 +1,24 @@
-"""Published benchmarks as lists of samples: which files hold the questions, how these are grouped, how totals are made.
+"""Published benchmarks as lists of samples: which files hold the questions, how these are grouped, what the total is.
 
-Rows are read, videos found and answers scored by the same code as all other data (video.formats, rewards). Where a
-benchmark asks a language model to judge free text (MMVU's open-ended questions; Video-MMMU looks for the answer in the
-text), ROUGE stands in: only the multiple-choice part of those two compares with published numbers.
+The same code as for all other data (video.formats, rewards) reads the rows, finds the videos and scores the answers.
+MMVU lets a language model judge answers in free text, Video-MMMU looks for the right answer in them; here both are
+scored by ROUGE. So only the multiple-choice part of those two compares with published numbers.
 """
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from grpo.engine.evaluate import mean
-from video.dataset import DataError, read_samples
+from video.dataset import read_samples
+from video.formats import DataError, Sample
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """source: hub name. files: alternatives, each globs (without suffix) of annotation files that belong together.
-    kind: the field that groups questions, or "file", "folder" or "type" (of problem). macro: its total is the mean over
-    groups, not over questions."""
-
-    source: str
-    files: tuple
-    kind: str
-    macro: bool = False
+    source: str  # its name on the hub
+    files: tuple[tuple[str, ...], ...]  # alternative layouts, each the globs (without suffix) of its annotation files
+    category: str  # the field that groups its questions; or "file", "folder", or "type" (of problem)
+    macro: bool = False  # its total is the mean over categories, not over questions
 
 
 BENCHMARKS = {
@@ -37,13 +33,13 @@ BENCHMARKS = {
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
-def read_benchmark(name, folder):
-    """The samples of a benchmark in its published layout; `meta["category"]` is the group that each is counted in.
+def read_benchmark(name: str, folder: str | Path) -> list[Sample]:
+    """The samples of a benchmark in its published layout; `meta["category"]` is the category that each is counted in.
 
-    Raises DataError where the annotation files are missing.
+    Raises DataError if the annotation files are missing.
     """
     benchmark, folder = BENCHMARKS[name], Path(folder)
-    paths = next((found for globs in benchmark.files if (found := _annotations(folder, globs))), None)
+    paths = next(filter(None, (_annotations(folder, globs) for globs in benchmark.files)), None)
     if paths is None:
         wanted = " or ".join(f"{glob}{{{','.join(SUFFIXES)}}}" for globs in benchmark.files for glob in globs)
         raise DataError(
@@ -52,32 +48,31 @@ def read_benchmark(name, folder):
     samples = []
     for path in paths:
         for sample in read_samples(path, folder, path.relative_to(folder).as_posix()):
-            samples.append(replace(sample, meta={**sample.meta, "category": _kind(benchmark.kind, sample, path)}))
+            names = {**sample.meta, "file": path.stem, "folder": path.parent.name, "type": sample.problem_type}
+            category = str(names.get(benchmark.category, "other"))
+            samples.append(replace(sample, meta={**sample.meta, "category": category}))
     return samples
 
 
-def _annotations(folder, globs):
-    """The annotation files of all globs; where one is there in several formats, in the first of SUFFIXES."""
+def _annotations(folder: Path, globs: tuple[str, ...]) -> list[Path]:
+    """The annotation files of all globs; if a glob has files in several formats, those of the first of SUFFIXES."""
     found = []
     for glob in globs:
         found += next((paths for suffix in SUFFIXES if (paths := sorted(folder.glob(glob + suffix)))), [])
     return found
 
 
-def _kind(kind, sample, path):
-    own = {"file": path.stem, "folder": path.parent.name, "type": sample.problem_type}
-    return own[kind] if kind in own else str(sample.meta.get(kind, "other"))
+def benchmark_score(name: str, summary: dict) -> float:
+    """The benchmark's own total, in [0, 1], from what `grpo.engine.evaluate.summarise` returns.
 
-
-def benchmark_score(name, summary):
-    """The benchmark's own total of a `evaluation.evaluate.summarise`, in [0, 1].
-
-    MVBench: the mean over its subtasks. VSI-Bench: the mean over its question types, the three difficulties of relative
-    direction being one. The others: the mean over questions.
+    MVBench: the mean over its subtasks. VSI-Bench: the mean over its question types, of which the three difficulties of
+    relative direction are one. The others: the mean over questions.
     """
     if not BENCHMARKS[name].macro:
         return summary["overall"]
     families = defaultdict(list)
-    for kind, share in summary["kinds"].items():
-        families["object_rel_direction" if kind.startswith("object_rel_direction") else kind].append(share)
-    return mean([mean(shares) for shares in families.values()])
+    for category, share in summary["categories"].items():
+        family = "object_rel_direction" if category.startswith("object_rel_direction") else category
+        families[family].append(share)
+    means = [sum(shares) / len(shares) for shares in families.values()]
+    return sum(means) / len(means) if means else 0.0

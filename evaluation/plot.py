@@ -4,83 +4,82 @@ python -m evaluation.plot runs/a runs/b [--output compare.png]
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from grpo.config import OneLineParser
 from video.files import read_rows
 
-# (title, what of a step's metrics it shows, what of an evaluation's is drawn beside it)
-PANELS = (
-    ("reward", lambda row: row.get("reward"), None),
-    ("accuracy", lambda row: row.get("accuracy"), lambda row: row.get("accuracy")),
-    ("KL to the reference", lambda row: row.get("kl"), None),
-    ("completion length", lambda row: row.get("length"), None),
-    ("entropy", lambda row: row.get("entropy"), None),
-    ("clip share", lambda row: row.get("clip_low_share", 0) + row.get("clip_high_share", 0), None),
-    ("sampler gap", lambda row: row.get("sampler_gap"), None),
-    ("answer letters", lambda row: max(letters(row).values(), default=None), None),
-    ("seconds waiting for data", lambda row: row.get("seconds_waiting"), None),
-)
+PANELS = {  # title: the metric that it shows of each step
+    "reward": "reward",
+    "accuracy": "accuracy",
+    "KL to the reference": "kl",
+    "completion length": "length",
+    "entropy": "entropy",
+    "clip share": "clip_share",
+    "sampler gap": "sampler_logprob_diff",
+    "answer letters": "top_letter",
+    "seconds waiting for data": "seconds_waiting",
+}
 
 
-def read_metrics(folder, phase):
-    """The rows of one phase of a run's metrics.jsonl."""
-    return [row for row in read_rows(Path(folder) / "metrics.jsonl", ("phase", "step")) if row["phase"] == phase]
+def read_metrics(folder: str | Path, phase: str) -> list[dict]:
+    """The rows of one phase of a run's metrics.jsonl, with two metrics more: `clip_share`, of both sides; and
+    `top_letter`, the share of the letter that most completions of the step answer, None if no letter was answered."""
+    rows = [row for row in read_rows(Path(folder) / "metrics.jsonl", ("phase", "step")) if row["phase"] == phase]
+    for row in rows:
+        row["clip_share"] = row.get("clip_low_frac", 0) + row.get("clip_high_frac", 0)
+        row["top_letter"] = max((row[name] for name in row if name.startswith("letter_")), default=None)
+    return rows
 
 
-def letters(row):
-    """{letter: share of the step's completions that answer it}."""
-    return {name.removeprefix("letter_"): share for name, share in row.items() if name.startswith("letter_")}
+def curve(rows: list[dict], metric: str, absent: float | None = None) -> tuple[list[int], list[float]]:
+    """(steps, values) of a metric; a row without it counts as `absent`, or is left out if that is None."""
+    points = [(row["step"], value) for row in rows if (value := row.get(metric, absent)) is not None]
+    return [step for step, _ in points], [value for _, value in points]
 
 
-def curve(rows, value):
-    """(steps, values) of the rows that have the value."""
-    points = [(row["step"], v) for row in rows if (v := value(row)) is not None]
-    return [step for step, _ in points], [v for _, v in points]
+def plot_runs(folders: list[str | Path], path: str | Path) -> str | Path:
+    """Draws the PANELS of all runs by step, with the held-out accuracy beside the accuracy, to `path`, and returns it.
 
-
-def plot_runs(folders, path):
-    """Writes reward, accuracy and held-out accuracy, KL, length, entropy, clip share, sampler gap, letters, data wait
-    by step to `path`, and returns it. Of the letters, one run shows all, several show their most frequent one each."""
+    Of the answer letters, a run alone shows each; of several runs, each shows its most frequent one.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    several = len(folders) > 1
+    runs = [(read_metrics(folder, "train"), read_metrics(folder, "eval")) for folder in folders]
+    names = ["/".join(Path(folder).parts[-2:]) if several else "training" for folder in folders]
     figure, axes = plt.subplots(3, 3, figsize=(14, 9.5), constrained_layout=True)
-    for number, folder in enumerate(folders):
-        name = "/".join(Path(folder).parts[-2:]) if len(folders) > 1 else "training"
-        train, held_out = read_metrics(folder, "train"), read_metrics(folder, "eval")
-        for axis, (title, value, evaluated) in zip(axes.flat, PANELS):
+    for axis, (title, metric) in zip(axes.flat, PANELS.items()):
+        letters = metric == "top_letter"
+        for number, (name, (train, held_out)) in enumerate(zip(names, runs)):
             colour = f"C{number}"
-            if title == "answer letters" and len(folders) == 1:
-                for letter in sorted({letter for row in train for letter in letters(row)}):
-                    share = lambda row, letter=letter: letters(row).get(letter, 0.0)
-                    axis.plot(*curve(train, share), linewidth=1, label=letter)
+            if letters and not several:
+                for letter in sorted({name for row in train for name in row if name.startswith("letter_")}):
+                    axis.plot(*curve(train, letter, 0.0), linewidth=1, label=letter.removeprefix("letter_"))
             else:
-                axis.plot(*curve(train, value), linewidth=1, color=colour, label=name)
-            if evaluated:
-                points = curve(held_out, evaluated)
+                axis.plot(*curve(train, metric), linewidth=1, color=colour, label=name)
+            if metric == "accuracy":
+                points = curve(held_out, metric)
                 axis.plot(*points, "o--", markersize=3, color=colour, alpha=0.7, label=f"{name}, held out")
-    for axis, (title, _, _) in zip(axes.flat, PANELS):
-        several = title == "answer letters" and len(folders) > 1
-        axis.set_title(f"{title}: share of the most frequent" if several else title)
+        axis.set_title(f"{title}: share of the most frequent" if letters and several else title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0] and (len(folders) > 1 or title in ("accuracy", "answer letters")):
+        if axis.get_legend_handles_labels()[0] and (several or letters or metric == "accuracy"):
             axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
 
 
-def plot_run(folder):
-    """Writes the run's own curve.png and returns its path."""
+def plot_run(folder: str | Path) -> Path:
+    """Draws the run's own curve.png and returns its path."""
     return plot_runs([folder], Path(folder) / "curve.png")
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> None:
     layout = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(prog="evaluation.plot", description=__doc__, formatter_class=layout)
     parser.add_argument("runs", nargs="+", help="Run folders: those with a metrics.jsonl.")
@@ -88,11 +87,9 @@ def main(arguments=None):
     given = parser.parse_args(arguments)
     for folder in given.runs:
         if not (Path(folder) / "metrics.jsonl").is_file():
-            print(f"evaluation.plot: error: {folder}: has no metrics.jsonl; give the folder of a run", file=sys.stderr)
-            return 2
+            parser.error(f"{folder}: has no metrics.jsonl; give the folder of a run")
     print(plot_runs(given.runs, given.output))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,6 +1,6 @@
 """Every answer of an evaluation in one file, written as it comes, so that a killed evaluation goes on where it stopped.
 
-FOLDER/settings.json       what the answers depend on, beside checkpoint, mode and control
+FOLDER/settings.json       what the answers depend on, besides checkpoint, mode and control
 FOLDER/predictions.jsonl   one line an answer: checkpoint, mode, control, key, completion, prediction, score, ...
 """
 
@@ -9,90 +9,93 @@ import hashlib
 import json
 from pathlib import Path
 
+from grpo.config import Config
 from grpo.engine.distributed import barrier, is_main, rank
 from grpo.errors import ConfigError
 from grpo.run.data import digest
+from video.dataset import Sample
 from video.files import append_rows, read_rows, write_rows, write_text
 
-VARIANT = ("checkpoint", "mode", "control")  # what tells apart two answers to one question in one file
+VARIANT = ("checkpoint", "mode", "control")  # the fields that tell two answers to one question apart
+TAIL = 2**20  # bytes read at each end of a file of weights
 
 
 class Predictions:
-    """The answers in a folder: `done[variant][key]` from before, `add` for new ones. Every process writes a file of its
-    own, which `close` merges. Raises ConfigError where the folder's answers were given under other settings."""
+    """The answers in a folder: `done` holds those of an earlier evaluation, `add` saves new ones.
 
-    def __init__(self, folder, settings):
+    While the model answers, every rank writes a file of its own; `merge` joins them in predictions.jsonl.
+    """
+
+    def __init__(self, folder: Path, settings: dict):
+        """Raises ConfigError if the answers in the folder were given under other settings."""
         self.folder = Path(folder)
-        self.own = self.folder / f"predictions-{rank()}.jsonl"
-        path, settings = self.folder / "settings.json", json.loads(json.dumps(settings))
-        _check_settings(path, settings)
-        barrier()
+        self.part_path = self.folder / f"predictions-{rank()}.jsonl"
+        text = json.dumps(settings, indent=2) + "\n"
+        check_settings(self.folder / "settings.json", json.loads(text))
         if is_main():
-            write_text(path, json.dumps(settings, indent=2) + "\n")
-            self._merge()
-        barrier()
-        self.done = {}
+            write_text(self.folder / "settings.json", text)
+        self.merge()
+        self.done = {}  # {(checkpoint, mode, control): {key of a sample: record}}
         for record in read_rows(self.folder / "predictions.jsonl", (*VARIANT, "key")):
             self.done.setdefault(tuple(record.pop(name) for name in VARIANT), {})[record["key"]] = record
-        barrier()
 
-    def add(self, variant, records):
-        append_rows(self.own, [{**dict(zip(VARIANT, variant)), **record} for record in records])
+    def add(self, variant: tuple, records: list[dict]) -> None:
+        append_rows(self.part_path, [{**dict(zip(VARIANT, variant)), **record} for record in records])
 
-    def close(self):
+    def merge(self) -> None:
+        """Moves the answers of all ranks to predictions.jsonl, one line each. A damaged line is left out, so that
+        its question is asked again. Every process must call it."""
         barrier()
         if is_main():
-            self._merge()
-
-    def _merge(self):
-        """One line for each answer in predictions.jsonl; an answer whose line is damaged is made again."""
-        parts, names = sorted(self.folder.glob("predictions*.jsonl")), (*VARIANT, "key")
-        rows = {tuple(row[name] for name in names): row for part in parts for row in read_rows(part, names)}
-        write_rows(self.folder / "predictions.jsonl", [rows[place] for place in sorted(rows, key=repr)])
-        for part in parts:
-            if part.name != "predictions.jsonl":
-                part.unlink()
+            parts, names = sorted(self.folder.glob("predictions*.jsonl")), (*VARIANT, "key")
+            rows = {tuple(row[name] for name in names): row for part in parts for row in read_rows(part, names)}
+            write_rows(self.folder / "predictions.jsonl", [rows[place] for place in sorted(rows, key=repr)])
+            for part in parts:
+                if part.name != "predictions.jsonl":
+                    part.unlink()
+        barrier()
 
 
-def _check_settings(path, settings):
+def check_settings(path: Path, settings: dict) -> None:
+    """Raises ConfigError if the settings.json of an evaluation is damaged or has other values than `settings`."""
     try:
         saved = dict(json.loads(path.read_text()) if path.exists() else settings)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"--output {path.parent}: settings.json is damaged; choose another --output") from error
-    other = [
+    changed = [
         f"{name} was {old!r}, is {settings.get(name)!r}" for name, old in saved.items() if settings.get(name) != old
     ]
-    if other:
+    if changed:
         raise ConfigError(
-            f"--output {path.parent} holds answers under other settings ({'; '.join(other)}); choose another --output"
+            f"--output {path.parent} holds answers under other settings ({'; '.join(changed)}); choose another --output"
         )
 
 
-def settings_of(config, samples, temperature, device):
-    """What answers depend on beside checkpoint, mode and control: plain values under their flags' names."""
+def settings_of(config: Config, samples: list[Sample], temperature: float, device: str) -> dict:
+    """What answers depend on, besides checkpoint, mode and control: plain values under the names of their flags."""
+    names = ("prompt_template", "max_prompt_tokens", "max_new_tokens", "eval_batch")
     return {
         **dataclasses.asdict(config.video_settings()),
-        "prompt_template": config.prompt_template,
-        "max_prompt_tokens": config.max_prompt_tokens,
-        "max_new_tokens": config.max_new_tokens,
-        "eval_batch": config.eval_batch,
+        **{name: getattr(config, name) for name in names},
         "temperature": temperature,
         "device": device,
         "questions": digest(samples),
     }
 
 
-def checkpoint_identity(folder):
-    """The folder's name and a digest of its weights: the size and both ends (1 MiB each) of every file of them, so that
-    15 GB need not be read."""
-    digest = hashlib.sha256()
-    for path in sorted([*Path(folder).glob("*.safetensors"), Path(folder) / "config.json"]):
-        if path.name == "optimizer.safetensors":
-            continue
+def checkpoint_identity(folder: Path) -> str:
+    """The folder's name and a digest of its weights, e.g. "checkpoint-400@0f3c5a9d2b41".
+
+    The digest is of the config, and of the size and both ends (TAIL bytes) of each file of weights: 15 GB need not be
+    read.
+    """
+    total, folder = hashlib.sha256(), Path(folder)
+    weights = {*folder.glob("*.safetensors")} - {folder / "optimizer.safetensors"}
+    for path in sorted(weights | {folder / "config.json"}):
         size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
+        total.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
-            digest.update(file.read(2**20))
-            file.seek(max(0, size - 2**20))
-            digest.update(file.read())
-    return f"{Path(folder).name}@{digest.hexdigest()[:12]}"
+            total.update(file.read(TAIL))
+            file.seek(max(0, size - TAIL))
+            total.update(file.read())
+    return f"{folder.name}@{total.hexdigest()[:12]}"

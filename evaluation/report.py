@@ -1,39 +1,47 @@
-"""What there is to read and to look at: tables of accuracies, report.html, and a training step's completions."""
+"""An evaluation to read and to look at: its accuracies as text tables, and report.html with every question's frames.
+
+A summary is what `grpo.engine.evaluate.summarise` returns, a record what `grpo.engine.evaluate.predict` does.
+"""
 
 import base64
 import hashlib
-import html
 import io
-import json
-import re
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
+import jinja2
 import torch
 from PIL import Image
 
 from grpo.engine.evaluate import CONTROLS
+from video.dataset import Sample
 from video.files import write_text
+from video.loader import PromptLoader
+from video.pictures import frames_of, strip
 from video.prompt import Skipped
 
+HEIGHT = 96  # pixels, at most, of a frame in report.html
 
-def summary_of(before, after, controls, seconds):
-    """One flat record of a run's evaluations (each a `evaluation.evaluate.summarise`); None for what was not evaluated.
 
-    `accuracy_*` are over the categories of question that the run trains on, `overall` over all, `categories` by kind;
+def summary_of(before: dict, after: dict, controls: dict[str, dict], seconds: float) -> dict:
+    """One flat record of a run's evaluations, each a summary; None stands for what was not evaluated.
+
+    `accuracy_*` are over the categories of question that the run trains on, `overall` over all,
+    `categories` by category;
     `opposite_when_reversed` is the share of questions with an opposite answer that got it when the video ran backwards.
     """
-    evaluated = {
-        "before": before or None, "after": after or None,
-        **{name.replace(" ", "_"): controls.get(name) for name in CONTROLS},
-    }  # fmt: skip
-    categories = sorted(after.get("categories", {}))
+    evaluated = {"before": before or None, "after": after or None}
+    evaluated |= {name.replace(" ", "_"): controls.get(name) for name in CONTROLS}
+    shares = lambda share: {name: summary and share(summary) for name, summary in evaluated.items()}
     return {
-        **{f"accuracy_{name}": result and result["trained"] for name, result in evaluated.items()},
+        **{f"accuracy_{name}": share for name, share in shares(lambda summary: summary["trained"]).items()},
         "opposite_when_reversed": controls["reversed"]["opposite"] if "reversed" in controls else None,
         "seconds": seconds,
-        "overall": {name: result and result["overall"] for name, result in evaluated.items()},
+        "overall": shares(lambda summary: summary["overall"]),
         "categories": {
-            kind: {name: result and result["categories"].get(kind) for name, result in evaluated.items()}
-            for kind in categories
+            category: shares(lambda summary: summary["categories"].get(category))
+            for category in sorted(after.get("categories", {}))
         },
         "questions": after.get("count", 0),
         "skipped": after.get("skipped", 0),
@@ -41,39 +49,47 @@ def summary_of(before, after, controls, seconds):
     }
 
 
-def summary_table(summary):
-    """Accuracy by kind of question, before and after training and under each control, as text; "" of no questions."""
+def summary_table(summary: dict) -> str:
+    """Accuracy by category before and after training and under each control, as text; "" if nothing was asked.
+
+    summary: as `summary_of` returns it.
+    """
     if not summary["questions"]:
         return ""
     rows = {**summary["categories"], "all": summary["overall"]}
-    text = accuracy_table(rows, [name for name, share in summary["overall"].items() if share is not None])
+    columns = {
+        name.replace("_", " "): {label: row[name] for label, row in rows.items()}
+        for name, overall in summary["overall"].items()
+        if overall is not None
+    }
+    text = text_table(columns, rows)
     if summary["opposite_when_reversed"] is not None:
         text += f"\nopposite answer when the video is reversed: {summary['opposite_when_reversed']:.1%}"
     return text
 
 
-def evaluation_table(result):
-    """The tables of an evaluation, {"results": {column: `evaluation.evaluate.summarise`}, "paired", "score"}, as text:
-    accuracy and its 95% intervals by kind, and what was gained over another checkpoint, by kind as well."""
+def evaluation_table(result: dict) -> str:
+    """Accuracies, their 95% intervals and the gains over another checkpoint, each by category, as text.
+
+    result: {"results": {column: summary}, "paired": {mode: `significance.paired`}, "score": {column: share}}.
+    """
     results = result["results"]
     first = next(iter(results.values()))
-    rows = {kind: {name: one["categories"].get(kind) for name, one in results.items()} for kind in first["categories"]}
-    rows["all"] = {name: one["overall"] for name, one in results.items()}
-    rows["not parsed"] = {name: one["unparsed"] for name, one in results.items()}
-    ends = {
-        "all" if kind == "overall" else kind: {name: one["intervals"].get(kind) for name, one in results.items()}
-        for kind in (*first["categories"], "overall")
+    rows = [*first["categories"], "all"]
+    shares = {
+        name: {**s["categories"], "all": s["overall"], "not parsed": s["unparsed"]} for name, s in results.items()
     }
+    ends = {name: {**s["intervals"], "all": s["intervals"]["overall"]} for name, s in results.items()}
     within = lambda pair: f"{100 * pair[0]:.1f}-{pair[1]:.1%}"
-    lines = [accuracy_table(rows, list(results)), "95% intervals", accuracy_table(ends, list(results), within)]
+    lines = [text_table(shares, [*rows, "not parsed"]), "95% intervals", text_table(ends, rows, within)]
     for name, one in results.items():
         if "reversed" in name and one["opposite"] is not None:
             lines.append(f"{name}: opposite answer {one['opposite']:.1%}")
     for mode, pair in result["paired"].items():
         lines.append(f"{mode}, against the other checkpoint:")
-        for kind, gain in {**pair["categories"], "all": pair}.items():
+        for category, gain in {**pair["categories"], "all": pair}.items():
             lines.append(
-                f"{kind:24}{gain['difference']:+10.1%} of {gain['count']} questions ({gain['better']} better, "
+                f"{category:24}{gain['difference']:+10.1%} of {gain['count']} questions ({gain['better']} better, "
                 f"{gain['worse']} worse, exact McNemar p = {gain['p']:.2g})"
             )
     for name, score in result.get("score", {}).items():
@@ -81,128 +97,57 @@ def evaluation_table(result):
     return "\n".join([*lines, f"{first['count']} questions; {first['skipped']} unreadable, counted neither way"])
 
 
-def accuracy_table(rows, columns, text="{:.1%}".format):
-    """{row: {column: value or None}} as aligned text; text: of a value."""
-    widths = {name: max(13, len(name) + 2) for name in columns}
-    cell = lambda value, width: f"{'-' if value is None else text(value):>{width}}"
-    lines = [" " * 24 + "".join(f"{name.replace('_', ' '):>{width}}" for name, width in widths.items())]
-    lines += [
-        f"{kind:24}" + "".join(cell(row[name], width) for name, width in widths.items()) for kind, row in rows.items()
-    ]
-    return "\n".join(lines)
+def text_table(columns: dict[str, dict], rows: Iterable[str], text: Callable = "{:.1%}".format) -> str:
+    """{column: {row: value}} as aligned text: `text` of each value, "-" if a column has none.
 
-
-def frames_of(prompt, processor):
-    """The pictures in a Prompt as the model saw them: patches put together again, normalisation undone.
-
-    One uint8 (T, 3, H, W) tensor for each video (T frames), then for each image (T 1).
+    in:  {"think": {"colour": 0.5, "all": 0.75}, "direct": {"all": 0.25}}, ["colour", "all"]
+    out:                         think       direct
+         colour                  50.0%            -
+         all                     75.0%        25.0%
     """
-    categories = (
-        (prompt.pixel_values_videos, prompt.video_grid_thw, processor.video_processor, 1),
-        (prompt.pixel_values, prompt.image_grid_thw, processor.image_processor, 2),  # an image is a frame shown twice
-    )
-    return [
-        _unpatch(patches, grid, cutter)[::step]
-        for pixels, grids, cutter, step in categories
-        if pixels is not None
-        for patches, grid in zip(pixels.split(grids.prod(-1).tolist()), grids.tolist())
-    ]
-
-
-def _unpatch(patches, grid, cutter):
-    (time, rows, columns), size, merge, pair = grid, cutter.patch_size, cutter.merge_size, cutter.temporal_patch_size
-    cut = patches.view(time, rows // merge, columns // merge, merge, merge, 3, pair, size, size)
-    frames = cut.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(time * pair, 3, rows * size, columns * size)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (cutter.image_mean, cutter.image_std))
-    return ((frames * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def strip(frames):
-    """Frames (T, 3, H, W) side by side: (3, H, T·W)."""
-    return torch.cat(list(frames), dim=2)
-
-
-def show_rollouts(board, step, prompts, rollouts, processor, most=2):
-    """Writes the first `most` prompts of a step to a TensorBoard writer: the frames as a strip, the completions as a
-    table with their rewards and advantages."""
-    for number, (prompt, rollout) in enumerate(list(zip(prompts, rollouts))[:most]):
-        for frames in frames_of(prompt, processor)[:1]:
-            board.add_image(f"rollouts/{number}", strip(frames), step)
-        board.add_text(f"rollouts/{number}", completions_table(prompt.sample, rollout), step)
-
-
-def completions_table(sample, rollout):
-    """A group's completions with reward, its parts and advantage, as Markdown."""
-    plain = lambda text: " ".join(html.escape(text).replace("|", "&#124;").split())
-    names = ["reward", "advantage", *rollout.parts]
-    columns = [rollout.rewards, rollout.advantages, *rollout.parts.values()]
-    lines = [f"{plain(sample.problem)} (answer: {plain(sample.answer)})", ""]
-    lines += ["| " + " | ".join([*names, "completion"]) + " |", "|---" * (len(names) + 1) + "|"]
-    for text, *values in zip(rollout.texts, *columns):
-        lines.append("| " + " | ".join([*(f"{float(v):.3g}" for v in values), plain(text)]) + " |")
+    widths = {name: max(13, len(name) + 2) for name in columns}
+    lines = [" " * 24 + "".join(f"{name:>{width}}" for name, width in widths.items())]
+    for row in rows:
+        values = {name: column.get(row) for name, column in columns.items()}
+        cells = [f"{'-' if value is None else text(value):>{widths[name]}}" for name, value in values.items()]
+        lines.append(f"{row:24}" + "".join(cells))
     return "\n".join(lines)
 
 
-STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
-pre{background:#f6f6f6;padding:1em;overflow-x:auto}article{border-left:6px solid #bbb;margin:1em 0;padding:.4em 1em}
-article[hidden]{display:none}.right{border-color:#2a8}.wrong{border-color:#d44}.partly{border-color:#da3}
-.frames{overflow-x:auto;white-space:nowrap}.frames img{height:96px;image-rendering:pixelated;margin-right:6px}
-.text{white-space:pre-wrap;overflow-wrap:anywhere}.thought{color:#666}.bar{display:flex;gap:1em;margin:2px 0}
-.bar b{width:14em;font-weight:normal;text-align:right}.track{position:relative;width:30em;background:#eee}
-.track *{position:absolute;top:0;bottom:0}.track i{background:#58a}.track u{background:#0004;top:40%;bottom:40%}
-nav{position:sticky;top:0;background:#fff;padding:.5em 0}.curve{max-width:100%}"""
-
-SCRIPT = """for (const image of document.querySelectorAll('img[data-strip]')) image.src = strips[image.dataset.strip];
-const cards = [...document.querySelectorAll('article')], selects = [...document.querySelectorAll('select')];
-function show() {
-  const wanted = new URLSearchParams(location.hash.slice(1));
-  for (const select of selects) select.value = wanted.get(select.name) || '';
-  for (const card of cards) card.hidden = !selects.every(({name, value}) =>
-    !value || (name === 'verdict' ? card.className.split(' ').includes(value) : card.dataset.kind === value));
-  document.getElementById('shown').textContent = cards.filter(card => !card.hidden).length + ' of ' + cards.length;
-}
-for (const select of selects) select.addEventListener('change', () => {
-  location.hash = new URLSearchParams(selects.map(({name, value}) => [name, value]));
-});
-addEventListener('hashchange', show);
-show();
-"""
-
-
-def write_report(path, title, result, columns, samples, loader, most, picture=None):
+def write_report(
+    path: Path, title: str, result: dict, questions: list, loader: PromptLoader, most: int, picture: Path | None = None
+) -> Path:
     """Writes report.html, one file that needs no network, and returns its path.
 
-    result: as for `evaluation_table`; columns: {column: records}, the first being shown in full; at most `most` of the
-    samples, spread evenly, are shown, with their frames, which `loader` reads again; picture: a PNG to put beside.
+    result: as for `evaluation_table`. questions: (Sample, {column: record}) of every question; a card shows the first
+    column in full. most: how many questions get a card, spread evenly; `loader` reads their frames again. picture: a
+    PNG to show as well.
     """
-    step = max(1, -(-len(samples) // most)) if most else len(samples)
-    shown = list(range(0, len(samples), step))[:most]
-    strips, places = _strips([samples[i] for i in shown], loader)
-    cards = [
-        _card(samples[i], {name: rows[i] for name, rows in columns.items()}, places[n]) for n, i in enumerate(shown)
-    ]
-    categories = sorted({rows["category"] for i in shown if "category" in (rows := next(iter(columns.values()))[i])})
-    script = f"const strips = {json.dumps(strips)};\n{SCRIPT}"
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # No script but this one may run, and nothing may be fetched, whatever a completion holds.
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    curve = f'<img class="curve" alt="training" src="{_uri(picture.read_bytes(), "png")}">' if picture else ""
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}</style>'
-        f"<h1>{html.escape(title)}</h1><pre>{html.escape(evaluation_table(result))}</pre>"
-        f"{_bars(result['results'])}{curve}"
-        f"<nav>{_select('verdict', ('right', 'partly', 'wrong', 'unparsed', 'unreadable'))} {_select('kind', categories)} "
-        f'<span id="shown"></span> of {len(samples)} questions in all</nav>\n'
-        + "\n".join(cards)
-        + f"\n<script>{script}</script></html>\n"
+    shown = questions[:: math.ceil(len(questions) / max(1, most))][:most]
+    strips, numbers = _strips([sample for sample, _ in shown], loader)
+    first = next(iter(result["results"]))
+    source = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    strict = jinja2.StrictUndefined  # a name that is misspelt in the template raises
+    template = jinja2.Template(source, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
+    page = template.render(
+        title=title,
+        table=evaluation_table(result),
+        results=result["results"],
+        curve=picture and _uri(picture.read_bytes(), "png"),
+        categories=sorted({records[first]["category"] for _, records in shown if "category" in records[first]}),
+        total=len(questions),
+        cards=[(sample, records, own) for (sample, records), own in zip(shown, numbers)],
+        strips=strips,
+        verdict=verdict,
+        percent="{:.1%}".format,
+        sha256=lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode(),
     )
     write_text(path, page)
     return path
 
 
-def _strips(samples, loader):
-    """(data URIs, for each sample the numbers of those it shows); a video is read once however many ask about it."""
+def _strips(samples: list[Sample], loader: PromptLoader) -> tuple[list[str], list[range]]:
+    """(data URIs, for each sample the numbers of the URIs it shows); a video is read once however many ask about it."""
     media = {(s.videos, s.images, s.clips): s for s in samples}
     uris, numbers = [], {}
     for place, (prompt,) in zip(media, loader.batches([s] for s in media.values())):
@@ -212,61 +157,23 @@ def _strips(samples, loader):
     return uris, [numbers[s.videos, s.images, s.clips] for s in samples]
 
 
-def _thumbnail(frames, height=96):
+def _thumbnail(frames: torch.Tensor) -> str:
     picture = Image.fromarray(strip(frames).permute(1, 2, 0).numpy())
-    if picture.height > height:
-        picture = picture.resize((max(1, picture.width * height // picture.height), height))
+    if picture.height > HEIGHT:
+        picture = picture.resize((max(1, picture.width * HEIGHT // picture.height), HEIGHT))
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=80)
     return _uri(buffer.getvalue(), "webp")
 
 
-def _uri(data, kind):
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def _uri(data: bytes, form: str) -> str:
+    return f"data:image/{form};base64,{base64.b64encode(data).decode()}"
 
 
-def _select(name, values):
-    options = "".join(f'<option value="{html.escape(v)}">{html.escape(v)}</option>' for v in values)
-    return f'<label>{name} <select name="{name}"><option value="">all</option>{options}</select></label>'
-
-
-def _bars(results):
-    """A bar with its interval for each kind of the first column, and one for every column."""
-    name, first = next(iter(results.items()))
-    bars = [(f"{name}: {kind}", share, first["intervals"][kind]) for kind, share in first["categories"].items()]
-    bars += [(f"{name}: all", one["overall"], one["intervals"]["overall"]) for name, one in results.items()]
-    return "".join(
-        f'<div class="bar"><b>{html.escape(label)}</b><span class="track"><i style="left:0;width:{share:.2%}"></i>'
-        f'<u style="left:{low:.2%};width:{high - low:.2%}"></u></span>{share:.1%} ({low:.1%} to {high:.1%})</div>'
-        for label, share, (low, high) in bars
-    )
-
-
-def verdict(record):
+def verdict(record: dict) -> str:
     """The words that a record is filtered by: an answer that could not be parsed is wrong as well."""
     if "skipped" in record:
         return "unreadable"
     score = record["score"]
     word = "right" if score == 1 else "partly" if score > 0 else "wrong"
     return f"{word} unparsed" if record["prediction"] is None else word
-
-
-def _card(sample, records, places):
-    """One question: frames, options, thought, answer, and what the other columns answered. Every text is escaped."""
-    record, *_ = records.values()
-    text = lambda name, value: f'<div class="text {name}">{html.escape(value)}</div>' if value else ""
-    images = "".join(f'<img data-strip="{number}" alt="frames">' for number in places)
-    others = "; ".join(
-        f"{name}: {row.get('prediction') or '-'} ({verdict(row)})" for name, row in list(records.items())[1:]
-    )
-    thought = re.search(r"<think>(.*?)(?:</think>|$)", record.get("completion", ""), re.DOTALL)
-    question = "\n".join([sample.problem, *(option for option in sample.options if option not in sample.problem)])
-    return (
-        f'<article class="{verdict(record)}" data-kind="{html.escape(record.get("category", ""))}">'
-        f"<small>{html.escape(sample.key)} {html.escape(record.get('kind', ''))}: {verdict(record)}</small>"
-        f'<div class="frames">{images}</div>{text("question", question)}'
-        f"{text('thought', thought[1].strip() if thought else '')}"
-        f"{text('answer', 'answer: ' + (record.get('prediction') or 'none') + '; right is: ' + sample.answer)}"
-        f"{text('others', others)}{text('skipped', record.get('skipped', ''))}"
-        f"<details><summary>completion</summary>{text('completion', record.get('completion', ''))}</details></article>"
-    )

@@ -3,8 +3,8 @@
 Extra keyword arguments of a transformers forward reach the attention function. `layout` is such an argument: an object
 that knows how the tokens of this forward are arranged and attends accordingly.
 
-flash-attn's kernel for sequences of unequal length is used if `grpo.selfcheck` finds it right and faster (a GPU, half
-precision: not yet run on one); else torch's scaled_dot_product_attention, over batches of equal shape.
+flash-attn's kernel for sequences of unequal length is used if `grpo.engine.fast_paths` finds it right and faster (a
+GPU, half precision: not yet run on one); else torch's scaled_dot_product_attention, over batches of equal shape.
 
 Shapes: H query heads, K key/value heads (H a multiple of K), D head size, P prompt tokens, C completion tokens,
 G completions, L tokens of a packed row, R rows that still decode.
@@ -21,7 +21,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 
-# Names of the fast paths in use, of `grpo.selfcheck.FAST_PATHS`.
+# Names of the fast paths in use, of `grpo.engine.fast_paths.FAST_PATHS`.
 IN_USE = set()
 TEXT_ATTENTION = "grpo_shared_prompt"
 # The vision towers hand `cu_seq_lens_q` to any implementation with "flash" in its name, instead of looping over frames.

@@ -38,7 +38,8 @@ class RolloutGroup:
 class MicroBatch:
     """Rows `[prompt | c_1 | ... | c_G]` of several prompts, one after another, and what the loss needs of each token.
 
-    `pack` fills the fields up to `grids`; `pack_groups` also the others, for training.
+    `pack` fills the fields up to `grids`, `pack_groups` the next ones; the step adds the log-probabilities and the
+    advantages, all (N,), as it computes them.
     """
 
     input_ids: torch.Tensor  # (1, L)
@@ -51,15 +52,17 @@ class MicroBatch:
     pixels: torch.Tensor | None = None  # (patches, 1176) of all media, in the order of their placeholders
     grids: torch.Tensor | None = None  # (media, 3)
     features: torch.Tensor | None = None  # (merged tokens, hidden), if the vision tower has run already
-    advantages: torch.Tensor | None = None  # (N,)
-    sampler_logprobs: torch.Tensor | None = None  # (N,)
-    old_logprobs: torch.Tensor | None = None  # (N,)
-    ref_logprobs: torch.Tensor | None = None  # (N,)
+    rollouts: list = field(default_factory=list)  # the `RolloutGroup`s; [] in a dummy, which trains nothing
+    completion: torch.Tensor | None = None  # (N,) number of each token's completion in the micro-batch
+    sampler_logprobs: torch.Tensor | None = None
+    old_logprobs: torch.Tensor | None = None
+    ref_logprobs: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
 
     @property
     def lengths(self):
-        """Tokens of each completion; [] in a dummy micro-batch, which trains nothing."""
-        return [] if self.advantages is None else [n for _, lengths in self.groups for n in lengths]
+        """Tokens of each completion."""
+        return [n for group in self.rollouts for n in group.lengths]
 
     def to(self, device):
         tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
@@ -126,10 +129,13 @@ def _pack_media(prompts, starts, spec):
 
 
 def pack_groups(groups, spec, frozen_vision=False):
-    """The `MicroBatch` that trains on the groups; frozen_vision: on the vision features that sampling computed."""
+    """The `MicroBatch` that trains on the groups; frozen_vision: on the vision features that sampling computed.
+
+    Completions of 3, 2 and 1 tokens have the completion numbers [0 0 0 1 1 2].
+    """
     batch = pack([g.prompt for g in groups], [g.tokens for g in groups], spec)
-    lengths = torch.tensor([n for g in groups for n in g.lengths])
-    batch.advantages = torch.cat([g.advantages for g in groups]).repeat_interleave(lengths)
+    batch.rollouts = groups
+    batch.completion = torch.arange(len(batch.lengths)).repeat_interleave(torch.tensor(batch.lengths))
     batch.sampler_logprobs = torch.cat([row for g in groups for row in g.logprobs])
     batch.features = torch.cat([g.features for g in groups]) if frozen_vision else None
     return batch

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
+import yaml
+
 from grpo.errors import ConfigError
 from rewards import parse_rewards
 from video.files import write_text
@@ -61,18 +63,43 @@ class Config:
     temporal_threshold: float = flag(
         0.8, "The bonus is given where the accuracy is at least this share of that on shuffled frames.", ge=0.0
     )
-    scale_advantages: str = flag("group", "Divide by the group's deviation, or not.", choices=("group", "none"))
+    advantage: str = flag(
+        "group", "What a reward is compared with: docs/algorithms.md.",
+        choices=("group", "none", "rloo", "batch", "reinforce_baseline"),
+    )  # fmt: skip
     dynamic_filter: bool = flag(False, "Leave out groups whose completions are all equally accurate (DAPO).")
+    dynamic_sampling: int = flag(
+        0, "Draw new prompts in place of such groups, at most this many times --prompts_per_step; 0 is off.", ge=0
+    )  # fmt: skip
+    mask_truncated: bool = flag(False, "Leave completions that --max_new_tokens truncated out of the loss (DAPO).")
 
-    clip_eps_low: float = flag(0.2, "Lower clip of the ratio.", gt=0.0, le=1.0, section="loss")
+    loss: str = flag(
+        "ppo", "What is maximised: docs/algorithms.md.", section="loss",
+        choices=("ppo", "gspo", "gspo_token", "cispo", "cispo_sequence", "sapo", "sapo_sequence"),
+    )  # fmt: skip
+    clip_eps_low: float = flag(0.2, "Lower clip of the ratio.", gt=0.0, le=1.0)
     clip_eps_high: float = flag(0.2, "Upper clip of the ratio.", gt=0.0)
-    kl_coef: float = flag(0.1, "Weight of the KL (k3) to the frozen reference; 0 loads no reference.", ge=0.0)
+    dual_clip: float | None = flag(None, "Bound of the loss of negative advantages, as a ratio (dual clip).", gt=1.0)
+    entropy_coef: float = flag(0.0, "Weight of the entropy bonus.", ge=0.0)
+    kl_coef: float = flag(0.1, "Weight of the KL to the frozen reference; 0 loads no reference.", ge=0.0)
+    kl_estimator: str = flag("k3", "How the KL of a token is estimated.", choices=("k1", "k2", "k3"))
+    kl_in: str = flag(
+        "loss", "Where the KL is: a term of the loss, or taken from the reward.", choices=("loss", "reward")
+    )
+    kl_correction: bool = flag(False, "Weight the KL of each token by its importance ratio (TRL's default).")
+    ref_sync_steps: int = flag(0, "Move the reference towards the policy every so many steps (TR-DPO); 0: never.", ge=0)
+    ref_mixup_alpha: float = flag(0.6, "The policy's share of the moved reference.", gt=0.0, le=1.0)
     loss_normaliser: str = flag(
         "token", "What a token's loss is divided by: all tokens, its sequence, or a constant.",
         choices=("token", "sequence", "constant"),
     )  # fmt: skip
     tis_cap: float | None = flag(None, "Cap of truncated importance sampling against the sampler.", gt=0.0)
-    ppo_epochs: int = flag(1, "Update passes over each batch (mu).", ge=1)
+    tis_mode: str = flag(
+        "token_truncate", "Whose ratio is capped, and what happens above the cap.",
+        choices=("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    )  # fmt: skip
+    mini_batch_size: int = flag(0, "Prompts of one optimizer step, over all processes; 0: all of the step's.", ge=0)
+    ppo_epochs: int = flag(1, "Passes over the mini-batches of a step (mu).", ge=1)
 
     epochs: float = flag(1.0, "Passes over the training questions; --steps overrides.", gt=0.0, section="optimiser")
     steps: int | None = flag(None, "GRPO steps.", ge=0)
@@ -138,7 +165,7 @@ METRICS = frozenset(
     "skipped seconds_waiting seconds_sampling seconds learning_rate loss entropy clip_low_frac clip_high_frac "
     "sampler_logprob_diff kl grad_norm updates_skipped reward length truncated_frac reward_std rewards_failed "
     "frac_groups_all_correct frac_groups_all_wrong no_answer_frac several_answers_frac shuffled_accuracy "
-    "temporal_bonus phase step".split()
+    "temporal_bonus prompts_drawn phase step".split()
 )
 
 # Flags of earlier versions, as run.json files have them.
@@ -147,62 +174,37 @@ RENAMED = {
     "clip_high": "clip_eps_high",
     "filter_groups": "dynamic_filter",
     "importance_cap": "tis_cap",
+    "scale_advantages": "advantage",
     "updates_per_batch": "ppo_epochs",
 }
 
 
-def demo_paths(seed):
-    """The paths that --preset demo gives. Each seed has a folder of its own, so that no demo touches another's videos;
-    that of the default seed has a short name."""
-    folder = Path("runs/demo" if seed == Config.seed else f"runs/demo-seed-{seed}")
-    return dict(
-        model=str(folder / "start"), data=(str(folder / "data/train.jsonl"),), eval_data=str(folder / "data/val.jsonl"),
-        sft_data=str(folder / "data/warmup.jsonl"), frame_cache=str(folder / "frames"), output=str(folder / "run"),
-    )  # fmt: skip
+def as_setting(value):
+    """A value of a JSON or YAML file as Config holds it: lists are tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+with open(Path(__file__).with_name("presets.yaml"), encoding="utf-8") as file:
+    PRESETS = {
+        preset: {name: as_setting(value) for name, value in values.items()}
+        for preset, values in yaml.safe_load(file).items()
+    }
+
+
+def preset_values(preset, seed):
+    """{flag: value} of a preset. Each seed of the demo has a folder of its own, so that no demo touches the videos of
+    another: runs/demo for the default seed, else runs/demo-seed-N."""
+    values = PRESETS[preset]
+    if preset != "demo" or seed == Config.seed:
+        return values
+    move = lambda path: path.replace("runs/demo/", f"runs/demo-seed-{seed}/") if isinstance(path, str) else path
+    return {n: tuple(map(move, v)) if isinstance(v, tuple) else move(v) for n, v in values.items()}
 
 
 def demo_makes(seed):
     """The paths of the model and the data that --demo makes. What other paths hold is the user's."""
-    own = demo_paths(seed)
+    own = preset_values("demo", seed)
     return {own["model"], *own["data"], own["eval_data"], own["sft_data"]}
-
-
-PRESETS = {
-    # Open-R1-Video's one launch script: 4 processes, one prompt each a step, accuracy reward only. Its loss is a mean
-    # over each sequence, then over sequences.
-    "qwen2-vl-7b": {"loss_normaliser": "sequence"},
-    "demo": dict(
-        **demo_paths(Config.seed),
-        demo=True,
-        sft_steps=1200,
-        sft_until=0.9,
-        sft_learning_rate=1e-3,
-        sft_prompts_per_step=32,
-        steps=400,
-        prompts_per_step=32,
-        group_size=8,
-        max_new_tokens=24,
-        reward=("accuracy:1", "format:0.5"),
-        kl_coef=0.15,
-        learning_rate=5e-4,
-        lr_schedule="cosine",
-        adam_beta2=0.95,
-        prompt_template="{problem}",
-        min_pixels=28 * 28,
-        max_pixels=28 * 28,
-        nframes=8,
-        threads=1,
-        workers=1,
-        prompts_per_forward=32,
-        prompts_per_rollout=32,
-        gradient_checkpointing=False,
-        save_every=200,
-        eval_samples=1000,
-        eval_every=100,
-        eval_batch=128,
-        controls=True,
-    ),  # fmt: skip
-}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -236,15 +238,15 @@ def parse_config(arguments=None):
             section = parser.add_argument_group(item.metadata["section"])
         add_flag(section, item, {"preset": preset, **PRESETS[preset]}.get(item.name, item.default))
     given = vars(parser.parse_args(arguments))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    values = PRESETS[preset]
-    if preset == "demo" and "seed" in given:
-        values = {**values, **demo_paths(given["seed"])}
+    given = {name: as_setting(value) for name, value in given.items()}
+    values = preset_values(preset, given.get("seed", Config.seed))
     if given.keys() & {"fps", "min_frames", "max_frames"}:  # a flag counts more than the preset's --nframes
         values = {name: value for name, value in values.items() if name != "nframes"}
     config = Config(**{**values, **given})
     check(config)
+    check_combinations(config, {**values, **given})
     config.freeze_vision |= config.lora_rank > 0  # adapters are the decoder's
+    config.dynamic_filter |= config.dynamic_sampling > 0
     return config
 
 
@@ -300,7 +302,7 @@ def check(config):
         raise ConfigError("--prompt_template must hold {problem}, where the question goes")
     if config.sft_steps and not config.sft_data:
         raise ConfigError("--sft_steps needs --sft_data, whose rows have `completions`")
-    for name in ("dynamic_filter", "temporal_bonus"):
+    for name in ("dynamic_filter", "dynamic_sampling", "temporal_bonus"):
         if getattr(config, name) and not any(spec.split(":")[0] == "accuracy" for spec in config.reward):
             raise ConfigError(f"--{name} looks at the accuracy; add accuracy:1 to --reward")
     try:
@@ -313,6 +315,33 @@ def check(config):
             raise ConfigError(f"--reward {reward.name}: a metric has this name; give your function another")
 
 
+def check_combinations(config, given):
+    """Raises ConfigError, naming both flags, for settings that mean nothing together. given: the flags of the user and
+    of the preset; a default never contradicts."""
+    clipped, kl, in_loss = config.loss in ("ppo", "gspo", "gspo_token"), config.kl_coef, config.kl_in == "loss"
+    sigmoid = f"--loss {config.loss} has a sigmoid in place of the clip; leave it out"
+    rules = [
+        ("dual_clip", not clipped, f"bounds the clip of ppo, gspo and gspo_token; --loss {config.loss} has none"),
+        ("clip_eps_low", config.loss.startswith("sapo"), sigmoid),
+        ("clip_eps_high", config.loss.startswith("sapo"), sigmoid),
+        *((name, not kl, "there is no KL with --kl_coef 0; set --kl_coef or leave it out")
+          for name in ("kl_estimator", "kl_in", "kl_correction", "ref_sync_steps")),
+        ("kl_in", not in_loss and config.kl_estimator != "k1",
+         f"--kl_estimator {config.kl_estimator} hardly pulls as a reward; set --kl_estimator k1"),
+        ("kl_correction", not in_loss, "is about the gradient of the KL; --kl_in reward has none; leave it out"),
+        ("kl_estimator", kl and in_loss and config.kl_estimator == "k1" and not config.kl_correction,
+         "its mean gradient with --kl_in loss is 0; set k2, k3 or --kl_correction"),
+        ("ref_sync_steps", config.lora_rank > 0, "with --lora_rank the reference is the model without adapters"),
+        ("ref_mixup_alpha", not config.ref_sync_steps, "does nothing without --ref_sync_steps"),
+        ("tis_mode", config.tis_cap is None, "weighs nothing without --tis_cap"),
+        ("mini_batch_size", config.mini_batch_size > config.prompts_per_step,
+         f"is above --prompts_per_step {config.prompts_per_step}; lower it"),
+    ]  # fmt: skip
+    for name, wrong, reason in rules:
+        if wrong and given.get(name):
+            raise ConfigError(f"--{name} {as_typed(given[name])}: {reason}")
+
+
 def save_config(config, path):
     write_text(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
@@ -321,7 +350,6 @@ def load_config(path):
     """The Config that `save_config` wrote. Raises ConfigError if the file is not one."""
     try:
         saved = json.loads(Path(path).read_text())
-        values = {RENAMED.get(name, name): value for name, value in saved.items()}
-        return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        return Config(**{RENAMED.get(name, name): as_setting(value) for name, value in saved.items()})
     except (AttributeError, OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: not a configuration of this project ({error})") from error

@@ -21,7 +21,7 @@ class Policy(nn.Module):
     """Wraps a transformers Qwen2-VL or Qwen2.5-VL.
 
     `forward(batch, temperature)` -> (logprobs (N,), entropy (N,)) of the completion tokens, one prompt pass a group;
-    the entropy is (0,) if it is not asked for.
+    the entropy is (0,) if it is not asked for, and has no gradient unless that is asked for.
     `prefill(batch)` -> (logits (B, V), prompt keys and values); `decode(tokens, positions, layout)` -> logits (R, V).
     Logits of `spec.never_sampled` are -inf in all three.
     """
@@ -77,20 +77,23 @@ class Policy(nn.Module):
     def _logits(self, hidden):
         return self.model.lm_head(hidden).float().index_fill_(-1, self.never_sampled, float("-inf"))
 
-    def _score(self, hidden, targets, temperature, entropy):
+    def _score(self, hidden, targets, temperature, entropy, entropy_gradient):
         logprobs = self._logits(hidden).div_(temperature).log_softmax(-1)
         chosen = logprobs.gather(-1, targets[:, None])[:, 0]
+        if entropy_gradient:  # entr has no gradient at the tokens that are never sampled
+            probabilities = logprobs.exp()
+            return chosen, -(probabilities * logprobs.masked_fill(probabilities == 0, 0.0)).sum(-1)
         with torch.no_grad():  # last, so that recomputing for the gradient ends before it
             spread = torch.special.entr(logprobs.exp()).sum(-1) if entropy else chosen.new_zeros(0)
         return chosen, spread
 
-    def forward(self, batch, temperature=1.0, entropy=True):
+    def forward(self, batch, temperature=1.0, entropy=True, entropy_gradient=False):
         hidden = self._hidden(batch, PackedLayout(batch.groups, self.device))[0][batch.predict]
         size = max(1, LOGITS_PER_CHUNK // self.model.lm_head.weight.shape[0])
         chunks = list(zip(hidden.split(size), batch.targets.split(size)))
         # Each of several chunks is recomputed in backward: the whole (N, V) logits never exist.
         score = partial(models.recomputed, self._score) if len(chunks) > 1 else self._score
-        scores = [score(h, t, temperature, entropy) for h, t in chunks]
+        scores = [score(h, t, temperature, entropy, entropy_gradient) for h, t in chunks]
         return tuple(torch.cat(column) for column in zip(*scores))
 
     def prefill(self, batch):

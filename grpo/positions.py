@@ -66,7 +66,7 @@ def media_spans(prompt, spec):
 def prompt_positions(prompt, spec):
     """Returns ((3, P) int64 positions, first position after the prompt) of one `video.prompt.Prompt`.
 
-    spec: `grpo.model.ModelSpec` (placeholder ids, merge size, tokens per second). Raises as `media_spans`.
+    spec: `grpo.engine.model.ModelSpec` (placeholder ids, merge size, tokens per second). Raises as `media_spans`.
     """
     parts, at, position = [], 0, 0
 

@@ -1,12 +1,12 @@
-"""Completions of this rank's prompts, with rewards and advantages."""
+"""Completions of this rank's prompts, with rewards; and new prompts in place of groups without signal."""
 
 from statistics import fmean
 
 import torch
 
-from grpo.advantage import group_advantages
+from grpo.advantage import has_signal
 from grpo.batch import chunked
-from grpo.engine.distributed import unsharded
+from grpo.engine.distributed import reduce_sum, unsharded
 from grpo.policy import features_of
 from grpo.sampler import SamplingSettings, generate, prompt_seed
 from rewards import accuracy, score_group
@@ -15,7 +15,7 @@ from video.prompt import shuffle_frames
 
 
 def rollout(policy, prompts, tokenizer, rewards, config, step):
-    """Returns one scored `RolloutGroup` for each prompt: config.group_size completions, rewards, advantages.
+    """Returns one scored `RolloutGroup` for each prompt: config.group_size completions and their rewards.
 
     With config.temporal_bonus (see `rewards.temporal`) each prompt with a video gets a second group, half as large, on
     shuffled frames. Only the accuracy of that group is used: it is not trained on.
@@ -35,8 +35,23 @@ def rollout(policy, prompts, tokenizer, rewards, config, step):
             bonus = temporal_bonus(group.parts["accuracy"], without, config.temporal_threshold, config.temporal_bonus)
             group.rewards = [reward + more for reward, more in zip(group.rewards, bonus)]
             group.parts |= {"shuffled_accuracy": [fmean(without)] * len(bonus), "temporal_bonus": bonus}
-        group.advantages = group_advantages(group.rewards, config.scale_advantages)
     return groups
+
+
+def resample(groups, more, config):
+    """Adds groups of new prompts until config.prompts_per_step groups of all ranks have signal, or until the step has
+    drawn config.dynamic_sampling times as many prompts (dynamic sampling, DAPO, arXiv 2503.14476, eq. 11).
+
+    more: count -> this rank's groups of the next `count` prompts of the data. Returns (groups, prompts drawn).
+    """
+    drawn, budget = config.prompts_per_step, config.prompts_per_step * config.dynamic_sampling
+    while True:
+        kept = sum(has_signal(group.parts["accuracy"]) for group in groups)
+        missing = config.prompts_per_step - int(reduce_sum({"kept": kept})["kept"])
+        count = min(missing, budget - drawn)
+        if count <= 0:
+            return groups, drawn
+        groups, drawn = groups + more(count), drawn + count
 
 
 def sample_groups(policy, prompts, group_size, tokenizer, config, step, shuffle=False):

@@ -54,17 +54,17 @@ def load_pair(folder, dtype=torch.float32):
     return Policy(model, model_spec(model, processor.tokenizer)), naive, processor.tokenizer
 
 
-def make_prompt(tokenizer, kinds, seed=0, words="Which direction does the shape move?", key=None):
-    """A prompt with random patches; kinds: e.g. ("video", (t, h, w)) grids in patches, in order."""
+def make_prompt(tokenizer, media, seed=0, words="Which direction does the shape move?", key=None):
+    """A prompt with random patches; media: e.g. [("video", (t, h, w))], grids in patches, in order."""
     gen = torch.Generator().manual_seed(seed)
     pad = {"video": "<|video_pad|>", "image": "<|image_pad|>"}
     text, pixels, grids = "<|im_start|>user\n", {"video": [], "image": []}, {"video": [], "image": []}
-    for kind, (t, h, w) in kinds:
-        text += "<|vision_start|>" + pad[kind] * (t * h * w // 4) + "<|vision_end|>"
-        pixels[kind].append(torch.randn(t * h * w, 1176, generator=gen))
-        grids[kind].append([t, h, w])
+    for name, (t, h, w) in media:
+        text += "<|vision_start|>" + pad[name] * (t * h * w // 4) + "<|vision_end|>"
+        pixels[name].append(torch.randn(t * h * w, 1176, generator=gen))
+        grids[name].append([t, h, w])
     text += words + "<|im_end|>\n<|im_start|>assistant\n"
-    join = lambda kind: (torch.cat(pixels[kind]), torch.tensor(grids[kind])) if grids[kind] else (None, None)
+    join = lambda name: (torch.cat(pixels[name]), torch.tensor(grids[name])) if grids[name] else (None, None)
     images, videos = join("image"), join("video")
     return Prompt(
         sample=Sample(key=key or f"test:{seed}", problem=words, answer="A"),

@@ -1,9 +1,8 @@
-"""train.py on the GPU that is not there, with the kernel that torch lacks on a CPU, whose kernels answer for the GPU's.
-
-The command is that of `soft_train.py`, which belongs to that GPU. A test that trains on it imports this file.
+"""train.py in fp32 on the GPU that is not there, whose kernels are answered by the CPU's. torch lacks one of them on a
+CPU: it is added here, so a test that trains on that GPU imports this file.
 """
 
-import runpy
+import sys
 from pathlib import Path
 
 import torch
@@ -22,4 +21,13 @@ kernels.impl("_fused_rms_norm_backward", fused_rms_norm_backward, "CPU")
 if __name__ == "__main__":
     import softgpu
 
-    runpy.run_path(str(Path(softgpu.__file__).with_name("soft_train.py")), run_name="__main__")
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from grpo.engine import distributed
+
+    distributed.compute_dtype = lambda device: torch.float32  # before others import it
+    import train
+
+    torch.set_num_threads(1)
+    with softgpu.SoftGPU():
+        code = train.main()
+    sys.exit(code)

@@ -8,17 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bf16_update import first_moments
-from conftest import load_pair, make_prompt, naive_logits
+from conftest import assert_close_to_scale, load_pair, make_prompt, naive_logits
 from processes import finish, start_command
-from test_kernels import assert_close_to_scale
 from test_memory import one_process_mesh
 
 from demo.tiny import build_tiny_model
-from grpo import distributed
 from grpo.batch import pack
-from grpo.engine.distributed import Processes
+from grpo.engine import distributed
 from grpo.engine.model import decoder
-from grpo.sampler import SamplingSettings, sample
+from grpo.sampler import SamplingSettings, generate
 
 HEAD = 128
 LARGE = {
@@ -56,10 +54,10 @@ def large_keys(folder, norm):
 def test_sampler_agrees_with_scorer(large_heads, norm):
     policy, _, tokenizer = large_keys(large_heads, norm)
     prompts = [make_prompt(tokenizer, [("video", (8, 8, 12))], seed) for seed in (1, 2)]
-    rollouts = sample(policy, prompts, 8, SamplingSettings(max_new_tokens=24), [1, 2], tokenizer)
+    groups = generate(policy, prompts, 8, SamplingSettings(max_new_tokens=24), [1, 2], tokenizer)
     with torch.no_grad():
-        scored, _ = policy(pack(prompts, [group.tokens for group in rollouts], policy.spec))
-    seen = torch.cat([row for group in rollouts for row in group.logprobs])
+        scored, _ = policy(pack(prompts, [group.tokens for group in groups], policy.spec))
+    seen = torch.cat([row for group in groups for row in group.logprobs])
     assert (scored - seen).abs().mean() < 0.1
 
 
@@ -69,23 +67,23 @@ def test_greedy_decoding_follows_a_forward_with_scores_in_fp32(large_heads, norm
     a CPU keeps scores in fp32."""
     policy, naive, tokenizer = large_keys(large_heads, norm)
     prompts = [make_prompt(tokenizer, [("video", (4, 4, 6))], seed) for seed in range(8)]
-    rollouts = sample(policy, prompts, 1, SamplingSettings(0, max_new_tokens=25), range(8), tokenizer)
+    groups = generate(policy, prompts, 1, SamplingSettings(0, max_new_tokens=25), range(8), tokenizer)
     equal = []
-    for prompt, rollout in zip(prompts, rollouts):
+    for group in groups:
         with torch.no_grad():
-            logits = naive_logits(naive, policy.spec, prompt, rollout.tokens[0])
-        equal += (logits.gather(-1, rollout.tokens[0][:, None])[:, 0] == logits.amax(-1)).tolist()
+            logits = naive_logits(naive, policy.spec, group.prompt, group.tokens[0])
+        equal += (logits.gather(-1, group.tokens[0][:, None])[:, 0] == logits.amax(-1)).tolist()
     assert len(equal) == 200 and sum(equal) >= 190
 
 
 @pytest.mark.slow
-def test_two_processes_of_mixed_precision_equal_one(checkpoints, tmp_path, monkeypatch):
-    """Weights gathered in bf16, gradients reduced in fp32: moments of 2 processes are those of 1 to the rounding of
+def test_two_ranks_of_mixed_precision_equal_one(checkpoints, tmp_path, monkeypatch):
+    """Weights gathered in bf16, gradients reduced in fp32: moments of 2 ranks are those of 1 to the rounding of
     fp32, and those of a run in fp32 to the rounding of bf16. One prompt is text alone."""
     folder = checkpoints["qwen2_vl"]
-    exact, expected = first_moments(folder, Processes(0, 1, torch.device("cpu"), None))
-    monkeypatch.setattr(Processes, "dtype", torch.bfloat16)
-    metrics, alone = first_moments(folder, one_process_mesh())
+    exact, expected = first_moments(folder, torch.device("cpu"))
+    monkeypatch.setattr(distributed, "compute_dtype", lambda device: torch.bfloat16)
+    metrics, alone = first_moments(folder, *one_process_mesh())
     distributed.stop()
     script = Path(__file__).with_name("bf16_update.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, folder]

@@ -11,17 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from processes import assert_same_run, command, kill, launch, metrics_of, run_here, start, wait_for, weights_of
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 import train
-from grpo import checkpoint, distributed, run, update
 from grpo.config import load_config, parse_config
+from grpo.engine import checkpoint
 from grpo.engine.build import build_policy
 from grpo.engine.checkpoint import CheckpointError, Saver, load_training
 from grpo.engine.checkpoint import checkpoints as checkpoints_of
 from grpo.engine.model import load_model
+from grpo.run.run import Run
+from grpo.update import make_optimizer
 
 LONG = ("--steps", "4", "--save_every", "2", "--keep_checkpoints", "9")
 
@@ -93,12 +96,12 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], capture_output=True)
 
 
-@pytest.mark.parametrize("kind", [MemoryError, RuntimeError, TypeError])
-def test_an_error_of_any_kind_in_the_thread_is_raised(saved, monkeypatch, kind):
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError, TypeError])
+def test_any_error_in_the_thread_is_raised(saved, monkeypatch, error):
     save, *_, saver = saved
 
     def fail(*_):
-        raise kind("odd")
+        raise error("odd")
 
     monkeypatch.setattr(checkpoint, "save_model", fail)
     folder = save(1)
@@ -109,7 +112,7 @@ def test_an_error_of_any_kind_in_the_thread_is_raised(saved, monkeypatch, kind):
 
 def test_a_run_that_fails_keeps_the_checkpoint_that_is_being_written(world, tmp_path, monkeypatch):
     """The evaluation after the last step fails while the last checkpoint is slow to write."""
-    write, evaluate = checkpoint.save_model, run.Run.evaluate
+    write, evaluate = checkpoint.save_model, Run.evaluate
     monkeypatch.setattr(checkpoint, "save_model", lambda *given: time.sleep(2) or write(*given))
 
     def fail_at_the_end(self, policy, control=None):
@@ -117,7 +120,7 @@ def test_a_run_that_fails_keeps_the_checkpoint_that_is_being_written(world, tmp_
             raise FloatingPointError("not finite")
         return evaluate(self, policy, control)
 
-    monkeypatch.setattr(run.Run, "evaluate", fail_at_the_end)
+    monkeypatch.setattr(Run, "evaluate", fail_at_the_end)
     assert train.main(command(1, tmp_path, world)[2:]) == 2
     assert [c.name for c in checkpoints_of(tmp_path)] == ["checkpoint-3"]
 
@@ -161,8 +164,8 @@ def test_a_damaged_checkpoint_is_named_and_so_is_the_next_older_whole_one(world,
 
 def test_a_checkpoint_is_readable_by_whom_the_umask_lets_and_on_the_disk_before_it_has_its_name(saved, monkeypatch):
     save, *_, saver = saved
-    synced, sync, rename = [], checkpoint._sync, Path.rename
-    monkeypatch.setattr(checkpoint, "_sync", lambda path: synced.append(path.name) or sync(path))
+    synced, sync, rename = [], os.fsync, Path.rename  # inodes, for a file keeps its inode when its folder is renamed
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_ino) or sync(number))
     monkeypatch.setattr(Path, "rename", lambda *given: synced.append("renamed") or rename(*given))
     before = os.umask(0o027)
     try:
@@ -173,8 +176,8 @@ def test_a_checkpoint_is_readable_by_whom_the_umask_lets_and_on_the_disk_before_
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o640"}
     last = synced.index("renamed")
-    assert {path.name for path in folder.rglob("*")} | {"checkpoint-1.partial"} <= set(synced[:last])
-    assert synced[last + 1] == folder.parent.name
+    assert {path.stat().st_ino for path in [folder, *folder.rglob("*")]} <= set(synced[:last])
+    assert synced[last + 1] == folder.parent.stat().st_ino
 
 
 @pytest.mark.parametrize("processes", [pytest.param(1), pytest.param(2, marks=pytest.mark.slow)])
@@ -200,8 +203,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(world, tmp_path):
     flags = command(1, tmp_path, world, "--steps", "5", "--save_every", "5", "--eval_every", "1",
                     "--keep_checkpoints", "1")[2:]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        summary = {"overall": 0.5, "kinds": {}, "unparsed": 0.0, "opposite": None, "count": 5, "skipped": 0}
-        summary |= {"intervals": {"overall": [0, 1]}, "counts": {}}
+        summary = {"overall": 0.5, "categories": {}, "unparsed": 0.0, "opposite": None, "count": 5, "skipped": 0}
         patch.setattr("grpo.run.run.summarise", lambda *_: {**summary, "trained": next(accuracies, 0.0)})
         assert train.main(flags) == 0
     assert [c.name for c in checkpoints_of(tmp_path)] == ["checkpoint-1", "checkpoint-5"]
@@ -212,19 +214,19 @@ def test_the_best_checkpoint_is_kept_beside_the_last(world, tmp_path):
 @pytest.fixture
 def saved(checkpoints, tmp_path):
     """(a function that saves a step, policy, optimizer, Saver), on one process."""
-    folder, alone = checkpoints["qwen2_vl"], distributed.Processes(0, 1, torch.device("cpu"), None)
+    folder, device = checkpoints["qwen2_vl"], torch.device("cpu")
     config = parse_config(["--preset", "demo", "--model", str(folder), "--output", str(tmp_path)])
     processor = AutoProcessor.from_pretrained(folder)
-    policy = build_policy(folder, config, processor, alone)
-    optimizer, saver = update.make_optimizer(policy, config), Saver(alone, processor, config)
+    policy = build_policy(folder, config, processor, device)
+    optimizer, saver = make_optimizer(policy, config), Saver(device, processor, config)
     return (lambda step: saver.save(step, policy, optimizer, {"a": 1}), policy, optimizer, saver)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(saved, monkeypatch):
     """What is written is what there was when saving began, and nothing shows under its name before it is whole."""
     save, policy, optimizer, saver = saved
-    go, publish = threading.Event(), Saver._publish
-    monkeypatch.setattr(Saver, "_publish", lambda *given: go.wait(60) and publish(*given))
+    go, write = threading.Event(), dcp.save  # the first that the thread calls
+    monkeypatch.setattr(dcp, "save", lambda *given, **named: go.wait(60) and write(*given, **named))
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     folder = save(1)
     with torch.no_grad():
@@ -236,7 +238,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(saved, monkeypatch):
     saver.wait()
     stored = load_file(folder / "model.safetensors")
     assert len(stored) == len(before)
-    load_training(folder, policy, optimizer, saver.processes)
+    load_training(folder, policy, optimizer)
     for name, parameter in policy.named_parameters():
         assert torch.equal(parameter, before[name]) and not optimizer.state[parameter]["exp_avg"].any()
     again = load_model(folder)

@@ -87,6 +87,18 @@ def test_the_step_bench_without_trl_says_what_to_install():
     assert len(done.stderr.splitlines()) == 1 and "pip install -r bench/requirements.txt" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
+def test_the_step_bench_runs_without_trl_if_told_to(tmp_path):
+    sizes = ("--model", "tiny", "--images", "2", "--group", "2", "--completion", "4", "--rounds", "1")
+    done = run("bench/step.py", *sizes, "--only", "ours", "--output", tmp_path / "step")
+    assert done.returncode == 0, done.stderr
+    [point] = json.loads((tmp_path / "step.json").read_text())["points"]
+    assert point["ours"]["completion_tokens"] == 2 * 4 and len(point["ours"]["steps"]) == 1
+    assert sum(point["ours"]["flops"].values()) >= sum(point["minimum"].values()) > 0
+    assert "| backward |" in (tmp_path / "step.md").read_text()
+
+
 @pytest.fixture
 def gpu_check(monkeypatch):
     """bench/gpu_check.py as a module."""

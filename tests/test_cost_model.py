@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from grpo.attention import DecodeLayout, PackedLayout
-from grpo.batch import Packed
+from grpo.batch import MicroBatch
 from grpo.config import Config
-from grpo.engine.distributed import Processes, gathered, shard
+from grpo.engine.distributed import shard, unsharded
 from grpo.engine.model import FAMILIES, ModelSpec, checkpoint_activations, materialise, use_own_kernels
 from grpo.policy import Policy
-from grpo.sampler import SamplingSettings, choose
+from grpo.sampler import SamplingSettings, sample_next_token
 
 ROOT = Path(__file__).resolve().parent.parent
 _spec = importlib.util.spec_from_file_location("cost_model", ROOT / "bench/cost_model.py")
@@ -181,24 +182,33 @@ def test_bytes_of_a_logit_as_operators_move_them():
     """lm_head's own are counted with the linear layers; vocabulary 4096, 64 tokens.
 
     Within a fifth: an operation in place or not is no matter."""
+    hidden = torch.randn(1, 64, 32, dtype=torch.bfloat16, requires_grad=True)
+
+    class Decoder(torch.nn.Module):
+        """Returns `hidden`, whatever the row."""
+
+        embed_tokens = torch.nn.Embedding(1, 1)
+
+        def forward(self, **given):
+            return SimpleNamespace(last_hidden_state=hidden)
+
     model = torch.nn.Module()
     model.lm_head = torch.nn.Linear(32, 4096, bias=False, dtype=torch.bfloat16)
-
-    class Spec:
-        never_sampled = (1, 2)
-
-    policy = Policy(model, Spec)
-    hidden = torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
-    targets = torch.randint(4096, (64,))
+    model.model = torch.nn.Module()
+    model.model.language_model = Decoder()
+    policy = Policy(model, SimpleNamespace(never_sampled=(1, 2)))
+    at = torch.arange(64)  # 64 prompts of one token
+    ids = torch.zeros(1, 64, dtype=torch.long)
+    batch = MicroBatch(ids, at.expand(3, 1, -1), at, at, torch.randint(4096, (64,)), [(1, ())] * 64)
     with torch.no_grad(), Operators() as whole:
-        policy._score(hidden, targets, 1.0, True)
+        policy(batch)
     with Operators() as forward:
-        logprobs, _ = policy._score(hidden, targets, 1.0, False)
+        logprobs, _ = policy(batch, entropy=False)
     with Operators() as backward:
         logprobs.sum().backward()
     uniform = torch.rand(64, dtype=torch.float64)
     with torch.no_grad(), Operators() as chosen:
-        choose(policy._logits(hidden), uniform, SamplingSettings())
+        sample_next_token(policy.prefill(batch)[0], uniform, SamplingSettings())
     plain, *moved = [run.bytes_beside_linears() / (64 * 4096) for run in (forward, whole, backward, chosen)]
     moved = [plain, moved[0] - plain, *moved[1:]]
     names = ("SCORE_BYTES", "ENTROPY_BYTES", "SCORE_BACKWARD_BYTES", "CHOOSE_BYTES")
@@ -300,32 +310,33 @@ def test_links_as_fsdp_uses_them(small, monkeypatch):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     try:
         mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("shard",))
-        policy = shard(Policy(model, spec), Processes(0, 4, torch.device("cpu"), mesh), torch.bfloat16)
+        policy = Policy(model, spec)
+        shard(policy, mesh, torch.bfloat16)
         materialise(model, "cpu")
         moved = {"gather": 0, "reduce": 0}
 
-        def note(kind, collective):
+        def note(name, collective):
             def noted(*given, **named):
                 tensors = [t for t in (*given, *named.values()) if isinstance(t, torch.Tensor)]
-                moved[kind] += max(t.numel() * t.element_size() for t in tensors)  # the whole, not the shard
+                moved[name] += max(t.numel() * t.element_size() for t in tensors)  # the whole, not the shard
                 return collective(*given, **named)
 
             return noted
 
-        for kind, names in (
+        for what, names in (
             ("gather", ("all_gather_single", "all_gather_into_tensor")),
             ("reduce", ("reduce_scatter_single", "reduce_scatter_tensor")),
         ):
             name = next(name for name in names if hasattr(dist, name))
-            monkeypatch.setattr(dist, name, note(kind, getattr(dist, name)))
+            monkeypatch.setattr(dist, name, note(what, getattr(dist, name)))
         at = torch.arange(6)
         pixels, grid = torch.randn(24, 1176), torch.tensor([[1, 4, 6]])
-        packed = Packed(at[None], at.expand(3, 1, -1), at[-1:] + 1, at[:5], at[:5], [(6, ())], at, pixels, grid)
-        logprobs, _ = policy(packed)
+        batch = MicroBatch(at[None], at.expand(3, 1, -1), at[-1:] + 1, at[:5], at[:5], [(6, ())], at, pixels, grid)
+        logprobs, _ = policy(batch)
         assert moved == {"gather": 2 * counts["all"], "reduce": 0}
         logprobs.sum().backward()
         assert moved == {"gather": 2 * (2 * counts["all"] - counts["root"]), "reduce": 4 * counts["all"]}
-        with gathered(policy):
+        with unsharded(policy):
             pass
         assert moved["gather"] == 2 * (3 * counts["all"] - counts["root"])
     finally:
@@ -353,5 +364,5 @@ def test_bounds_by_hand():
 
 
 def test_the_document_holds_what_the_script_prints():
-    text = (ROOT / "docs/performance.md").read_text()
-    assert cost_model.report() in text, "put what `python bench/cost_model.py` prints into docs/performance.md"
+    text = (ROOT / "docs/forecast.md").read_text()
+    assert cost_model.report() in text, "put what `python bench/cost_model.py` prints into docs/forecast.md"

@@ -5,8 +5,8 @@ import json
 import pytest
 from processes import assert_same_run, finish, free_port, launch, metrics_of, run_here, start
 
-from grpo.config import ConfigError
 from grpo.engine.distributed import start as start_group
+from grpo.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -316,7 +316,7 @@ def test_a_line_cut_short_is_dropped_and_weights_are_told_apart(tmp_path, tiny_f
     again = Predictions(tmp_path, {"fps": 2.0}, ALONE)
     assert again.done == {("m", "think", None): {"a": {"key": "a", "score": 1.0}}}
     again.add(("m", "think", None), [{"key": "b", "score": 0.0}])
-    again.close()
+    again.merge()
     assert [row["key"] for row in answers(tmp_path)] == ["a", "b"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["predictions.jsonl", "settings.json"]
     with pytest.raises(ConfigError, match="fps was 2.0, is 1.0"):

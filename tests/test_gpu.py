@@ -8,19 +8,20 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import FAMILIES, PIXEL_FIELDS, load_pair, make_prompt, naive_logprobs, random_completions
-from test_selfcheck import always_faster
+from test_fast_paths import always_faster
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor
 
-from grpo import distributed, update
+from grpo import update
 from grpo.batch import pack
 from grpo.config import parse_config
+from grpo.engine import distributed
 from grpo.engine.build import build_policy
 from grpo.engine.checkpoint import Saver, load_training
 from grpo.engine.fast_paths import FAST_PATHS, find_faults, using
-from grpo.sampler import SamplingSettings, sample
+from grpo.sampler import SamplingSettings, generate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.gpu
@@ -70,11 +71,11 @@ def test_sampler_and_scorer_agree(checkpoints, dtype):
     policy, _, tokenizer = on_device(checkpoints["qwen2_vl"], dtype)
     prompts = [make_prompt(tokenizer, [("video", (4, 4, 6))], seed) for seed in (1, 2)]
     settings = SamplingSettings(max_new_tokens=12)
-    rollouts = sample(policy, prompts, 4, settings, [1, 2], tokenizer)
-    packed = pack(prompts, [group.tokens for group in rollouts], policy.spec).to(DEVICE)
+    groups = generate(policy, prompts, 4, settings, [1, 2], tokenizer)
+    packed = pack(prompts, [group.tokens for group in groups], policy.spec).to(DEVICE)
     with torch.no_grad():
         scored, _ = policy(packed)
-    seen = torch.cat([row for group in rollouts for row in group.logprobs])
+    seen = torch.cat([row for group in groups for row in group.logprobs])
     assert (scored.cpu() - seen).abs().max() < TOLERANCE[dtype]
 
 
@@ -121,7 +122,7 @@ def test_decoding_by_graphs_gives_the_same_completions(checkpoints):
     policy, _, tokenizer = on_device(checkpoints["qwen2_vl"], torch.float32)
     policy.spec = replace(policy.spec, eos_ids=tuple(range(0, 390, 29)))  # rows end early, so shapes change
     prompts = [make_prompt(tokenizer, [("video", (4, 4, 6))], seed) for seed in (1, 2)]
-    run = lambda: sample(policy, prompts, 8, SamplingSettings(max_new_tokens=40), [1, 2], tokenizer)
+    run = lambda: generate(policy, prompts, 8, SamplingSettings(max_new_tokens=40), [1, 2], tokenizer)
     eager = run()
     with using({"decoding graph"}):
         graphed = run()
@@ -133,10 +134,10 @@ def test_an_update_as_the_recipe_runs_it(checkpoints):
     """build_policy's own precision (bf16 compute, fp32 masters on a GPU): finite, and masters move by a lr of 1e-6."""
     folder = checkpoints["qwen2_vl"]
     config = parse_config(["--preset", "demo", "--model", str(folder), "--gradient_checkpointing"])
-    processes = distributed.start()
+    device, mesh = distributed.start()
     try:
         processor = AutoProcessor.from_pretrained(folder)
-        policy = build_policy(folder, config, processor, processes)
+        policy = build_policy(folder, config, processor, device, mesh)
         optimizer = update.make_optimizer(policy, config)
         update.set_learning_rate(optimizer, 1e-6)
         packed = pack([make_prompt(processor.tokenizer, [("video", (4, 4, 6))])], [[torch.arange(5)]], policy.spec)
@@ -170,20 +171,20 @@ class Crossings(TorchDispatchMode):
 
 def test_weights_masters_and_moments_cross_between_host_and_device_once(checkpoints, tmp_path):
     """12 bytes a number for the masters and both moments, and what the weights are computed in, saved and loaded."""
-    processes, folder = distributed.start(), checkpoints["qwen2_vl"]
+    (device, mesh), folder = distributed.start(), checkpoints["qwen2_vl"]
     config = parse_config(["--preset", "demo", "--model", str(folder), "--output", str(tmp_path)])
     processor = AutoProcessor.from_pretrained(folder)
     try:
-        policy = build_policy(folder, config, processor, processes)
-        optimizer, saver = update.make_optimizer(policy, config), Saver(processes, processor, config)
+        policy = build_policy(folder, config, processor, device, mesh)
+        optimizer, saver = update.make_optimizer(policy, config), Saver(device, processor, config)
         with Crossings(DEVICE.type, "cpu") as saved:
             folder = saver.save(1, policy, optimizer, {})
         saver.wait()
         with Crossings("cpu", DEVICE.type) as loaded:
-            policy = build_policy(folder, config, processor, processes)
-            load_training(folder, policy, update.make_optimizer(policy, config), processes)
+            policy = build_policy(folder, config, processor, device, mesh)
+            load_training(folder, policy, update.make_optimizer(policy, config))
     finally:
         distributed.stop()
-    numbers = sum(p.numel() for p in policy.parameters())
-    assert saved.bytes == numbers * (12 + processes.dtype.itemsize)
-    assert loaded.bytes == pytest.approx(numbers * (12 + processes.dtype.itemsize), rel=0.01)  # and a few buffers
+    expected = sum(p.numel() for p in policy.parameters()) * (12 + distributed.compute_dtype(device).itemsize)
+    assert saved.bytes == expected
+    assert loaded.bytes == pytest.approx(expected, rel=0.01)  # and a few buffers

@@ -5,15 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, PROMPT_KINDS, load_pair, make_prompt, random_completions
+from conftest import FAMILIES, PROMPT_KINDS, assert_close_to_scale, load_pair, make_prompt, random_completions
 
 from grpo.attention import IN_USE, batched_vision_attention, register
 from grpo.batch import pack
-from grpo.engine.model import checkpoint_activations, vision_tower
-
-
-def assert_close_to_scale(ours, theirs, tolerance):
-    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+from grpo.engine.model import checkpoint_activations, decoder, vision_tower
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -133,20 +129,26 @@ def test_placeholders_are_where_the_features_go(tiny):
     policy, _, tokenizer = tiny
     kinds = ("text", "image and video", "video")
     prompts = [make_prompt(tokenizer, PROMPT_KINDS[kind], seed=i) for i, kind in enumerate(kinds)]
-    packed = pack(prompts, [random_completions(tokenizer, (3, 2))] * 3, policy.spec)
-    ids, spec = packed.input_ids[0].tolist(), policy.spec
+    batch = pack(prompts, [random_completions(tokenizer, (3, 2))] * 3, policy.spec)
+    ids, spec = batch.input_ids[0].tolist(), policy.spec
     here = [at for at, token in enumerate(ids) if token in (spec.image_token_id, spec.video_token_id)]
-    assert packed.placeholders.tolist() == here
+    assert batch.placeholders.tolist() == here
     seen = []
-    policy._decoder = lambda embeds, *_: seen.append(embeds) or embeds
-    width = policy.model.get_input_embeddings().weight.shape[1]
-    features = torch.randn(len(here), width, requires_grad=True)
-    policy._hidden(packed, None, features)
-    assert torch.equal(seen[0][0, here], features)
-    weight = torch.randn(len(ids), width)
-    (seen[0][0] * weight).sum().backward()
-    assert torch.equal(features.grad, weight[here])
-    table = policy.model.get_input_embeddings().weight.grad
+
+    def keep(module, given, named):
+        seen.append(named["inputs_embeds"])
+        seen[0].retain_grad()
+
+    decoder(policy.model).register_forward_pre_hook(keep, with_kwargs=True)
+    embedding = policy.model.get_input_embeddings()
+    batch.features = torch.randn(len(here), embedding.weight.shape[1], requires_grad=True)
+    policy(batch)[0].sum().backward()
+    (embeds,) = seen
+    others = [at for at in range(len(ids)) if at not in here]
+    assert torch.equal(embeds[0, here], batch.features)
+    assert torch.equal(embeds[0, others], embedding(batch.input_ids)[0, others])
+    assert torch.equal(batch.features.grad, embeds.grad[0, here]) and batch.features.grad.any(dim=1).all()
+    table = embedding.weight.grad
     assert table[spec.video_token_id].abs().max() == 0 < table[ids[0]].abs().max()
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 import train
-from grpo import distributed, update
+from grpo import update
 from grpo.batch import pack
 from grpo.config import parse_config
 from grpo.engine.build import build_policy, build_reference
@@ -26,12 +26,12 @@ FLAGS = ("--lora_rank", "4", "--steps", "4", "--save_every", "2", "--keep_checkp
 
 @pytest.fixture
 def built(checkpoints):
-    """(policy with adapters, reference, its base alone, a packed group)."""
+    """(policy with adapters, reference, its base alone, a packed group, config)."""
     folder = checkpoints["qwen2_vl"]
     config = parse_config(["--preset", "demo", "--model", str(folder), "--lora_rank", "4"])
-    processor, alone = AutoProcessor.from_pretrained(folder), distributed.Processes(0, 1, torch.device("cpu"), None)
-    policy = build_policy(folder, config, processor, alone, adapters=True)
-    reference = build_reference(folder, policy, config, processor, alone)
+    processor, device = AutoProcessor.from_pretrained(folder), torch.device("cpu")
+    policy = build_policy(folder, config, processor, device, adapters=True)
+    reference = build_reference(folder, policy, config, processor, device)
     base = load_model(folder)
     base = Policy(base, model_spec(base, processor.tokenizer))
     prompt = make_prompt(processor.tokenizer, [("video", (4, 4, 6))])

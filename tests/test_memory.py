@@ -12,16 +12,15 @@ from transformers import AutoProcessor
 
 import eval as eval_script
 import train
-from grpo import build, distributed
 from grpo.config import parse_config
+from grpo.engine import build, distributed
 from grpo.engine.build import build_policy
-from grpo.engine.distributed import Processes
 
 
 def one_process_mesh(*_):
     """What `distributed.start` returns on one GPU, on the CPU."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return Processes(0, 1, torch.device("cpu"), init_device_mesh("cpu", (1,), mesh_dim_names=("shard",)))
+    return torch.device("cpu"), init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
 
 
 @pytest.fixture
@@ -62,9 +61,9 @@ def test_weights_of_one_checkpoint_are_gone_before_those_of_the_other_are_made(w
 def test_one_process_holds_what_is_not_trained_once(checkpoints):
     """Sharded over itself alone, a rollout would gather a second copy of it."""
     folder, config = checkpoints["qwen2_vl"], parse_config(["--preset", "demo"])
-    processor, processes = AutoProcessor.from_pretrained(folder), one_process_mesh()
+    processor, (device, mesh) = AutoProcessor.from_pretrained(folder), one_process_mesh()
     try:
         for trained in (True, False):
-            assert build_policy(folder, config, processor, processes, trained).sharded == trained
+            assert build_policy(folder, config, processor, device, mesh, trained).sharded == trained
     finally:
         distributed.stop()

@@ -205,7 +205,7 @@ MISTAKES = {
         ("1 of 1 questions to answer have no video or image", "1 questions; 0 unreadable"),
     ),
     "a line that is no JSON": (
-        "train", lambda b: ["--data", b.rows(b.row(), "{not json")], 2, ("rows.jsonl:2: is not JSON", "mend or delete"),
+        "train", lambda b: ["--data", b.rows(b.row(), "{not json")], 2, ("rows.jsonl:2: is not JSON", "fix or delete"),
     ),
     "many bad rows": (
         "train", lambda b: ["--data", b.rows(*[b.row(solution="<answer>7</answer>")] * 12, b.row())], 2,
@@ -226,7 +226,7 @@ MISTAKES = {
     ),
     "half an emoji in a question": (
         "train", lambda b: ["--data", b.rows(b.row(), b.row(problem="What? \ud83d\nA. x"))], 2,
-        (r"rows.jsonl:2: holds half a character ('\ud83d')", "mend or delete it"),
+        (r"rows.jsonl:2: holds half a character ('\ud83d')", "fix or delete it"),
     ),
     "half an emoji in an option": (
         "eval", lambda b: ["--data", b.rows(b.row(options=["A. \ud83d", "B. y"]))], 2, ("holds half a character",),
@@ -236,11 +236,11 @@ MISTAKES = {
         ("rows.jsonl:1: holds half a character",),
     ),
     "half an emoji in a field that nobody reads": (
-        "eval", lambda b: ["--data", b.rows(b.row(note="\ud83d", kind="\ud83d"))], 0, (r"\ud83d  ", "1 questions"),
+        "eval", lambda b: ["--data", b.rows(b.row(note="\ud83d", category="\ud83d"))], 0, (r"\ud83d  ", "1 questions"),
     ),
     "a row nested 1,000 deep": (
         "train", lambda b: ["--data", b.rows('{"problem": ' + "[" * 1000 + "]" * 1000 + "}")], 2,
-        ("rows.jsonl:1: is nested", "deep; mend or delete it"),
+        ("rows.jsonl:1: is nested", "deep; fix or delete it"),
     ),
     "a row nested 100 deep": (
         "eval", lambda b: ["--data", b.rows(b.row(note=json.loads("[" * 100 + "]" * 100)))], 2,
@@ -258,13 +258,14 @@ MISTAKES = {
         "train", lambda b: ["--data", b.rows(b.row(solution=f"<answer>{'7' * 2**20}</answer>"))], 2,
         ("rows.jsonl:1: solution '7777", "has no option letter; write e.g. <answer>B</answer>"),
     ),
-    "kinds of every type": (
+    "categories of every type": (
         "eval", lambda b: ["--samples", "6", "--data", b.rows(
-            *[b.row(n, kind=kind) for n, kind in enumerate((["a", "b"], 3, None, {"x": 1}, "word", True))])], 0,
+            *[b.row(n, category=value) for n, value in enumerate((["a", "b"], 3, None, {"x": 1}, "word", True))])], 0,
         ("['a', 'b']", "\n3 ", "\nmultiple choice", "{'x': 1}", "\nword", "\nTrue", "6 questions; 0 unreadable"),
     ),
-    "kinds of every type, and rows without media, while training": (
-        "train", lambda b: ["--data", b.rows(b.row(kind=[]), b.row(1, kind=3, video=...), b.row(2, video=[]))], 0,
+    "categories of every type, and rows without media, while training": (
+        "train", lambda b: [
+            "--data", b.rows(b.row(category=[]), b.row(1, category=3, video=...), b.row(2, video=[]))], 0,
         ("2 of 3 questions to train on have no video or image: they are asked as text alone",
          "evaluation:   0%", "step 1: held-out accuracy ", "of all 2 questions; 0 unreadable"),
     ),

@@ -5,7 +5,6 @@ cannot show.
 """
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,15 +15,16 @@ import torch
 import torch.nn.functional as F
 from conftest import load_pair, make_prompt
 from processes import command, finish, metrics_of, run_here
-from test_selfcheck import always_faster, wrong
+from test_fast_paths import always_faster, wrong
 
 import eval as evaluation
-from grpo import build, distributed, policy, sampler, selfcheck
+from grpo import policy, sampler
 from grpo.attention import IN_USE, PackedLayout
 from grpo.batch import pack
 from grpo.config import parse_config
+from grpo.engine import build, checkpoint, distributed, fast_paths
 from grpo.engine.fast_paths import FAST_PATHS, find_faults, using
-from grpo.sampler import Decoding, SamplingSettings, sample
+from grpo.sampler import Decoding, SamplingSettings, generate
 
 softgpu = pytest.importorskip("softgpu", reason="needs the GPU that is not there; .ci/run says where it looks for it")
 pytestmark = pytest.mark.slow
@@ -34,7 +34,8 @@ PATHS = {path.name: path for path in FAST_PATHS}
 
 @pytest.fixture
 def fp32(monkeypatch):
-    monkeypatch.setattr(distributed.Processes, "dtype", torch.float32)
+    for module in (distributed, checkpoint):
+        monkeypatch.setattr(module, "compute_dtype", lambda device: torch.float32)
 
 
 @pytest.fixture
@@ -68,14 +69,13 @@ def on_cpu(world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_processes_train_as_on_the_cpu(world, tmp_path, on_cpu, count):
+def test_ranks_train_as_on_the_cpu(world, tmp_path, on_cpu, count):
     """3 steps over NCCL, sharded, in fp32."""
     if torch.cuda.device_count() < count:
         pytest.skip("NULLGPU_COUNT=4 gives four")
     process = subprocess.Popen(
         command(count, tmp_path, world, script="tests/null_train.py"),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"SOFT_DTYPE": "fp32"},
-        start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     assert f"{count} x cuda" in finish(process)
     rows = [row for row in metrics_of(tmp_path) if row["phase"] == "train"]
@@ -83,14 +83,14 @@ def test_processes_train_as_on_the_cpu(world, tmp_path, on_cpu, count):
     assert relative(rows, on_cpu) < 1e-5  # 3e-7 was seen; but Adam makes whole steps of gradients that are rounding
 
 
-KINDS = {
+RUNS = {
     "adapters": ("--lora_rank", "4"),
     "frozen tower": ("--freeze_vision",),
     "T-GRPO": ("--temporal_bonus", "0.3", "--reward", "accuracy:1", "format:0.5", "--group_size", "4"),
 }
 
 
-@pytest.mark.parametrize("flags", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
 def test_each_kind_of_run_has_the_numbers_of_the_cpu(world, tmp_path, fp32, gpu, flags):
     if "--lora_rank" in flags:
         pytest.importorskip("peft")
@@ -146,19 +146,19 @@ def waits_of_steps(decoder, gpu, monkeypatch):
 
     monkeypatch.setattr(Decoding, "step", counted)
     model, prompt, tokenizer = decoder
-    sample(model, [prompt], 4, SamplingSettings(max_new_tokens=20), [1], tokenizer)
+    generate(model, [prompt], 4, SamplingSettings(max_new_tokens=20), [1], tokenizer)
     return waits
 
 
-def waiting(choose):
-    """`grpo.sampler.choose` that looks at what it has chosen."""
+def waiting(sample_next_token):
+    """`grpo.sampler.sample_next_token` that looks at the tokens."""
 
-    def chosen(*given):
-        tokens, logprobs = choose(*given)
+    def looking(*given):
+        tokens, logprobs = sample_next_token(*given)
         assert tokens.max().item() >= 0
         return tokens, logprobs
 
-    return chosen
+    return looking
 
 
 def test_a_decoding_step_waits_for_nothing(decoder, gpu, monkeypatch):
@@ -167,7 +167,7 @@ def test_a_decoding_step_waits_for_nothing(decoder, gpu, monkeypatch):
 
 
 def test_a_step_that_waits_is_caught(decoder, gpu, monkeypatch):
-    monkeypatch.setattr(sampler, "choose", waiting(sampler.choose))
+    monkeypatch.setattr(sampler, "sample_next_token", waiting(sampler.sample_next_token))
     assert min(waits_of_steps(decoder, gpu, monkeypatch)) > 0
 
 
@@ -187,7 +187,7 @@ def test_graphs_are_right_as_rows_leave(decoder, monkeypatch):
 
 
 def test_a_wait_in_a_graph_is_caught(decoder, monkeypatch):
-    monkeypatch.setattr(sampler, "choose", waiting(sampler.choose))
+    monkeypatch.setattr(sampler, "sample_next_token", waiting(sampler.sample_next_token))
     assert "not permitted when stream is capturing" in fault_of_graphs(decoder, monkeypatch)
 
 
@@ -218,7 +218,7 @@ def test_recording_leaves_the_allocators_cache_and_its_memory_is_given_back(deco
     monkeypatch.setattr(sampler, "record", counted)
     with using({"decoding graph"}):
         for _ in range(3):
-            sample(model, [prompt], 8, SamplingSettings(max_new_tokens=40), [1], tokenizer)
+            generate(model, [prompt], 8, SamplingSettings(max_new_tokens=40), [1], tokenizer)
             reserved.append(torch.cuda.memory_reserved())
     assert len(freed) >= 6 and set(freed) == {0}
     assert reserved[1] == reserved[2]
@@ -233,7 +233,7 @@ LONG = ("--max_new_tokens", "20", "--steps", "2", "--prompts_per_step", "2", "--
 def plain_run(world, tmp_path_factory):
     """Steps of a run that tries no fast path, in bf16."""
     with pytest.MonkeyPatch.context() as patch, softgpu.SoftGPU():
-        patch.setattr(selfcheck, "FAST_PATHS", ())
+        patch.setattr(fast_paths, "FAST_PATHS", ())
         return run_here(tmp_path_factory.mktemp("plain"), world, *LONG)
 
 
@@ -258,7 +258,7 @@ WRONG = {"flash-attn": wrong_flash, "fused norms": wrong_norms, "decoding graph"
 def test_a_run_leaves_out_a_path_of_other_numbers(world, tmp_path, plain_run, gpu, monkeypatch, capsys, name):
     WRONG[name](monkeypatch)
     always_faster(monkeypatch)
-    monkeypatch.setattr(selfcheck, "FAST_PATHS", (PATHS[name],))
+    monkeypatch.setattr(fast_paths, "FAST_PATHS", (PATHS[name],))
     rows = run_here(tmp_path, world, *LONG)
     shown = capsys.readouterr().out
     assert shown.count(f"{name} is left out: ") == 1

@@ -1,6 +1,8 @@
 """The memory plan against independent counts: meta models, tensors in memory, and by hand."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,7 +115,7 @@ def test_parts_against_tensors_in_memory(checkpoints, monkeypatch):
     assert update["masters"] == sizes(policy.parameters())
     parts = moments(config, parameter_counts(config), settings, plan["tokens"], parameter_counts(config)["all"])
     assert parts["update"][-1]["gradients"] == sizes(p.grad for p in policy.parameters())
-    both = [state[kind] for state in optimizer.state.values() for kind in ("exp_avg", "exp_avg_sq")]
+    both = [state[moment] for state in optimizer.state.values() for moment in ("exp_avg", "exp_avg_sq")]
     assert update["moments"] == sizes(both)
 
     _, prompt_kv = policy.prefill(pack([prompt], [[]], policy.spec))
@@ -170,6 +172,7 @@ def test_plan_is_printed_before_anything_loads(capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert train.main(["--plan", "4", "--max_frames", "32"]) == 0
     shown = capsys.readouterr().out
+    assert (Path(__file__).parent.parent / re.search(r"a formula \((.*)\)", shown)[1]).is_file()
     for words in ("8.29B parameters on 4 GPUs", "32 frames", "gathered weights", "most frames that fit", "not yet run",
                   "torch reserves up to ", "prompts this long fit --max_prompt_tokens 8192"):  # fmt: skip
         assert words in shown

@@ -1,5 +1,7 @@
 """What there is to look at: report.html in a browser, frames put together again, a step's completions, curves."""
 
+import base64
+import hashlib
 import http.server
 import json
 import re
@@ -10,27 +12,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from grpo.show import completions_table, show_rollouts
+from grpo.types import Rollout
 from PIL import Image
 from video_helpers import SMALL, make_video
 
 from demo.tiny import build_tiny_model
 from evaluation import plot
-from evaluation.report import (
-    completions_table,
-    evaluation_table,
-    frames_of,
-    show_rollouts,
-    strip,
-    summary_of,
-    summary_table,
-    verdict,
-    write_report,
-)
-from grpo.batch import Rollout
+from evaluation.report import evaluation_table, summary_of, summary_table, verdict, write_report
 from grpo.engine.evaluate import CONTROLS, paired, summarise
 from video.dataset import Sample
 from video.frames import read_image, read_video
 from video.loader import PromptLoader
+from video.pictures import frames_of, strip
 from video.prompt import PromptEncoder
 
 EVIL = "<script>document.title = 'broken'; fetch('/leak')</script><img src='/leak.png' onerror='fetch(`/leak2`)'>"
@@ -41,9 +35,10 @@ def encoder(tmp_path_factory):
     return PromptEncoder(build_tiny_model(tmp_path_factory.mktemp("tiny") / "model"), SMALL, "{problem}")
 
 
-def record(key, kind, completion, prediction, score):
+def record(key, category, completion, prediction, score):
     return {
-        "key": key, "kind": kind, "completion": completion, "prediction": prediction, "score": score, "opposite": None
+        "key": key, "category": category, "completion": completion, "prediction": prediction, "score": score,
+        "opposite": None,
     }  # fmt: skip
 
 
@@ -53,17 +48,17 @@ def report(tmp_path_factory, encoder):
     row can hold; and of two columns."""
     folder = tmp_path_factory.mktemp("report")
     videos = [make_video(folder / f"{i}.mp4", seed=i) for i in range(2)] + [str(folder / "gone.mp4")]
-    kinds = ("colour", "colour", "shape", "shape", 'a "kind" & <b>', "colour")
+    categories = ("colour", "colour", "shape", "shape", 'a "kind" & <b>', "colour")
     samples = [
         Sample(f"rows.jsonl:{i}", f"What? {EVIL}", "B", (videos[i // 2],), options=(f"A. {EVIL}", "B. red"))
         for i in range(6)
     ]
     rows = [
-        record("rows.jsonl:0", kinds[0], "<think>so</think><answer>B</answer>", "B", 1.0),
-        record("rows.jsonl:1", kinds[1], f"<think>{EVIL}</think><answer>{EVIL}</answer>", EVIL, 0.0),
-        record("rows.jsonl:2", kinds[2], EVIL, None, 0.0),
-        record("rows.jsonl:3", kinds[3], "<answer>A", "A", 0.0),
-        record("rows.jsonl:4", kinds[4], "<answer>0.7", "0.7", 0.7),
+        record("rows.jsonl:0", categories[0], "<think>so</think><answer>B</answer>", "B", 1.0),
+        record("rows.jsonl:1", categories[1], f"<think>{EVIL}</think><answer>{EVIL}</answer>", EVIL, 0.0),
+        record("rows.jsonl:2", categories[2], EVIL, None, 0.0),
+        record("rows.jsonl:3", categories[3], "<answer>A", "A", 0.0),
+        record("rows.jsonl:4", categories[4], "<answer>0.7", "0.7", 0.7),
         {"key": "rows.jsonl:5", "skipped": f"{EVIL}: no such file"},
     ]
     columns = {"think": rows, f"against {EVIL}": rows}
@@ -73,8 +68,9 @@ def report(tmp_path_factory, encoder):
     }
     picture = folder / "curve.png"
     Image.new("RGB", (8, 8)).save(picture)
+    questions = [(sample, dict.fromkeys(columns, row)) for sample, row in zip(samples, rows)]
     with PromptLoader(encoder, workers=0) as loader:
-        return write_report(folder / "report.html", f"title {EVIL}", result, columns, samples, loader, 100, picture)
+        return write_report(folder / "report.html", f"title {EVIL}", result, questions, loader, 100, picture)
 
 
 def browse(url, folder):
@@ -123,9 +119,9 @@ def served(report):
         ("verdict=unparsed", {2}),
         ("verdict=partly", {4}),
         ("verdict=unreadable", {5}),
-        ("kind=colour", {0, 1}),
-        ("kind=shape&verdict=unparsed", {2}),
-        ("kind=a+%22kind%22+%26+%3Cb%3E", {4}),
+        ("category=colour", {0, 1}),
+        ("category=shape&verdict=unparsed", {2}),
+        ("category=a+%22kind%22+%26+%3Cb%3E", {4}),
     ],
 )
 def test_filters_in_a_browser(served, tmp_path, filters, expected):
@@ -155,6 +151,10 @@ def test_the_file_needs_no_network_and_holds_each_video_once(report):
     assert page.count("data:image/webp") == 2
     assert page.count("<script") == 1
     assert "http" not in re.sub(r"http-equiv|base64,[\w+/=]+", "", page)
+    assert len(re.findall("<(?:img|script|b|i|u)[ >]", page)) == 4 + 1 + 1 + 3 * 5, "markup of a text is not escaped"
+    script = re.search("<script>(.*)</script>", page, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'\"" in page
     assert verdict({"prediction": None, "score": 0.0}) == "wrong unparsed"
 
 
@@ -221,9 +221,9 @@ def test_the_table_that_closes_a_run_names_controls_as_eval_does():
     rows = [record("a", "x", "", "A", 1.0), record("b", "x", "", None, 0.0)]
     controls = {control: summarise(rows[:1]) for control in CONTROLS}
     summary = summary_of(summarise(rows), summarise(rows[:1]), controls, seconds=1.0)
-    head, kind, *_ = summary_table(summary).splitlines()
+    head, category, *_ = summary_table(summary).splitlines()
     assert " ".join(head.split()) == "before after shuffled reversed blank no video"
-    assert kind.split() == ["x", "50.0%", *["100.0%"] * 5]
+    assert category.split() == ["x", "50.0%", *["100.0%"] * 5]
     assert summary["accuracy_no_video"] == 1.0
 
 
@@ -236,7 +236,8 @@ def make_run(folder, steps):
     rows = [{"phase": "eval", "step": 0, "accuracy": 0.25}]
     for step in range(steps):
         row = {"reward": step / 10, "accuracy": 0.5, "kl": 0.01, "length": 11.0, "entropy": 0.2, "clip_low_frac": 0.01,
-               "clip_high_frac": 0.02, "sampler_logprob_diff": 1e-7, "letter_A": 0.75, "seconds_waiting": 0.1}  # fmt: skip
+               "clip_high_frac": 0.02, "sampler_logprob_diff": 1e-7, "letter_A": 0.75,
+               "seconds_waiting": 0.1}  # fmt: skip
         rows.append({"phase": "train", "step": step, **row, **({"letter_B": 0.25} if step % 2 else {})})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"phase": "tr')
     return folder
@@ -246,15 +247,18 @@ def test_curves_of_one_run_and_of_several(tmp_path, capsys):
     runs = [make_run(tmp_path / "a", 5), make_run(tmp_path / "b", 3)]
     with Image.open(plot.plot_run(runs[0])) as one:
         assert one.format == "PNG"
-    assert plot.main([*map(str, runs), "--output", str(tmp_path / "both.png")]) == 0
+    plot.main([*map(str, runs), "--output", str(tmp_path / "both.png")])
     with Image.open(tmp_path / "both.png") as both:
         assert min(both.size) > 500
-    assert plot.main([str(tmp_path)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        plot.main([str(tmp_path)])
     assert "has no metrics.jsonl" in capsys.readouterr().err
     train = plot.read_metrics(runs[0], "train")
     assert len(train) == 5
-    values = {title: plot.curve(train, value) for title, value, _ in plot.PANELS}
+    values = {title: plot.curve(train, metric) for title, metric in plot.PANELS.items()}
     assert values["clip share"] == (list(range(5)), pytest.approx([0.03] * 5))
     assert values["answer letters"][1] == [0.75] * 5
+    assert plot.curve(train, "letter_B", 0.0)[1] == [0.0, 0.25, 0.0, 0.25, 0.0]
+    assert plot.curve(train, "letter_B")[0] == [1, 3]
     make_run(tmp_path / "empty", 0)
     plot.plot_run(tmp_path / "empty")

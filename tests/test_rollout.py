@@ -1,7 +1,6 @@
 """Temporal contrast in the rollout: which prompts get a second group, of what frames, and what that adds to rewards."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from processes import assert_same_run, launch, run_here
 import grpo.rollout
 import train
 from demo.synthetic import DemoSpec, make_demo_set
+from grpo.batch import RolloutGroup
 from grpo.config import parse_config
 from grpo.rollout import rollout
 from rewards import parse_rewards
@@ -60,12 +60,13 @@ def scripted(monkeypatch, tiny_vl):
     """rollout() of a script: the ordered group answers A A B B, the shuffled one A B; (run, calls of the sampler)."""
     calls = []
 
-    def sample(policy, prompts, group, settings, seeds, tokenizer, features):
-        calls.append((prompts, group, seeds))
-        texts = {4: [RIGHT, RIGHT, WRONG, WRONG], 2: [RIGHT, WRONG]}[group]
-        return [SimpleNamespace(texts=texts, lengths=[4] * group) for _ in prompts]
+    def generate(policy, prompts, group_size, settings, seeds, tokenizer, features):
+        calls.append((prompts, group_size, seeds))
+        texts = {4: [RIGHT, RIGHT, WRONG, WRONG], 2: [RIGHT, WRONG]}[group_size]
+        rows = [torch.zeros(4, dtype=torch.long)] * group_size
+        return [RolloutGroup(prompt, rows, [], texts, []) for prompt in prompts]
 
-    monkeypatch.setattr(grpo.rollout, "sample", sample)
+    monkeypatch.setattr(grpo.rollout, "generate", generate)
 
     def run(prompts, *more, step=3):
         config = config_of("--reward", "accuracy:2", "format:0.5", *more)

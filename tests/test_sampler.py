@@ -8,14 +8,14 @@ from conftest import PROMPT_KINDS, make_prompt, random_completions
 
 from grpo import sampler
 from grpo.batch import pack
-from grpo.sampler import SamplingSettings, choose, prompt_seed, sample, truncate, uniforms
+from grpo.sampler import SamplingSettings, generate, prompt_seed, sample_next_token, truncate, uniforms
 
 
 def test_inverse_of_the_cumulative_distribution():
     """Probabilities 0.2, 0, 0.5, 0.3: u < 0.2 is token 0, u < 0.7 token 2, else token 3; token 1 never."""
     logits = torch.tensor([0.2, 0.0, 0.5, 0.3]).log()
     for u, token in ((0.0, 0), (0.19, 0), (0.21, 2), (0.69, 2), (0.71, 3), (1 - 1e-16, 3)):
-        tokens, logprobs = choose(logits[None], torch.tensor([u], dtype=torch.float64), SamplingSettings())
+        tokens, logprobs = sample_next_token(logits[None], torch.tensor([u], dtype=torch.float64), SamplingSettings())
         assert tokens.item() == token
         assert logprobs.item() == pytest.approx(logits[token].item())
 
@@ -23,7 +23,7 @@ def test_inverse_of_the_cumulative_distribution():
 def test_frequencies_follow_the_temperature():
     logits = torch.tensor([[1.0, 0.0, -1.0]]).expand(20000, -1)
     u = torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    tokens, _ = choose(logits, u, SamplingSettings(temperature=0.5))
+    tokens, _ = sample_next_token(logits, u, SamplingSettings(temperature=0.5))
     expected = (logits[0] / 0.5).softmax(-1)
     assert (torch.bincount(tokens, minlength=3) / 20000 - expected).abs().max() < 0.01
 
@@ -50,8 +50,8 @@ def test_completions_do_not_depend_on_the_batch(tiny):
     policy, _, tokenizer = tiny
     prompts = [make_prompt(tokenizer, kinds, seed=i) for i, kinds in enumerate(PROMPT_KINDS.values())]
     settings = SamplingSettings(max_new_tokens=12)
-    run = lambda order: sample(policy, [prompts[i] for i in order], 3, settings, [100 + i for i in order], tokenizer)
-    tokens = lambda rollouts: [[t.tolist() for t in r.tokens] for r in rollouts]
+    run = lambda order: generate(policy, [prompts[i] for i in order], 3, settings, [100 + i for i in order], tokenizer)
+    tokens = lambda groups: [[t.tolist() for t in group.tokens] for group in groups]
     together, alone = tokens(run([0, 1, 2, 3])), [tokens(run([i]))[0] for i in range(4)]
     assert together == alone
     assert tokens(run([3, 1]))[1] == alone[1]
@@ -62,9 +62,9 @@ def test_generation_config_is_ignored(tiny_vl):
     """top_k 1 and temperature .01 there would make all completions equal."""
     policy, _, tokenizer = tiny_vl
     prompt, settings = make_prompt(tokenizer, PROMPT_KINDS["video"]), SamplingSettings(max_new_tokens=6)
-    before = sample(policy, [prompt], 4, settings, [0], tokenizer)[0].tokens
+    before = generate(policy, [prompt], 4, settings, [0], tokenizer)[0].tokens
     policy.model.generation_config.update(top_k=1, temperature=0.01, do_sample=False, repetition_penalty=5.0)
-    after = sample(policy, [prompt], 4, settings, [0], tokenizer)[0].tokens
+    after = generate(policy, [prompt], 4, settings, [0], tokenizer)[0].tokens
     assert all(torch.equal(a, b) for a, b in zip(before, after))
 
 
@@ -73,11 +73,10 @@ def test_any_eos_ends_a_row_and_is_trained(tiny_vl):
     policy, _, tokenizer = tiny_vl
     assert set(policy.spec.eos_ids) == {tokenizer.eos_token_id, tokenizer.pad_token_id}
     policy.spec = replace(policy.spec, eos_ids=tuple(range(0, 390, 9)))
-    rollout = sample(
-        policy, [make_prompt(tokenizer, PROMPT_KINDS["text"])], 16, SamplingSettings(max_new_tokens=9), [3], tokenizer
-    )[0]
-    assert {True, False} == set(rollout.finished)
-    for tokens, finished in zip(rollout.tokens, rollout.finished):
+    prompt = make_prompt(tokenizer, PROMPT_KINDS["text"])
+    (group,) = generate(policy, [prompt], 16, SamplingSettings(max_new_tokens=9), [3], tokenizer)
+    assert {True, False} == set(group.finished)
+    for tokens, finished in zip(group.tokens, group.finished):
         ends = [token.item() in policy.spec.eos_ids for token in tokens]
         assert ends == [False] * (len(tokens) - 1) + [finished]
         assert finished or len(tokens) == 9
@@ -93,8 +92,8 @@ def test_vision_tokens_are_never_sampled_and_masked_alike(tiny):
     with torch.no_grad():
         policy.model.lm_head.weight[forbidden] = 50 * policy.model.lm_head.weight[0]
     for settings in (SamplingSettings(max_new_tokens=8), SamplingSettings(temperature=0, max_new_tokens=8)):
-        rollout = sample(policy, [prompt], 4, settings, [0], tokenizer)[0]
-        assert not set(torch.cat(rollout.tokens).tolist()) & set(forbidden)
+        (group,) = generate(policy, [prompt], 4, settings, [0], tokenizer)
+        assert not set(torch.cat(group.tokens).tolist()) & set(forbidden)
     completions = random_completions(tokenizer, (4,))
     logprobs, _ = policy(pack([prompt], [completions], policy.spec))
     assert logprobs.isfinite().all()
@@ -105,10 +104,10 @@ def test_vision_tokens_are_never_sampled_and_masked_alike(tiny):
 
 def test_text_leaves_out_only_the_eos(tiny_vl):
     policy, _, tokenizer = tiny_vl
-    rollout = sample(
-        policy, [make_prompt(tokenizer, PROMPT_KINDS["text"])], 4, SamplingSettings(max_new_tokens=5), [0], tokenizer
-    )[0]
-    for text, tokens, finished in zip(rollout.texts, rollout.tokens, rollout.finished):
+    prompt = make_prompt(tokenizer, PROMPT_KINDS["text"])
+    (group,) = generate(policy, [prompt], 4, SamplingSettings(max_new_tokens=5), [0], tokenizer)
+    assert group.prompt is prompt
+    for text, tokens, finished in zip(group.texts, group.tokens, group.finished):
         assert text == tokenizer.decode(tokens[: len(tokens) - finished])
 
 
@@ -119,7 +118,7 @@ def test_a_gpu_decodes_the_same_with_static_shapes_and_few_looks(tiny_vl, monkey
     policy, _, tokenizer = tiny_vl
     policy.spec = replace(policy.spec, eos_ids=tuple(range(0, 390, 9)))
     prompts = [make_prompt(tokenizer, kinds, seed=i) for i, kinds in enumerate(PROMPT_KINDS.values())]
-    run = lambda settings: sample(policy, prompts, 6, settings, list(range(len(prompts))), tokenizer)
+    run = lambda settings: generate(policy, prompts, 6, settings, list(range(len(prompts))), tokenizer)
     expected = run(SamplingSettings(max_new_tokens=17))
     monkeypatch.setattr(sampler, "LOOK_EVERY", look)
     monkeypatch.setattr(sampler.Decoding, "advance", lambda decoding, graph: decoding.step())

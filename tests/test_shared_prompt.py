@@ -1,6 +1,7 @@
 """The one idea: computing a prompt once per group gives the same log-probabilities and gradients as repeating it."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from conftest import (
     naive_logprobs,
     random_completions,
 )
+from transformers import AutoProcessor
 
+from demo.tiny import build_tiny_model
 from grpo import attention
 from grpo.batch import pack
-from grpo.engine.model import checkpoint_activations, decoder, vision_tower
+from grpo.engine.model import checkpoint_activations, decoder, save_model, vision_tower
 from grpo.positions import prompt_positions
-from grpo.sampler import SamplingSettings, sample
+from grpo.sampler import SamplingSettings, generate
 
 LENGTHS = {"even": (5, 5, 5), "uneven": (1, 7, 3, 4)}
 
@@ -159,18 +162,16 @@ def test_sampler_logprobs_equal_scorer(tiny, temperature):
     ]
     settings = SamplingSettings(temperature=temperature, max_new_tokens=40)
     policy.spec = spec_with_frequent_eos(policy.spec)
-    rollouts = sample(policy, prompts, 4, settings, list(range(len(prompts))), tokenizer)
-    lengths = [n for r in rollouts for n in r.lengths]
+    groups = generate(policy, prompts, 4, settings, list(range(len(prompts))), tokenizer)
+    lengths = [n for group in groups for n in group.lengths]
     assert len(set(lengths)) > 5, "the test wants rows that end at different times"
-    logprobs, _ = policy(pack(prompts, [r.tokens for r in rollouts], policy.spec), temperature=temperature)
-    seen = torch.cat([x for r in rollouts for x in r.logprobs])
+    logprobs, _ = policy(pack(prompts, [group.tokens for group in groups], policy.spec), temperature=temperature)
+    seen = torch.cat([row for group in groups for row in group.logprobs])
     assert (logprobs - seen).abs().max() <= 1e-5
 
 
 def spec_with_frequent_eos(spec):
     """A random model hardly ever ends: let a twelfth of the vocabulary be EOS."""
-    from dataclasses import replace
-
     return replace(spec, eos_ids=tuple(range(0, 390, 12)))
 
 
@@ -181,9 +182,9 @@ def test_finished_rows_cost_nothing_more(tiny_vl):
     decode = policy.decode
     policy.decode = lambda tokens, positions, layout: (rows.append(len(tokens)), decode(tokens, positions, layout))[1]
     prompts = [make_prompt(tokenizer, PROMPT_KINDS["video"], seed=i) for i in range(3)]
-    rollouts = sample(policy, prompts, 4, SamplingSettings(max_new_tokens=60), [5, 6, 7], tokenizer)
+    groups = generate(policy, prompts, 4, SamplingSettings(max_new_tokens=60), [5, 6, 7], tokenizer)
     # The first token of a row comes from the prefill; each further one costs one decoded row, and no more.
-    assert sum(rows) == sum(n - 1 for r in rollouts for n in r.lengths)
+    assert sum(rows) == sum(n - 1 for group in groups for n in group.lengths)
 
 
 @pytest.mark.parametrize("kind", PROMPT_KINDS)
@@ -192,8 +193,8 @@ def test_greedy_equals_generate(tiny, kind):
     does. generate computes the prompt's positions itself, so it is handed ours where the two rules differ."""
     policy, naive, tokenizer = tiny
     prompt = make_prompt(tokenizer, PROMPT_KINDS[kind])
-    mine = sample(policy, [prompt], 1, SamplingSettings(temperature=0, max_new_tokens=30), [0], tokenizer)[0].tokens[0]
-    assert mine.tolist() == greedy_reference(naive, policy.spec, prompt, 30)
+    (group,) = generate(policy, [prompt], 1, SamplingSettings(temperature=0, max_new_tokens=30), [0], tokenizer)
+    assert group.tokens[0].tolist() == greedy_reference(naive, policy.spec, prompt, 30)
 
 
 def greedy_reference(model, spec, prompt, count):
@@ -248,18 +249,13 @@ def test_one_vision_pass_and_one_prompt_pass_per_group(tiny_vl):
     policy(pack([prompt], [random_completions(tokenizer, (5,) * 8)], policy.spec))
     assert (patches, tokens) == ([96], [size + 40])
     patches.clear(), tokens.clear()
-    rollout = sample(policy, [prompt], 8, SamplingSettings(max_new_tokens=5), [0], tokenizer)[0]
-    assert (patches, sum(tokens)) == ([96], size + sum(n - 1 for n in rollout.lengths))
+    (group,) = generate(policy, [prompt], 8, SamplingSettings(max_new_tokens=5), [0], tokenizer)
+    assert (patches, sum(tokens)) == ([96], size + sum(n - 1 for n in group.lengths))
 
 
 @pytest.mark.parametrize("tie", [False, True])
 def test_save_and_load_keep_the_logprobs(tmp_path, tie):
     """Tied and untied embeddings."""
-    from transformers import AutoProcessor
-
-    from demo.tiny import build_tiny_model
-    from grpo.engine.model import save_model
-
     policy, _, tokenizer = load_pair(build_tiny_model(tmp_path / "a", tie=tie))
     packed = pack([make_prompt(tokenizer, PROMPT_KINDS["video"])], [random_completions(tokenizer, (5, 6))], policy.spec)
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """Runs that end early: signals, a process that dies, updates that are not finite, too little memory; one line each."""
 
+import inspect
 import itertools
 import os
 import re
@@ -17,9 +18,11 @@ import torch.distributed as dist
 from processes import ROOT, command, finish, metrics_of, start, wait_for
 
 import train
-from grpo import distributed, update
+from grpo import update
+from grpo.engine import distributed
 from grpo.engine.checkpoint import checkpoints
-from grpo.run.stops import RunError, count_bad, exit_code, listening, lost_process, memory_message
+from grpo.errors import RunError
+from grpo.run.stops import count_bad, exit_code, listening, lost_process, memory_message
 from video.loader import PromptLoader
 from video.pool import WorkersDoNotStart
 
@@ -117,10 +120,10 @@ def test_a_process_that_waits_for_a_dead_one_for_ever_is_ended(tmp_path, death):
     script.write_text(
         "import os, signal, sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from grpo import distributed\n"
+        "from grpo.engine import distributed\n"
         "from grpo.run.stops import listening\n"
-        "processes = distributed.start('cpu')\n"
-        "if processes.rank == 1:\n"
+        "distributed.start('cpu')\n"
+        "if distributed.rank() == 1:\n"
         "    open(__file__ + '.died', 'w').close()\n"
         f"    {death}\n"
         "with listening():\n"
@@ -145,7 +148,7 @@ def watched(monkeypatch):
     monkeypatch.setattr(distributed, "finished", threading.Event())
     ends = []
     monkeypatch.setattr(os, "_exit", ends.append)
-    return lambda *pids: distributed.watch_others(pids) or ends, store
+    return lambda *pids: distributed.watch_ranks(pids) or ends, store
 
 
 def test_a_dead_process_of_this_node_ends_this_one_and_is_told_to_other_nodes(watched, capfd):
@@ -168,7 +171,7 @@ def test_a_process_that_leaves_when_all_are_done_ends_nobody(watched, capfd):
 
 def test_updates_that_keep_failing_stop_the_run(world, tmp_path, monkeypatch, capsys):
     """A gradient that is not finite leaves weights alone, is counted, and ends the run once it has come N times."""
-    monkeypatch.setattr(update, "clip_gradients", lambda policy, limit: float("nan"))
+    monkeypatch.setattr(update, "clip_grad_norm", lambda policy, limit: float("nan"))
     flags = command(1, tmp_path, world, "--steps", "9", "--max_bad_updates", "3")[2:]
     assert train.main(flags) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -188,7 +191,7 @@ def test_out_of_memory_names_samples_tokens_and_flags(world, tmp_path, monkeypat
     def full(*given):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nsecond line")
 
-    monkeypatch.setattr(update, "update", full)
+    monkeypatch.setattr(train, "update", full)
     assert train.main(command(1, tmp_path, world)[2:]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     for words in ("out of memory on ", ".jsonl:", " tokens)", "--max_frames", "--prompts_per_forward", "Tried to"):
@@ -201,24 +204,24 @@ def test_out_of_memory_names_samples_tokens_and_flags(world, tmp_path, monkeypat
 )
 def test_a_cpu_out_of_memory_gets_the_answer_of_a_gpu(world, tmp_path, monkeypatch, capsys, allocate):
     """There torch raises a plain RuntimeError, and Python a MemoryError without words."""
-    monkeypatch.setattr(update, "update", lambda *given: allocate())
+    monkeypatch.setattr(train, "update", lambda *given: allocate())
     assert train.main(command(1, tmp_path, world)[2:]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "error: out of memory on " in error and " tokens)" in error and "--group_size" in error
 
 
-@pytest.mark.parametrize("name", ["finish", "_serve"])
-def test_a_limit_on_threads_is_one_line(world, tmp_path, monkeypatch, capsys, name):
+@pytest.mark.parametrize("module", ["grpo.engine.checkpoint", "video.pool"])
+def test_a_limit_on_threads_is_one_line(world, tmp_path, monkeypatch, capsys, module):
     """Of the thread that writes checkpoints, and of those that serve decoding workers."""
     begin = threading.Thread.start
 
     def start(thread):
-        if getattr(thread._target, "__name__", "") == name:
+        if inspect.currentframe().f_back.f_globals["__name__"] == module:
             raise RuntimeError("can't start new thread")
         begin(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    assert train.main(command(1, tmp_path, world, "--workers", str(int(name == "_serve")))[2:]) == 2
+    assert train.main(command(1, tmp_path, world, "--workers", str(int(module == "video.pool")))[2:]) == 2
     assert "the system starts no more threads: lower --workers" in capsys.readouterr().err.splitlines()[-1]
 
 

@@ -19,11 +19,12 @@ import demo.build
 import train
 from demo.build import build_demo
 from demo.synthetic import DemoSpec, make_demo_set
-from grpo.config import METRICS, PRESETS, Config, ConfigError, load_config, parse_config, save_config
+from grpo.config import METRICS, PRESETS, Config, load_config, parse_config, save_config
 from grpo.engine.checkpoint import Saver
+from grpo.errors import ConfigError, Stopped
 from grpo.run.data import step_samples, steps_of
 from grpo.run.log import describe_run
-from grpo.run.stops import Stopped
+from video.dataset import Sample
 
 ROOT = Path(__file__).parent.parent
 SHORT = ("--sft_steps", "0", "--eval_samples", "0")
@@ -75,7 +76,7 @@ def test_a_run_leaves_everything(flags):
     summary = json.loads((folder / "summary.json").read_text())
     for name in ("accuracy_before", "accuracy_after", "accuracy_shuffled", "accuracy_blank", "opposite_when_reversed"):
         assert 0 <= summary[name] <= 1
-    assert summary["seconds"] > 0 and set(summary["kinds"]) <= {"colour", "direction", "place", "shape"}
+    assert summary["seconds"] > 0 and set(summary["categories"]) <= {"colour", "direction", "place", "shape"}
     first = next(row for row in metrics_of(folder) if row["phase"] == "train")
     assert 0 <= first["kl"] < 1e-6 and first["sampler_logprob_diff"] < 1e-5
 
@@ -222,11 +223,14 @@ def test_starting_anew_touches_nothing_of_others(flags, tmp_path):
 
 
 def test_a_sample_that_comes_twice_in_a_step_is_sampled_anew():
-    from grpo.run.run import distinct_keys
-    from video.dataset import Sample
-
     samples = [Sample(key, "?", "A") for key in ("a:1", "b:1", "a:1", "a:1")]
-    assert [s.key for s in distinct_keys(samples)] == ["a:1", "b:1", "a:1#2", "a:1#3"]
+    for seed in range(4):
+        keys = [s.key for s in step_samples(samples, 0, 4, seed)]
+        keys.remove("b:1")
+        assert keys == ["a:1", "a:1#2", "a:1#3"], "numbered as they come"
+    pairs = [Sample(key, "?", "A") for key in ("a:1", "b:1")]
+    assert sorted(s.key for s in step_samples(pairs, 0, 4, seed=1)) == ["a:1", "a:1#2", "b:1", "b:1#2"], "two epochs"
+    assert sorted(s.key for s in step_samples(pairs, 1, 2, seed=1)) == ["a:1", "b:1"], "a later step counts anew"
 
 
 def test_a_failing_reward_is_shown_and_counted(flags, tmp_path, capsys):
@@ -247,8 +251,9 @@ def test_filtering_runs_after_a_warm_up_and_needs_accuracy(flags, capsys):
 def test_epochs_leave_no_row_out():
     assert [steps_of(1, count, 10) for count in (10, 24, 3)] == [1, 3, 1]
     assert steps_of(0.5, 24, 4) == 3 and steps_of(2, 5, 4) == 3
-    seen = [sample for step in range(3) for sample in step_samples(list(range(24)), step, 10, seed=1)]
-    assert sorted(seen[:24]) == list(range(24))
+    samples = [Sample(f"{number:02d}", "?", "A") for number in range(24)]
+    seen = [sample.key for step in range(3) for sample in step_samples(samples, step, 10, seed=1)]
+    assert sorted(seen[:24]) == [sample.key for sample in samples]
 
 
 def test_a_diverged_model_is_one_line(flags, capsys):
@@ -426,6 +431,42 @@ def test_configuration_survives_saving(tmp_path):
     (tmp_path / "run.json").write_text("{}x")
     with pytest.raises(ConfigError, match="run.json"):
         load_config(tmp_path / "run.json")
+
+
+@pytest.fixture
+def as_before():
+    """A function that gives the flags in a run.json the names that an earlier version wrote."""
+    old = {"clip_eps_low": "clip_low", "clip_eps_high": "clip_high", "dynamic_filter": "filter_groups",
+           "tis_cap": "importance_cap", "ppo_epochs": "updates_per_batch"}  # fmt: skip
+
+    def rename(path):
+        saved = json.loads(path.read_text())
+        assert old.keys() <= saved.keys()
+        path.write_text(json.dumps({old.get(name, name): value for name, value in saved.items()}))
+
+    return rename
+
+
+def test_a_run_json_of_an_earlier_version_is_read(tmp_path, as_before):
+    config = parse_config(["--clip_eps_low", "0.1", "--clip_eps_high", "0.3", "--dynamic_filter", "--tis_cap", "2",
+                           "--ppo_epochs", "3"])  # fmt: skip
+    save_config(config, tmp_path / "run.json")
+    as_before(tmp_path / "run.json")
+    assert load_config(tmp_path / "run.json") == config
+
+
+def test_a_run_of_an_earlier_version_goes_on(flags, as_before, capsys):
+    flags = [*flags, *SHORT, "--clip_eps_high", "0.3"]
+    folder = run(flags, "--steps", "4")
+    before = metrics_of(folder)
+    for path in (folder / "run.json", folder / "checkpoint-4" / "run.json"):
+        as_before(path)
+    capsys.readouterr()
+    assert train.main([*flags, "--clip_eps_high", "0.2"]) == 2
+    assert "--clip_eps_high was 0.3, is 0.2" in capsys.readouterr().err
+    run(flags)
+    assert "4 of 4 steps are done" in capsys.readouterr().out and metrics_of(folder) == before
+    assert json.loads((folder / "run.json").read_text())["clip_eps_high"] == 0.3
 
 
 def test_every_flag_has_a_sentence(capsys):

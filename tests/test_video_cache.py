@@ -106,7 +106,7 @@ def test_a_damaged_entry_is_a_miss(tmp_path, decoded, damage):
         else:
             again, told = cache.read(path, SMALL, FACTOR)
         assert torch.equal(again, plain) and told == rate
-    assert len(decoded) == 2  # and mended by the new reading
+    assert len(decoded) == 2  # and replaced by the new reading
 
 
 def test_errors_are_those_of_the_reader_and_leave_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""Rows to samples, and the errors that name the line and the mend."""
+"""Rows to samples, and the errors that name the line and the fix."""
 
 import json
 
@@ -97,7 +97,7 @@ def test_video_r1_rows_of_a_json_array(tmp_path):
         (ROW | {"solution": "<answer></answer>"}, r"d.jsonl:2: solution '' has no option letter"),
     ],
 )
-def test_bad_rows_name_the_line_and_the_mend(tmp_path, line, message):
+def test_bad_rows_name_the_line_and_the_fix(tmp_path, line, message):
     with pytest.raises(DataError, match=message) as caught:
         read_samples(write(tmp_path / "d.jsonl", ROW, line))
     assert "\n" not in str(caught.value)

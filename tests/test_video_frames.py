@@ -11,13 +11,13 @@ from video.formats import Clip
 from video.frames import (
     VideoError,
     VideoSettings,
-    choose,
     clip_range,
     frame_count,
     frame_files,
     frame_indices,
     frame_size,
     image_size,
+    pick_frames,
     probe,
     read_image,
     read_video,
@@ -154,7 +154,7 @@ def test_clips_equal_qwen_vl_utils(by_decord, tmp_path, start, end):
     element = {"video": path, "fps": 4.0, "min_frames": 4, "max_frames": 16} | LOW | times
     ours = check_against(by_decord, element, settings)
     total, rate, *_ = probe(path)
-    assert len(choose(total, rate, settings, Clip(start, end))[0]) == len(ours)  # the plan counts the same
+    assert len(pick_frames(total, rate, settings, Clip(start, end))[0]) == len(ours)  # the plan counts the same
 
 
 def test_clip_range_against_literal_table_and_qwen_vl_utils(oracle):

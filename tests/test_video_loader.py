@@ -104,7 +104,7 @@ def test_options_out_of_range_name_the_flag(options, flag):
 
 
 def test_a_run_in_which_nothing_can_be_read_stops_and_says_why():
-    """One kind of reason for the first samples of all, or none: a good sample or another reason and it goes on."""
+    """It stops if the first samples are all skipped for one type of reason, not after a good sample or another type."""
 
     def run(*texts, **options):
         with PromptLoader(Misbehaving(), workers=0, give_up_after=4, **options) as loader:
@@ -132,7 +132,7 @@ class Refusing:
 @pytest.mark.parametrize("encoder, advice", [
     (Refusing(VideoError("1.mp4", "no such file")), "1.mp4: no such file; python -m video.scan"),
     (Refusing(PromptTooLong("1.mp4", "9000 tokens")), "1.mp4: 9000 tokens; raise --max_prompt_tokens; lower --max"),
-    (Refusing(SampleError("", "the question holds <x>")), ": the question holds <x>; mend the rows"),
+    (Refusing(SampleError("", "the question holds <x>")), ": the question holds <x>; fix the rows"),
     (Refusing(RuntimeError("odd")), "1.mp4: RuntimeError: odd$"),
     ("sleep", "took more than 0.5 s .--decode_timeout.; raise --decode_timeout"),
     ("die", "its worker died .exit code 17.; lower --workers"),

@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import AutoProcessor
 from video_helpers import SMALL, make_video
 
+import video.frames
 import video.prompt
 from demo.tiny import build_tiny_model
 from video.dataset import Sample
@@ -120,7 +121,7 @@ def test_a_header_that_lies_about_length_is_found_after_decoding(folder, media, 
     sample = Sample("d.jsonl:1", "What?", "A", videos=media[0][1:])
     settings = VideoSettings(fps=10, max_frames=16, min_pixels=784, max_pixels=784)
     limit = len(PromptEncoder(folder, settings)(sample).input_ids) - 1
-    monkeypatch.setattr(video.prompt, "probe", lambda path, clip: (4, 10.0, 64, 96))
+    monkeypatch.setattr(video.frames, "probe", lambda path, clip: (4, 10.0, 64, 96))
     with pytest.raises(PromptTooLong):
         PromptEncoder(folder, settings, max_prompt_tokens=limit)(sample)
 

@@ -1,7 +1,9 @@
 """A scan of a whole set names each bad file once, and the list it writes is what --skip_list reads."""
 
+import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,10 @@ from video_helpers import make_broken, make_video
 
 from video.dataset import leave_out, read_mixture, read_skip_list
 from video.formats import Clip
+from video.pool import WorkersDoNotStart
 from video.scan import files_of, main
+from video.settings import VideoSettings, add_video_flags
+from video.terminal import run_program
 
 
 @pytest.fixture
@@ -87,3 +92,41 @@ def test_it_starts_as_a_module():
         cwd=Path(__file__).parent.parent,
     )
     assert run.returncode == 0 and "--max_frames" in run.stdout
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (ValueError("--fps\n0"), 2, r"p: error: --fps\n0"),
+        (OSError(28, "No space left on device", "f"), 2, "p: error: [Errno 28] No space left on device: 'f'"),
+        (WorkersDoNotStart("no memory"), 2, "p: error: no memory"),
+        (KeyboardInterrupt(), 130, "p: stopped; no list"),
+    ],
+)
+def test_a_program_ends_with_one_line_and_a_code(error, code, line, capsys, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def work():
+        raise error
+
+    assert run_program("p", work, stopped="stopped; no list") == code
+    assert capsys.readouterr().err == line + "\n"
+    assert run_program("p", lambda: None) == 0
+    with pytest.raises(KeyError):  # a bug, with its traceback
+        run_program("p", lambda: {}["gone"])
+
+
+def test_settings_and_rows_are_read_without_torch():
+    heavy = ("torch", "av", "numpy", "PIL", "transformers")
+    code = f"import sys, video.settings, video.dataset; sys.exit(str([m for m in {heavy} if m in sys.modules]))"
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, check=False, capture_output=True, text=True)
+    assert done.stderr == "[]\n"
+
+
+def test_settings_are_taken_from_a_command_line():
+    parser = argparse.ArgumentParser()
+    add_video_flags(parser)
+    assert VideoSettings.of(parser.parse_args([])) == VideoSettings()
+    given = parser.parse_args(["--fps", "1.5", "--nframes", "8", "--total_pixels", "90000"])
+    assert VideoSettings.of(given) == VideoSettings(fps=1.5, nframes=8, total_pixels=90000)

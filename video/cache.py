@@ -1,9 +1,10 @@
-"""Chosen and resized frames of videos on disk, so that a second epoch, or another run, decodes nothing."""
+"""Picked and resized frames of videos, kept on disk, so that a second epoch, or another run, decodes nothing."""
 
 import hashlib
 import os
 import tempfile
 import time
+import uuid
 import warnings
 import zlib
 from pathlib import Path
@@ -12,9 +13,11 @@ import torch
 from safetensors.torch import load, save
 
 from video import frames
+from video.files import write_bytes
 from video.formats import WHOLE, Clip, DataError
+from video.settings import VideoSettings
 
-VERSION = 4  # of what is stored; raise it when frames are chosen or resized otherwise
+VERSION = 4  # of what is stored; raise it when frames are picked or resized in another way
 SUFFIX = ".frames"  # of an entry: safetensors, and the crc32 of its bytes in the last four
 KEEP = 0.9  # of the limit is left after evicting
 SCANS_PER_LIMIT = 256  # how often the folder's size is measured while a limit's worth of frames is written
@@ -22,12 +25,12 @@ STALE_SECONDS = 600  # after which a half-written file is the leftover of a proc
 
 
 class FrameCache:
-    """Reads videos as `frames.read_video` does, keeping what it read in `folder`, at most `gigabytes` (10**9 bytes).
+    """Reads videos as `frames.read_video` does, and keeps the frames in `folder`, at most `gigabytes` (10**9 bytes).
 
     An entry belongs to a file's real path, size and time of change (its content is not hashed: reading 100 GB for that
-    would cost what the cache saves), to the clip, all settings and the patch factor. Any number of
-    processes may share a folder: a file appears whole or not at all, and one that is damaged or gone is a miss. The
-    limit is kept to within 1/256 for each process that writes; the files longest unused go first.
+    would cost what the cache saves), to the clip, all settings and the patch factor. Any number of processes may share
+    a folder: entries are written atomically, and a damaged or missing entry is a cache miss. The limit is kept to
+    within 1/256 for each process that writes; the entries longest unused go first.
     """
 
     def __init__(self, folder: str | Path, gigabytes: float = 20.0):
@@ -39,22 +42,21 @@ class FrameCache:
         except OSError as error:
             raise DataError(f"--frame_cache {folder}: cannot be written to ({error.strerror})") from error
 
-    def read(self, path: str, settings: frames.VideoSettings, factor: int, clip: Clip = WHOLE):
+    def read(self, path: str, settings: VideoSettings, factor: int, clip: Clip = WHOLE) -> tuple[torch.Tensor, float]:
         """(frames uint8 (T, 3, H, W), their rate), as `frames.read_video`; raises VideoError as that does."""
         entry = self.entry(path, settings, factor, clip)
-        if entry is None:  # missing: let the reader say so
-            return frames.read_video(path, settings, factor, clip)
-        if (found := _load(entry)) is not None:
+        if entry and (found := _load(entry)):
             return found
         fresh = frames.read_video(path, settings, factor, clip)
         try:
-            self._store(entry, *fresh)
+            if entry:
+                self._store(entry, *fresh)
         except OSError as error:  # a full disk costs time, not samples
             warnings.warn(f"--frame_cache {self.folder}: {error.strerror}; frames are not kept", stacklevel=2)
         return fresh
 
-    def entry(self, path: str, settings: frames.VideoSettings, factor: int, clip: Clip) -> Path | None:
-        """Where the frames of a video are kept; None where there is no such video."""
+    def entry(self, path: str, settings: VideoSettings, factor: int, clip: Clip) -> Path | None:
+        """Where the frames of a video are kept; None if there is no such video."""
         try:
             files = [path, *frames.frame_files(path)] if os.path.isdir(path) else [path]
             status = [(os.path.realpath(file), os.stat(file)) for file in files]
@@ -71,41 +73,30 @@ class FrameCache:
             self._unmeasured = 0
         self._unmeasured += size
         stored = save({"frames": pixels.contiguous(), "rate": torch.tensor(rate, dtype=torch.float64)})
-        handle, name = tempfile.mkstemp(suffix=".tmp", dir=self.folder)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(stored + _checksum(stored))
-            os.replace(name, entry)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_bytes(entry, stored + _checksum(stored), aside=self.folder / f"{uuid.uuid4().hex}.tmp", sync=False)
 
     def _evict(self, coming: int) -> None:
-        """Removes the longest unused entries where they and `coming` bytes would be over the limit."""
+        """Removes the longest unused entries if they and `coming` bytes would be over the limit."""
         found, now = [], time.time()
-        with os.scandir(self.folder) as items:
-            for item in items:
-                try:
-                    status = item.stat()
-                except FileNotFoundError:  # another process evicts too
-                    continue
-                if item.name.endswith(".tmp") and now - status.st_mtime > STALE_SECONDS:
-                    Path(item.path).unlink(missing_ok=True)
-                elif item.name.endswith((SUFFIX, ".tmp")):
-                    found.append((status.st_mtime_ns, status.st_size, item.path))
+        for item in os.scandir(self.folder):
+            try:
+                status = item.stat()
+            except FileNotFoundError:  # another process evicts too
+                continue
+            if item.name.endswith(".tmp") and now - status.st_mtime > STALE_SECONDS:
+                Path(item.path).unlink(missing_ok=True)
+            elif item.name.endswith((SUFFIX, ".tmp")):
+                found.append((status.st_mtime_ns, status.st_size, item.path))
         total = sum(size for _, size, _ in found) + coming
-        if total <= self.limit:
-            return
+        goal = self.limit * KEEP if total > self.limit else total
         for _, size, path in sorted(found):
-            if total <= self.limit * KEEP:
-                return
-            if path.endswith(SUFFIX):
+            if total > goal and path.endswith(SUFFIX):
                 Path(path).unlink(missing_ok=True)
                 total -= size
 
 
 def _load(entry: Path) -> tuple[torch.Tensor, float] | None:
-    """What `entry` holds, marked as just used; None where it is missing or damaged."""
+    """What `entry` holds, marked as just used; None if it is missing or damaged."""
     try:
         whole = entry.read_bytes()  # in one go: another process may remove it at any time
         os.utime(entry)

@@ -14,15 +14,17 @@ import sys
 from video.dataset import read_samples
 from video.files import write_rows
 from video.formats import CLIP_FIELDS, MARKS, MULTIPLE_CHOICE, DataError, Sample, printable
+from video.terminal import run_program
 
 
 def to_row(sample: Sample) -> dict:
-    """The row of `sample`: `formats` reads it as the same sample, paths made absolute, where its file is there."""
+    """The row of `sample`, paths made absolute: `formats` reads it as the same sample."""
+    is_choice = sample.problem_type == MULTIPLE_CHOICE
     line = next((option for option in sample.options if option.startswith(sample.answer)), sample.answer)
     original = sample.meta.get("original_answer", line)
     answer = sample.answer
-    if sample.problem_type == MULTIPLE_CHOICE:
-        answer = original[:2] if original[:1].isalpha() and original[:1] == answer[:1] else answer
+    if is_choice and original[:1].isalpha() and original[:1] == answer[:1]:
+        answer = original[:2]
     row = {"problem": sample.problem, "solution": f"<answer>{answer}</answer>"}
     for name, paths in (("video", sample.videos), ("image", sample.images)):
         if paths:
@@ -30,21 +32,17 @@ def to_row(sample: Sample) -> dict:
             row |= {name: absolute[0]} if len(paths) == 1 else {f"{name}s": absolute}
     row["original_question"] = sample.meta.get("original_question", MARKS.sub("", sample.problem))
     row["original_answer"] = original
-    if sample.problem_type != MULTIPLE_CHOICE:
-        row["problem_type"] = sample.problem_type
-    for name, column in zip(CLIP_FIELDS, zip(*sample.clips)):
-        if any(number is not None for number in column):
-            row[name] = list(column)
-    for name, texts in (("options", sample.options), ("completions", sample.completions)):
-        if texts:
-            row[name] = list(texts)
+    rest = {} if is_choice else {"problem_type": sample.problem_type}
+    rest |= {name: list(seconds) for name, seconds in zip(CLIP_FIELDS, zip(*sample.clips)) if set(seconds) != {None}}
+    rest |= {"options": list(sample.options), "completions": list(sample.completions)}
+    row |= {name: value for name, value in rest.items() if value}
     return row | {name: value for name, value in sample.meta.items() if name not in row}
 
 
 def convert(
     source: str, target: str, video_root: str | None = None, keep_missing: bool = False
 ) -> tuple[int, list[str]]:
-    """(rows written to `target`, missing files of the rows left out). Raises DataError where no row is left."""
+    """(rows written to `target`, missing files of the rows left out). Raises DataError if no row is left."""
     written, missing = [], []
     for sample in read_samples(source, video_root, text_only=True):
         gone = [path for path in sample.media if not os.path.exists(path)]
@@ -68,16 +66,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--video_root", help="Folder that video paths are under (default: that of IN).")
     parser.add_argument("--keep_missing", action="store_true", help="Keep rows whose file is missing.")
     given = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         written, missing = convert(given.source, given.target, given.video_root, given.keep_missing)
-    except (DataError, OSError) as error:
-        print(f"video.convert: error: {printable(error)}", file=sys.stderr)
-        return 2
-    print(f"{written} rows written to {printable(given.target)}")
-    if missing:
-        first = printable(missing[0])
-        print(f"{len(missing)} rows left out, their files are missing; the first: {first}", file=sys.stderr)
-    return 0
+        print(f"{written} rows written to {printable(given.target)}")
+        if missing:
+            first = printable(missing[0])
+            print(f"{len(missing)} rows left out, their files are missing; the first: {first}", file=sys.stderr)
+
+    return run_program("video.convert", work)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Files of questions as lists of `Sample`s: several of them weighed against each other, without the known bad ones."""
+"""Files of questions as lists of `Sample`s: several files with their weights, without the rows of known bad videos."""
 
 import hashlib
 import json
@@ -8,12 +8,13 @@ import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from video.files import write_bytes
 from video.formats import DataError, Sample, each_row, parse_row, printable
 
 MEDIA = ("image", "images", "video", "videos", "path")  # fields whose bytes are files
 PARQUET_ROWS = 64  # read at a time: rows may hold images
 MOST_ROWS = 10_000_000  # of an epoch that weights may make
-DEEPEST = 50  # lists and objects within each other in a row; those who copy or write a row call themselves as often
+DEEPEST = 50  # lists and objects within each other in a row: whoever copies or writes a row recurses as deep
 
 
 def read_mixture(
@@ -21,9 +22,9 @@ def read_mixture(
 ) -> list[Sample]:
     """The samples of an epoch: those of all files of `specs`, "FILE" or "FILE:WEIGHT", one file after the other.
 
-    The weight is how often each row of that file comes in an epoch: 2 takes all rows twice; 0.25 takes a quarter of
-    them, drawn once and for all from the file's name and length (so the same quarter in every epoch and process); 1.5
-    takes all rows and half of them again. Keys tell files of the same name apart ("a/train.jsonl:3"). Raises DataError.
+    The weight says how often each row of that file comes in an epoch: 2 takes all rows twice; 0.25 takes a quarter of
+    them, drawn once from the file's name and length, so it is the same quarter in every epoch and process; 1.5 takes
+    all rows and half of them again. Keys tell files of the same name apart ("a/train.jsonl:3"). Raises DataError.
     """
     weights = {}
     for spec in [specs] if isinstance(specs, str) else specs:
@@ -54,12 +55,11 @@ def read_samples(
 ) -> list[Sample]:
     """The samples of a .jsonl or .parquet file, or of a .json file that holds an array of rows.
 
-    Relative video paths are joined with `video_root` (default: the folder of the file). An absolute path that does
-    not exist is re-rooted there by the longest suffix of it that does: datasets carry paths of their author's disk.
-    `name` stands for the file in the keys, `flag` for where it was given in errors. Images and videos that a parquet
-    file holds as bytes are kept as files beside it, in FILE.parquet.media.
+    Videos lie under `video_root` (default: the folder of the file), as `formats.reroot` says. Keys begin with `name`
+    (default: that of the file), errors with `flag`, which gave the file. Images and videos that a parquet file holds as
+    bytes are written to files beside it, in FILE.parquet.media.
 
-    Raises DataError: for bad rows, of which it names ten; and if no row has a video or image, as with a misspelt field,
+    Raises DataError for bad rows, of which it names ten, and if no row has a video or image, as with a misspelt field,
     unless that is expected (`text_only`).
     """
     path = Path(path)
@@ -74,7 +74,7 @@ def read_samples(
         if not isinstance(row, dict):
             raise DataError(f'{key}: is a {type(row).__name__}, not an object; write a row as {{"problem": ...}}')
         if _is_deeper(row, DEEPEST):
-            raise DataError(f"{key}: is nested more than {DEEPEST} deep; mend or delete it")
+            raise DataError(f"{key}: is nested more than {DEEPEST} deep; fix or delete it")
         fields.update(row)
         return parse_row(row, key, root, path.stem)
 
@@ -92,14 +92,17 @@ def read_samples(
 
 
 def repeat(samples: list[Sample], weight: float, name: str) -> list[Sample]:
-    """`samples` as often as `weight` says; the part after the point is a draw fixed by `name` and their number."""
+    """`samples` as often as `weight` says; the part after the point is a draw that `name` and their number fix."""
     whole = int(weight)
     extra = set(random.Random(name).sample(range(len(samples)), round((weight - whole) * len(samples))))
     return samples * whole + [sample for number, sample in enumerate(samples) if number in extra]
 
 
 def distinct_names(paths: list[str]) -> list[str]:
-    """The shortest ends of `paths` that differ: the file's name, with as many folders before it as that takes."""
+    """The shortest ends of `paths` that differ.
+
+    in: ["/data/x/a.jsonl", "/data/y/a.jsonl", "/data/b.jsonl"]; out: ["x/a.jsonl", "y/a.jsonl", "b.jsonl"]
+    """
     parts = [Path(path).absolute().parts for path in paths]
     names = []
     for own in parts:
@@ -124,13 +127,13 @@ def read_skip_list(path: str | Path) -> dict[str, str]:
 
 
 def leave_out(samples: list[Sample], listed: dict[str, str]) -> tuple[list[Sample], list[Sample]]:
-    """(samples that use no file of `listed`, those that use one), each in order."""
+    """(samples that use no file of `listed`, samples that do), each in order."""
     bad = {s.key for s in samples if any(os.path.abspath(path) in listed for path in s.media)}
     return [s for s in samples if s.key not in bad], [s for s in samples if s.key in bad]
 
 
 def split_spec(spec: str) -> tuple[str, float]:
-    """(path, weight) of "FILE" or "FILE:WEIGHT"; a file whose own name ends so is a file."""
+    """(path, weight) of "FILE:WEIGHT", or of "FILE", with weight 1. A file that is called "a:2" is a file."""
     path, colon, number = spec.rpartition(":")
     if not colon or Path(spec).exists():
         return spec, 1.0
@@ -185,8 +188,10 @@ def _is_deeper(value, most: int) -> bool:
 
 
 def _with_files(value, folder: Path, is_media: bool = False):
-    """`value` with bytes of images and videos, and the {"bytes", "path"} in which `datasets` stores them, replaced by
-    paths. Other bytes are text, which some writers store so; what is no text is None."""
+    """`value` with paths for images and videos: for bytes, and for {"bytes", "path"}, in which `datasets` stores them.
+
+    Other bytes are text, as some writers store it; bytes that are no text become None.
+    """
     if isinstance(value, list):
         return [_with_files(item, folder, is_media) for item in value]
     if isinstance(value, dict):
@@ -206,21 +211,19 @@ def _with_files(value, folder: Path, is_media: bool = False):
 def _keep(content: bytes, folder: Path) -> str:
     """The absolute path of a file in `folder` that holds `content`.
 
-    Its name is the content's hash: equal images of several rows are one file, and what an earlier run or another
-    process has written is used again.
+    Its name is the hash of the content: equal images of several rows share a file, and a file that an earlier run or
+    another process has written is used again.
     """
     file = folder.absolute() / hashlib.sha256(content).hexdigest()[:32]
-    if not file.exists():
-        try:
+    try:
+        if not file.exists():
             folder.mkdir(exist_ok=True)
-            partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")  # of this process alone
-            partial.write_bytes(content)
-            os.replace(partial, file)
-        except OSError as error:
-            raise DataError(
-                f"{folder}: images that are bytes in a parquet file are kept there, but it cannot be "
-                f"written to ({error.strerror}); copy the parquet file to a folder that can"
-            ) from error
+            write_bytes(file, content, aside=f"{file}.{uuid.uuid4().hex}.part", sync=False)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: images that are bytes in a parquet file are kept there, but it cannot be "
+            f"written to ({error.strerror}); copy the parquet file to a folder that can"
+        ) from error
     return str(file)
 
 
@@ -230,8 +233,8 @@ def _json(text: bytes, place: str):
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: is not UTF-8 text ({error.reason}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{place}: is not JSON ({error.msg}, column {error.colno}); mend or delete it") from error
+        raise DataError(f"{place}: is not JSON ({error.msg}, column {error.colno}); fix or delete it") from error
     except RecursionError as error:
-        raise DataError(f"{place}: is nested too deep; mend or delete it") from error
+        raise DataError(f"{place}: is nested too deep; fix or delete it") from error
     except ValueError as error:  # Python reads no integer of more than 4,300 digits
-        raise DataError(f"{place}: holds an integer of thousands of digits; mend or delete it") from error
+        raise DataError(f"{place}: holds an integer of thousands of digits; fix or delete it") from error

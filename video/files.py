@@ -3,27 +3,36 @@
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file atomically: until the new text is on the disk, the file keeps its old text.
+def write_bytes(path: str | Path, content: bytes, aside: str | Path | None = None, sync: bool = True) -> None:
+    """Writes a file atomically: until the new content is on the disk, the file keeps its old content.
 
-    A character that UTF-8 cannot hold, as in a file name of another encoding, becomes its escape, which JSON reads.
-    Raises OSError, which names the file.
+    The content first goes to the file `aside`, PATH.part; processes that write the same file need one each. Without
+    `sync`, which takes milliseconds, a power loss may leave a damaged file. Raises OSError, which names the file.
     """
-    aside = Path(f"{path}.part")
+    aside = Path(aside or f"{path}.part")
     try:
-        with naming(aside), open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+        with naming(aside), open(aside, "wb") as file:
+            file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError:
+    except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file as `write_bytes` does.
+
+    A character that UTF-8 cannot hold, as in a file name of another encoding, becomes its escape, which JSON reads.
+    """
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_rows(path: str | Path, rows: Iterable[dict]) -> None:
@@ -40,15 +49,15 @@ def append_rows(path: str | Path, rows: Iterable[dict]) -> None:
 def read_rows(path: str | Path, names: Iterable[str]) -> list[dict]:
     """The rows of a .jsonl file that have all fields of `names`; [] if there is no file.
 
-    Other lines are damage: a kill or a full disk cuts a line short, a power loss fills it with NUL bytes. They are left
-    out, and one line on stderr says how many.
+    Other lines are damaged: a kill or a full disk cuts a line short, a power loss fills it with NUL bytes. They are
+    left out, and one line on stderr says how many.
     """
     path, rows = Path(path), []
     lines = path.read_bytes().splitlines() if path.exists() else []
     for line in lines:
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):  # no JSON, or no UTF-8
+        except (ValueError, RecursionError):  # neither JSON nor UTF-8
             continue
         if isinstance(row, dict) and all(name in row for name in names):
             rows.append(row)
@@ -58,8 +67,8 @@ def read_rows(path: str | Path, names: Iterable[str]) -> list[dict]:
 
 
 @contextmanager
-def naming(path: str | Path):
-    """Gives an OSError raised inside, such as that of a full disk, the name of the file if it has none."""
+def naming(path: str | Path) -> Iterator[None]:
+    """Gives an OSError of its block the name of the file if it has no name, as that of a full disk has not."""
     try:
         yield
     except OSError as error:

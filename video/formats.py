@@ -1,13 +1,14 @@
-"""Rows of other people's data as `Sample`s, recognised by their fields, row by row.
+"""Rows of other people's data as `Sample`s. The format of each row is recognised by its fields.
 
-One small function a format, listed in FORMATS with the fields that tell it; a new format is one function more. What is
-wrong with a row raises DataError; a video that is missing or broken does not, for only its own sample is lost, when it
-is encoded. Every format may also have `problem_type`, `options`, `completions` and `video_start` / `video_end`.
+FORMATS lists one small function for each format; a new format is one more function. A mistake in a row raises
+DataError. A missing or broken video does not: its sample is skipped later, when it is encoded. A row of any format may
+also have `problem_type`, `options`, `completions`, `video_start` and `video_end`.
 """
 
 import itertools
 import os
 import re
+import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,13 @@ from urllib.parse import unquote
 
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 LETTER = re.compile(r"\(?[A-Za-z](?![A-Za-z])")  # "B", "B.", "(B)", "B) red"; not "Blue"
-CHOICE = re.compile(r"\(?([A-Z])(?:[.):](?!\w)|$)")  # as LETTER where free text may come too: not "A man"
+CHOICE = re.compile(r"\(?([A-Z])(?:[.):](?!\w)|$)")  # as LETTER, if free text may come too: not "A man"
 MARKS = re.compile(r"<(?:video|image)>\n?")  # where other trainers put the pixels; here they always come first
-URL = re.compile(r"\w+://[^/?#]*([^?#]*)")  # its path
+URL = re.compile(r"\w+://[^/?#]*([^?#]*)")  # the group is its path
+LETTERS = string.ascii_uppercase  # of options
 MULTIPLE_CHOICE = "multiple choice"
-NAMED = 10  # of many bad rows, so many are named
-CLIP_FIELDS = ("video_start", "video_end", "sample_fps")  # in the order of Clip's
+NAMED = 10  # so many are named, of many bad rows
+CLIP_FIELDS = ("video_start", "video_end", "sample_fps")  # in the order of Clip's fields
 SUFFIXES = ("", ".mp4", ".mkv", ".webm", ".avi", ".mov")
 FOLDERS = ("", "videos", "video", "data")  # where benchmarks keep their videos, under their own root
 # MVBench's rows name a file alone; the folder under its `video` depends on the subtask, which names the .json
@@ -44,7 +46,7 @@ VIDEO_MMMU_FOLDERS = ("Art", "Business", "Engineering", "Humanities", "Medicine"
 
 
 class DataError(ValueError):
-    """A data file or row that cannot be used: one line with the place and the mend."""
+    """A data file or row that cannot be used: one line with the place and the fix."""
 
 
 def printable(text: object, most: int = 4000) -> str:
@@ -56,31 +58,29 @@ def printable(text: object, most: int = 4000) -> str:
 
 
 def each_row(items: Iterable, make: Callable) -> list:
-    """[make(item) for each item]. Raises one DataError for all that `make` refuses by a DataError: how many, and what
-    the first NAMED are about. Mending them one by one would cost a start each."""
-    made, bad, named = [], 0, []
+    """[make(item) for each item]. If `make` raises DataErrors, raises one for all of them, so that they can be fixed at
+    once: how many rows are bad, and the errors of the first NAMED."""
+    made, errors = [], []
     for item in items:
         try:
             made.append(make(item))
         except DataError as error:
-            bad += 1
-            if bad <= NAMED:
-                named.append(str(error))
-    if bad == 1:
-        raise DataError(named[0])
-    if bad:
-        which = f", the first {NAMED}" if bad > NAMED else ""
-        listed = "; ".join(printable(error, 300) for error in named)
-        raise DataError(f"{bad} of {bad + len(made)} rows cannot be used{which}: {listed}")
+            errors.append(str(error))
+    if len(errors) == 1:
+        raise DataError(errors[0])
+    if errors:
+        which = f", the first {NAMED}" if len(errors) > NAMED else ""
+        listed = "; ".join(printable(error, 300) for error in errors[:NAMED])
+        raise DataError(f"{len(errors)} of {len(errors) + len(made)} rows cannot be used{which}: {listed}")
     return made
 
 
 class Clip(NamedTuple):
-    """The part of a video that a row asks about, in seconds; None is the video's own start or end."""
+    """The part of a video that a row asks about."""
 
-    start: float | None = None
-    end: float | None = None
-    fps: float | None = None  # of a folder of frames: at which rate they were taken (None: 2, as in qwen-vl-utils)
+    start: float | None = None  # seconds; None: the start of the video
+    end: float | None = None  # seconds; None: the end of the video
+    fps: float | None = None  # the rate at which a folder of frames was taken (None: 2, as in qwen-vl-utils)
 
 
 WHOLE = Clip()
@@ -88,17 +88,18 @@ WHOLE = Clip()
 
 @dataclass(frozen=True)
 class Sample:
-    """One question. `key` names its row, e.g. "train.jsonl:17" (1-based line, or item of an array)."""
+    """One question."""
 
-    key: str
+    key: str  # names its row: "train.jsonl:17" (1-based line, or item of an array)
     problem: str  # the question as asked, options included
     answer: str  # the ground truth, e.g. "B" or "B."
     videos: tuple[str, ...] = ()  # files, or folders of frames
-    images: tuple[str, ...] = ()
-    problem_type: str = MULTIPLE_CHOICE
-    options: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()  # files
+    problem_type: str = MULTIPLE_CHOICE  # tells the rewards how to score: see `guess_type`
+    options: tuple[str, ...] = ()  # lettered: "A. red"
     completions: tuple[str, ...] = ()  # target texts of a supervised warm-up
-    clips: tuple[Clip, ...] = ()  # one for each of `videos`; () where all are taken whole
+    clips: tuple[Clip, ...] = ()  # one for each of `videos`; () if all are taken whole
+    slot: int = field(default=0, compare=False)  # its number among the samples that a step draws
     meta: dict = field(default_factory=dict)  # the row's other fields
 
     @property
@@ -108,12 +109,12 @@ class Sample:
 
 
 class Row:
-    """A row while it is read: its fields by type, and which of them were used."""
+    """A row while it is read: its fields by type. `used` are the names of the fields that were read."""
 
     def __init__(self, fields: dict, key: str, root: Path, source: str):
         self.fields, self.key, self.root, self.source, self.used = fields, key, root, source, set()
 
-    def get(self, name: str):
+    def get(self, name: str) -> object:
         self.used.add(name)
         return self.fields.get(name)
 
@@ -124,20 +125,15 @@ class Row:
         return value
 
     def texts(self, *names: str) -> tuple[str, ...]:
-        """The texts of the first of the fields `names` that is there: a text counts as a list of one, null as none."""
-        found = ()
-        for name in reversed(names):
-            value = self.get(name)
-            if value is None:
-                continue
-            values = [value] if isinstance(value, str) else value
-            if not isinstance(values, list) or not all(isinstance(item, str) and item for item in values):
+        """The texts of the first field of `names` that is there: "a" counts as ["a"], null as not there."""
+        given = [(name, value) for name in names if (value := self.get(name)) is not None]
+        for name, value in given:
+            if not all(isinstance(item, str) and item for item in _listed(value)):
                 raise self.error(f"field {name!r} must be a text or a list of texts, got {value!r:.200}")
-            found = tuple(values)
-        return found
+        return tuple(_listed(given[0][1])) if given else ()
 
     def paths(self, *names: str) -> tuple[str, ...]:
-        """As `texts`, of files: where they lie under the root."""
+        """As `texts`, of paths: where the files lie under the root."""
         return tuple(reroot(path, self.root) for path in self.texts(*names))
 
     def error(self, message: str) -> DataError:
@@ -148,17 +144,19 @@ def parse_row(fields: dict, key: str, root: Path, source: str = "") -> Sample:
     """The sample of a row; `root` is where its videos lie, `source` the stem of its file's name. Raises DataError."""
     present = {name for name, value in fields.items() if value is not None}
     for names in (present, fields.keys()):  # the second only to say which field of a format is null
-        for needed, parse in FORMATS:
-            if needed <= names:
+        for needed, parse in FORMATS.items():
+            if set(needed.split()) <= names:
                 return parse(Row(fields, key, root, source))
-    known = "; ".join(" + ".join(sorted(needed)) for needed, _ in FORMATS)
+    known = "; ".join(needed.replace(" ", " + ") for needed in FORMATS)
     raise DataError(f"{key}: has the fields {sorted(fields)!r:.200}, of no known format; needed are: {known}")
 
 
 def reroot(path: str, root: Path) -> str:
-    """Where `path` lies under `root`: joined if relative; if absolute and gone, by the longest suffix found there.
+    """Where `path` lies under `root`.
 
-    Of a URL its path counts, so that a row that names a download finds the downloaded file.
+    A relative path is joined. An absolute path that does not exist is looked for by its longest suffix:
+    /nas/bob/clips/a.mp4 is ROOT/clips/a.mp4 if that exists. Of a URL the path counts, so that a row that names a
+    download finds the downloaded file.
     """
     if url := URL.match(path):
         path = unquote(url[1])
@@ -175,17 +173,17 @@ def reroot(path: str, root: Path) -> str:
 
 def _open_r1_video(row: Row) -> Sample:
     """open-r1-video-4k, which is also the project's own form: problem, solution, video(s) and/or image(s)."""
-    return _build(row, row.text("problem"), _tagged(row.text("solution")), kind=MULTIPLE_CHOICE)
+    return _build(row, row.text("problem"), _tagged(row.text("solution")), MULTIPLE_CHOICE)
 
 
 def _video_r1(row: Row) -> Sample:
     """Video-R1: `path` is a video or an image by `data_type`, and the options are not in the question yet."""
-    kind, paths = row.text("data_type"), row.paths("path")
-    if kind not in ("video", "image"):
-        raise row.error(f'data_type is {kind!r:.200}; it must be "video" or "image"')
+    media, paths = row.text("data_type"), row.paths("path")
+    if media not in ("video", "image"):
+        raise row.error(f'data_type is {media!r:.200}; it must be "video" or "image"')
     problem = row.text("problem") + ("\nOptions:" if row.texts("options") else "")
-    videos, images = (paths, ()) if kind == "video" else ((), paths)
-    return _build(row, problem, _tagged(row.text("solution")), videos, images, kind=MULTIPLE_CHOICE)
+    files = {"videos": (), "images": (), f"{media}s": paths}
+    return _build(row, problem, _tagged(row.text("solution")), MULTIPLE_CHOICE, **files)
 
 
 def _llava_video(row: Row) -> Sample:
@@ -193,64 +191,61 @@ def _llava_video(row: Row) -> Sample:
     tags dropped, the question cut at the first "Please", the answer at two characters, and no other field kept."""
     question, response = re.sub("<video>|<image>", "", row.text("query")), row.text("response")
     row.used |= row.fields.keys()
-    sample = _build(row, question.split("Please")[0], response[:2].strip(), kind=MULTIPLE_CHOICE)
+    sample = _build(row, question.split("Please")[0], response[:2].strip(), MULTIPLE_CHOICE)
     sample.meta.update(original_question=question, original_answer=response)
     return sample
 
 
 def _easy_r1(row: Row) -> Sample:
-    """EasyR1 and LongVideo-Reason: problem with <video> and <image> marks; answer bare or tagged, of any kind."""
+    """EasyR1 and LongVideo-Reason: problem with <video> and <image> marks; answer bare or tagged, of any type."""
     return _build(row, row.text("problem"), _tagged(str(row.get("answer"))))
 
 
 def _messages(row: Row) -> Sample:
-    """A chat: one user turn with text, videos and images, then the assistant's. System turns are left out.
+    """A chat: one user turn with text, videos and images, and one assistant turn. System turns are left out.
 
-    The answer is the row's `answer` or `solution`, else the assistant's text, which is a completion in any case.
+    The answer is the row's `answer` or `solution`, else the assistant's text. That text is a completion in any case.
     """
+    # 1) Turns, and their parts as dicts
     turns = {"user": [], "assistant": [], "system": []}
     for turn in _listed(row.get("messages")):
         if not isinstance(turn, dict) or turn.get("role") not in tuple(turns):
             raise row.error(f"a message must have the role user, assistant or system, got {turn!r:.200}")
-        turns[turn["role"]].append(turn.get("content"))
+        turns[turn["role"]].append(_listed(turn.get("content")))
     if len(turns["user"]) != 1 or len(turns["assistant"]) > 1:
         counts = f"{len(turns['user'])} user turns and {len(turns['assistant'])} of the assistant"
         raise row.error(f"has {counts}; one is needed")
     parts, replies = (
-        [{"text": part} if isinstance(part, str) else part for content in turns[role] for part in _listed(content)]
+        [{"text": part} if isinstance(part, str) else part for part in itertools.chain(*turns[role])]
         for role in ("user", "assistant")
     )
     if not all(isinstance(part, dict) and isinstance(part.get("text") or "", str) for part in (*parts, *replies)):
         raise row.error('a message\'s content must be a text or a list of parts such as {"type": "video", ...}')
-    media = {kind: [part[kind] for part in parts if part.get(kind)] for kind in ("video", "image")}
-    if not all(isinstance(path, str) for paths in media.values() for path in paths):
-        raise row.error("a video or image in a message must be a path; give frames as a folder")
-    videos, images = (tuple(reroot(path, row.root) for path in paths) or None for paths in media.values())
+    # 2) Files, if they are in the parts, else in the row's own fields
+    files = {}
+    for media in ("video", "image"):
+        paths = [part[media] for part in parts if part.get(media)]
+        if not all(isinstance(path, str) for path in paths):
+            raise row.error("a video or image in a message must be a path; give frames as a folder")
+        if paths:
+            files[f"{media}s"] = tuple(reroot(path, row.root) for path in paths)
     clips = [Clip(*(_seconds(row, part.get(name)) for name in CLIP_FIELDS)) for part in parts if part.get("video")]
-    reply = "".join(part.get("text") or "" for part in replies)
+    # 3) Texts
+    problem, reply = "\n".join(_texts_of(parts)), "".join(_texts_of(replies))
     answer = next((str(value) for name in ("answer", "solution") if (value := row.get(name)) is not None), reply)
     if not answer.strip():
         raise row.error("has no answer; end the messages with the assistant's, or add the field 'answer'")
-    problem = "\n".join(part["text"] for part in parts if part.get("text"))
-    return _build(
-        row,
-        problem,
-        _tagged(answer),
-        videos,
-        images,
-        clips=tuple(clips) if any(map(any, clips)) else (),
-        completions=(reply,) if reply else (),
-    )
+    own = {"clips": tuple(clips) if any(map(any, clips)) else (), "completions": (reply,) if reply else ()}
+    return _build(row, problem, _tagged(answer), **files, **own)
 
 
 def _mvbench(row: Row) -> Sample:
     """MVBench: candidates and the text of the right one; `start` and `end` in seconds; its root holds the folders."""
-    video, row.used = row.text("video"), row.used | {"start", "end"}
     folder = next((name for name, subtasks in MVBENCH_FOLDERS.items() if row.source in subtasks.split()), "")
-    path = _find(row, video, (folder,))
     fps = 3.0 if folder.startswith("tvqa") else None
+    video = _find(row, row.text("video"), (folder,))
     clip = Clip(_seconds(row, row.get("start")), _seconds(row, row.get("end")), fps)
-    return _choice(row, row.texts("candidates"), row.text("answer"), path, clips=(clip,) if any(clip) else ())
+    return _choice(row, row.texts("candidates"), row.text("answer"), video, clips=(clip,) if any(clip) else ())
 
 
 def _video_mme(row: Row) -> Sample:
@@ -260,13 +255,10 @@ def _video_mme(row: Row) -> Sample:
 def _tempcompass(row: Row) -> Sample:
     """TempCompass: options are in the question; "yes" and "no" become options, "Option 2: ..." is the number 2."""
     question, answer, video = row.text("question"), row.text("answer"), _find(row, row.text("video_id"))
-    label = re.match(r"(?:Caption|Sentence|Option) (\w)\b", answer)
-    if label:
-        return _build(row, question, label[1], (video,))
-    if answer.strip(" .").lower() in ("yes", "no"):
-        return _choice(row, ("yes", "no"), answer.strip(" .").lower(), video)
-    letter = CHOICE.match(answer)
-    return _build(row, question, letter[1] if letter else answer, (video,))
+    if _plain(answer) in ("yes", "no"):
+        return _choice(row, ("yes", "no"), answer, video)
+    label = re.match(r"(?:Caption|Sentence|Option) (\w)\b", answer) or CHOICE.match(answer)
+    return _build(row, question, label[1] if label else answer, videos=(video,))
 
 
 def _mmvu(row: Row) -> Sample:
@@ -275,10 +267,10 @@ def _mmvu(row: Row) -> Sample:
     choices = row.get("choices") or {}
     if not isinstance(choices, dict) or not all(isinstance(text or "", str) for text in choices.values()):
         raise row.error(f"field 'choices' must be an object of texts, got {choices!r:.200}")
-    choices = {letter: text for letter, text in choices.items() if text}
-    if row.get("question_type") == "open-ended" or not choices:
-        return _build(row, row.text("question"), str(row.get("answer")).strip(), videos, kind="free-form")
-    return _choice(row, tuple(choices.values()), row.text("answer"), *videos)
+    options = tuple(filter(None, choices.values()))
+    if row.get("question_type") == "open-ended" or not options:
+        return _build(row, row.text("question"), str(row.get("answer")).strip(), "free-form", videos=videos)
+    return _choice(row, options, row.text("answer"), *videos)
 
 
 def _vsi_bench(row: Row) -> Sample:
@@ -287,120 +279,120 @@ def _vsi_bench(row: Row) -> Sample:
     options, truth = row.texts("options"), str(row.get("ground_truth"))
     if options:
         return _choice(row, options, truth, video)
-    return _build(row, row.text("question"), truth, (video,), kind="mra")
+    return _build(row, row.text("question"), truth, "mra", videos=(video,))
 
 
 def _longvideobench(row: Row) -> Sample:
-    """LongVideoBench: option0 to option4, "N/A" where there are fewer (or `candidates`), and the right one's index."""
-    row.used |= {f"option{n}" for n in range(5)}
-    options = row.texts("candidates") or tuple(
-        option for n in range(5) if (option := row.fields.get(f"option{n}")) not in (None, "N/A")
-    )
+    """LongVideoBench: option0 to option4, "N/A" if there are fewer (or `candidates`); the index of the right one."""
+    numbered = tuple(text for n in range(5) if (text := row.get(f"option{n}")) not in (None, "N/A"))
+    options = row.texts("candidates") or numbered
     if not all(isinstance(option, str) for option in options):
         raise row.error(f"its options must be texts, got {options!r:.200}")
     index = row.get("correct_choice")
     if not isinstance(index, int) or not 0 <= index < len(options):
         raise row.error(f"correct_choice must be the index of one of its {len(options)} options, got {index!r:.200}")
-    return _choice(row, options, chr(ord("A") + index), _find(row, row.text("video_path")))
+    return _choice(row, options, LETTERS[index], _find(row, row.text("video_path")))
 
 
 def _video_mmmu(row: Row) -> Sample:
-    """Video-MMMU: the video has the row's id and lies in a folder of its discipline; of the questions that have an
-    image, the published video shows it at the end. A question without options has a number or a text for an answer."""
+    """Video-MMMU: the video has the row's id and lies in a folder of its discipline; if a question has an image, the
+    published video shows it at the end. A question without options has a number or a text for an answer."""
     video = _find(row, row.text("id"), VIDEO_MMMU_FOLDERS)
     row.used |= {"image", "images"}
     options, answer = row.texts("options"), str(row.get("answer"))
-    return _choice(row, options, answer, video) if options else _build(row, row.text("question"), answer, (video,), ())
+    if options:
+        return _choice(row, options, answer, video)
+    return _build(row, row.text("question"), answer, videos=(video,), images=())
 
 
-# tried in this order, so a format comes before those whose fields it includes
-FORMATS = tuple(
-    (frozenset(fields.split()), parse)
-    for fields, parse in (
-        ("problem solution path data_type", _video_r1),
-        ("problem solution", _open_r1_video),
-        ("problem answer", _easy_r1),
-        ("query response", _llava_video),
-        ("messages", _messages),
-        ("video_path question option0 correct_choice", _longvideobench),
-        ("video_path question candidates correct_choice", _longvideobench),
-        ("video question candidates answer", _mvbench),
-        ("videoID question options answer", _video_mme),
-        ("dataset scene_name question ground_truth", _vsi_bench),
-        ("question question_type choices answer", _mmvu),
-        ("video_id question answer dim", _tempcompass),
-        ("id question options answer", _video_mmmu),
-    )
-)
+# the fields of a format -> its function. Tried in this order, so a format comes before those whose fields it includes
+FORMATS = {
+    "problem solution path data_type": _video_r1,
+    "problem solution": _open_r1_video,
+    "problem answer": _easy_r1,
+    "query response": _llava_video,
+    "messages": _messages,
+    "video_path question option0 correct_choice": _longvideobench,
+    "video_path question candidates correct_choice": _longvideobench,
+    "video question candidates answer": _mvbench,
+    "videoID question options answer": _video_mme,
+    "dataset scene_name question ground_truth": _vsi_bench,
+    "question question_type choices answer": _mmvu,
+    "video_id question answer dim": _tempcompass,
+    "id question options answer": _video_mmmu,
+}
 
 
 def _choice(row: Row, options: tuple[str, ...], answer: str, *videos: str, clips: tuple[Clip, ...] = ()) -> Sample:
     """A multiple-choice sample; `answer` is a letter, or the text of one of `options`."""
-    texts = [option.strip(" .").casefold() for option in options]
-    if answer.strip(" .").casefold() in texts:
-        letter = chr(ord("A") + texts.index(answer.strip(" .").casefold()))
-    elif (found := CHOICE.match(answer.strip())) and ord(found[1]) - ord("A") < len(options):
+    texts, found = [_plain(option) for option in options], CHOICE.match(answer.strip())
+    if _plain(answer) in texts:
+        letter = LETTERS[texts.index(_plain(answer))]
+    elif found and found[1] in LETTERS[: len(options)]:
         letter = found[1]
     else:
         raise row.error(f"the answer {answer!r:.200} is none of the options {list(options)!r:.200}")
-    return _build(row, row.text("question"), letter, videos, (), options, MULTIPLE_CHOICE, clips)
+    parts = {"videos": videos, "images": (), "options": options, "clips": clips}
+    return _build(row, row.text("question"), letter, MULTIPLE_CHOICE, **parts)
 
 
-def _build(
-    row, problem, answer, videos=None, images=None, options=None, kind=None, clips=None, completions=()
-) -> Sample:
-    """A sample from a row's parts, paths final; None is read from the row's own fields, what no one reads is `meta`.
+def _build(row: Row, problem: str, answer: str, problem_type: str | None = None, **parts: tuple) -> Sample:
+    """A sample of a row. A part that is not given (videos, images, options, clips, completions) is read from the row's
+    field of that name; fields that nobody reads are `meta`. The row's own problem_type and completions come first.
 
     Options that are not in the question yet are added to it, a lettered line each.
     """
-    given = row.text("problem_type") if row.get("problem_type") is not None else kind
-    problem_type = given or guess_type(answer)
+    # 1) The type
+    if row.get("problem_type") is not None:
+        problem_type = row.text("problem_type")
+    problem_type = problem_type or guess_type(answer)
     if problem_type == MULTIPLE_CHOICE and not LETTER.match(answer):
-        mend = "write e.g. <answer>B</answer>, or set problem_type"
-        raise row.error(f"solution {answer!r:.200} has no option letter; {mend}")
-    options = row.texts("options") if options is None else options
-    if len(options) > 26:
-        raise row.error(f"has {len(options)} options; there are letters for 26")
+        raise row.error(
+            f"solution {answer!r:.200} has no option letter; write e.g. <answer>B</answer>, or set problem_type"
+        )
+    # 2) Options
+    options = parts["options"] if "options" in parts else row.texts("options")
+    if len(options) > len(LETTERS):
+        raise row.error(f"has {len(options)} options; there are letters for {len(LETTERS)}")
     options = lettered(options)
-    if not all(re.search(rf"\b{letter}\W+{re.escape(text)}", problem) for letter, text in _labels(options)):
+    labels = [(letter, re.sub(r"^\(?[A-Z][.):]+\s*", "", option)) for letter, option in zip(LETTERS, options)]
+    if not all(re.search(rf"\b{letter}\W+{re.escape(text)}", problem) for letter, text in labels):
         problem = "\n".join((problem.rstrip("\n"), *options))
-    videos = row.paths("video", "videos") if videos is None else videos
-    images = row.paths("image", "images") if images is None else images
-    completions = row.texts("completions") or completions
+    # 3) Files and completions
+    videos = parts["videos"] if "videos" in parts else row.paths("video", "videos")
+    images = parts["images"] if "images" in parts else row.paths("image", "images")
+    completions = row.texts("completions") or parts.get("completions", ())
     try:
         "".join((problem, answer, problem_type, *options, *completions)).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise row.error(f"holds half a character ({half!r}), as a text cut within an emoji does; mend or delete it")
+        raise row.error(f"holds half a character ({half!r}), as a text cut within an emoji does; fix or delete it")
     return Sample(
         key=row.key,
         problem=problem,
         answer=answer,
-        problem_type=problem_type,
         videos=videos,
         images=images,
+        problem_type=problem_type,
         options=options,
         completions=completions,
-        clips=clips or _clips(row, len(videos)),
+        clips=parts.get("clips") or _clips(row, len(videos)),
         meta={name: value for name, value in row.fields.items() if name not in row.used},
     )
 
 
 def lettered(options: tuple[str, ...]) -> tuple[str, ...]:
-    """Options as "A. red" lines; as they are where each has its own letter already ("A. red", "A) red", "(A) red")."""
-    letters = [chr(ord("A") + n) for n in range(len(options))]
-    if all(re.match(rf"\(?{letter}[.):]", option) for letter, option in zip(letters, options)):
+    """Options as lettered lines, or as they are if each has its own letter already.
+
+    in: ("red", "blue"); out: ("A. red", "B. blue"). As they are: ("A. red", ...), ("A) red", ...), ("(A) red", ...)
+    """
+    if all(re.match(rf"\(?{letter}[.):]", option) for letter, option in zip(LETTERS, options)):
         return tuple(options)
-    return tuple(f"{letter}. {option}" for letter, option in zip(letters, options))
-
-
-def _labels(options: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(letter, text) of each lettered option."""
-    return [(chr(ord("A") + n), re.sub(r"^\(?[A-Z][.):]+\s*", "", option)) for n, option in enumerate(options)]
+    return tuple(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
 
 
 def guess_type(answer: str) -> str:
-    """The problem type of an answer whose row names none: a letter, a number, LaTeX, or else free text."""
+    """The problem type of an answer whose row names no type: by a letter, a number, LaTeX, else free text."""
     if CHOICE.match(answer):
         return MULTIPLE_CHOICE
     if re.fullmatch(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)", answer):
@@ -409,7 +401,10 @@ def guess_type(answer: str) -> str:
 
 
 def _clips(row: Row, count: int) -> tuple[Clip, ...]:
-    """The clips of a row's videos: numbers for all of them, or lists of one number a video."""
+    """The clips of a row's videos. A field holds one number for all videos, or a list with one for each.
+
+    in: two videos, video_start [0, 1], video_end 5; out: (Clip(0, 5), Clip(1, 5))
+    """
     columns = []
     for name in CLIP_FIELDS:
         value = row.get(name)
@@ -418,7 +413,7 @@ def _clips(row: Row, count: int) -> tuple[Clip, ...]:
             raise row.error(f"field {name!r} has {len(values)} numbers for {count} videos")
         columns.append([_seconds(row, number) for number in values])
     clips = tuple(Clip(*column) for column in zip(*columns))
-    return clips if any(number is not None for clip in clips for number in clip) else ()
+    return () if set(clips) <= {WHOLE} else clips
 
 
 def _seconds(row: Row, value) -> float | None:
@@ -428,8 +423,8 @@ def _seconds(row: Row, value) -> float | None:
 
 
 def _find(row: Row, name: str, inner: tuple[str, ...] = ()) -> str:
-    """The video (or folder of frames) that a benchmark calls `name`, with or without a suffix, in the folders where it
-    may lie: those of FOLDERS, in each of them first in the folders `inner`."""
+    """The video (or folder of frames) that a benchmark calls `name`, with or without a suffix. Looks in FOLDERS, and in
+    each of them first in the folders `inner`."""
     path = reroot(name, row.root)
     for top, folder, suffix in itertools.product(FOLDERS, (*inner, ""), SUFFIXES):
         candidate = row.root / top / folder / (name + suffix)
@@ -439,9 +434,17 @@ def _find(row: Row, name: str, inner: tuple[str, ...] = ()) -> str:
 
 
 def _tagged(solution: str) -> str:
-    """The text between <answer> and </answer>, or all of it where there are no such tags, stripped."""
+    """The text between <answer> and </answer>, or all of it if there are no such tags, stripped."""
     tagged = ANSWER.search(solution)
     return (tagged.group(1) if tagged else solution).strip()
+
+
+def _plain(text: str) -> str:
+    return text.strip(" .").casefold()
+
+
+def _texts_of(parts: list[dict]) -> list[str]:
+    return [part["text"] for part in parts if part.get("text")]
 
 
 def _listed(value) -> list:

@@ -1,25 +1,26 @@
-"""Frames and images, chosen and resized as qwen-vl-utils 0.0.14 does, which is how the published weights saw them.
+"""Frames and images, picked and resized as qwen-vl-utils 0.0.14 does, which is how the published weights saw them.
 
 Departures, each with its reason:
 - One sampling stage. Open-R1-Video samples at 2 fps and then spreads 16 frames over the result, which rounds twice and
-  repeats frames of short clips; here `fps` and `max_frames` act together, once, on the original frame numbers.
+  repeats frames of short clips. Here `fps` and `max_frames` act together, once, on the original frame numbers.
 - `smart_resize` never returns a side of 0 (qwen-vl-utils can, for a picture 30 high and 6000 wide, and then fails).
 - PyAV decodes, and a frame is what its decoder shows. qwen-vl-utils reads by decord, which counts and shows frames that
   an edit list hides, and takes wrong ones, without a word, from AVI, MPEG-2, WMV, HEVC, open GOPs and joined clips.
 - A file that cannot be read raises; qwen-vl-utils tries another reader.
-- A folder of frames is a video like any other: its frames are sampled too, none is repeated to make their number even,
-  and they are resized once (qwen-vl-utils takes all, repeats the last, and first resizes to multiples of 56).
+- A folder of frames is a video like any other: its frames are sampled too, no frame is repeated to make their number
+  even, and they are resized once (qwen-vl-utils takes all, repeats the last, and first resizes to multiples of 56).
 - Above MAX_FRAME_PIXELS nothing is decoded: a file of a few kB can claim a frame of many GB.
-- None in time: that of a frame is its number / the average rate, as in qwen-vl-utils. So clips (`video_start`) of a
-  file whose frame rate varies can show other seconds than those asked for.
 - Frames stay uint8. qwen-vl-utils resizes in uint8 as well, so its float frames hold the same integers.
+
+As in qwen-vl-utils, the time of a frame is its number / the average rate. So clips (`video_start`) of a file whose
+frame rate varies can show other seconds than those asked for.
 """
 
 import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import accumulate, chain
@@ -39,20 +40,22 @@ from video.settings import VideoSettings
 FRAME_FACTOR = 2  # frames come in pairs: the vision tower's temporal patch
 MAX_RATIO = 200  # a longer strip than this is refused, as the model's own processor does
 VIDEO_MAX_TOKENS = 768  # per frame, qwen-vl-utils' ceiling whatever max_pixels says
-FOLDER_FPS = 2.0  # of a folder of frames, where its row does not say; qwen-vl-utils' sample_fps
+FOLDER_FPS = 2.0  # of a folder of frames whose row has no sample_fps, as in qwen-vl-utils
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")  # PIL knows more, and hands one of them (EPS) to Ghostscript
 MAX_FRAME_PIXELS = 64 * 2**20  # 8K has 33 million
 CUT_FRAMES = 4  # at the end of a clip cut without coding again, among which some are left out
-WHOLE_SHARE = 0.9  # of the frames that a header tells of; a file with fewer is taken for a broken download
+WHOLE_SHARE = 0.9  # of the frames that a header counts; a file with fewer is taken for a broken download
 SEEK_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # each packet has the time at which it is shown
 SEEK_CODECS = ("h264", "hevc", "vp8", "vp9", "libdav1d")  # a decoder may begin at any of their key frames
 SKIP_CODECS = ("h264", "hevc")  # frames that no other is predicted from can be left out, as late as at decoding
 CONTEXT_TOKENS = 128_000  # qwen-vl-utils' budget of a whole video is 90% of this, in merged patches
 
+Numbered = Iterator[tuple[int | None, av.VideoFrame]]  # frames as they are decoded, each after its number if known
+
 
 class SampleError(ValueError):
-    """Why one sample cannot be used. `path` is the file at fault, `reason` one line."""
+    """A sample that cannot be used. `path` is the file at fault, "" if the text is; `reason` is one line."""
 
     def __init__(self, path: str, reason: str):
         super().__init__(path, reason)  # both in args, so that it survives pickling between processes
@@ -67,14 +70,20 @@ class VideoError(SampleError):
 
 
 @contextmanager
-def blamed(path: str, what: str = "", errors: tuple[type[Exception], ...] = (ValueError,)):
-    """Turns `errors` of its block, which name no file, into a VideoError of `path`: `what` and their first line."""
+def blamed(path: str, what: str = "") -> Iterator[None]:
+    """Turns an error of its block into a VideoError of `path`: `what` and the first line of the error.
+
+    Decoders raise errors of many types on damaged files, so the block does nothing but read. The name of the type comes
+    first if the text alone may say little: "IndexError: 3".
+    """
     try:
         yield
-    except VideoError:  # a ValueError, that has its path
+    except VideoError:
         raise
-    except errors as error:
-        raise VideoError(path, what + _one_line(error)) from error
+    except Exception as error:
+        text = getattr(error, "strerror", None) or str(error).strip()
+        name = "" if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        raise VideoError(path, what + f"{name}{text.splitlines()[0] if text else ''}"[:200]) from error
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
@@ -98,7 +107,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pi
 
 
 def frame_count(total_frames: int, video_fps: float, settings: VideoSettings) -> int:
-    """How many frames to take of a video: even, between 2 and `total_frames`. Raises ValueError where none fits.
+    """How many frames to take of a video: even, between 2 and `total_frames`. Raises ValueError if no number fits.
 
     Source: qwen_vl_utils.vision_process.smart_nframes.
     """
@@ -116,7 +125,7 @@ def frame_count(total_frames: int, video_fps: float, settings: VideoSettings) ->
 
 
 def clip_range(total_frames: int, video_fps: float, clip: Clip) -> tuple[int, int]:
-    """The numbers of the first and last frame between clip.start and clip.end. Raises ValueError where there are none.
+    """The numbers of the first and last frame between clip.start and clip.end. Raises ValueError if there are not two.
 
     Source: qwen_vl_utils.vision_process.calculate_video_frame_range.
     """
@@ -131,8 +140,13 @@ def clip_range(total_frames: int, video_fps: float, clip: Clip) -> tuple[int, in
     return first, last
 
 
-def choose(total_frames: int, video_fps: float, settings: VideoSettings, clip: Clip = WHOLE) -> tuple[list[int], float]:
-    """(numbers of the frames to take, how many of them there are per second). Raises ValueError where none fit."""
+def pick_frames(
+    total_frames: int, video_fps: float, settings: VideoSettings, clip: Clip = WHOLE
+) -> tuple[list[int], float]:
+    """(numbers of the frames to take, how many of them there are per second). Raises ValueError if no frames fit.
+
+    in: 90 frames at 30 per second, settings of 2 fps; out: [0, 18, 36, 53, 71, 89], 2.0
+    """
     if not (total_frames > 0 and 0 < video_fps < math.inf):
         raise ValueError(f"its header gives {total_frames} frames at {video_fps} per second")
     first, last = clip_range(total_frames, video_fps, clip)
@@ -141,7 +155,10 @@ def choose(total_frames: int, video_fps: float, settings: VideoSettings, clip: C
 
 
 def frame_indices(first: int, last: int, count: int) -> list[int]:
-    """`count` frame numbers spread evenly from `first` to `last`, both included, rounded (never truncated)."""
+    """`count` frame numbers spread evenly from `first` to `last`, both included, rounded, never truncated.
+
+    in: 0, 7, 4; out: [0, 2, 5, 7]
+    """
     return torch.linspace(first, last, count).round().long().tolist()
 
 
@@ -169,8 +186,8 @@ def check_file(path: str) -> None:
 def probe(path: str, clip: Clip = WHOLE) -> tuple[int, float, int, int]:
     """(frames, frames per second, height, width) of a video from its metadata; no frame is decoded.
 
-    Height and width are those stored: a rotation flag may swap them, which changes no count of tokens. The last
-    65,536 answers are kept: planning, decoding and later epochs open a video once. Raises VideoError.
+    Height and width are as stored: a rotation flag may swap them, which changes no count of tokens. The last 65,536
+    answers are kept, so that planning, decoding and later epochs open a video once. Raises VideoError.
     """
     if os.path.isdir(path):
         files = frame_files(path)
@@ -198,6 +215,17 @@ def _probe(path: str, *_) -> tuple[int, float, int, int]:
     return frames, fps, height, width
 
 
+def plan_frames(
+    path: str, settings: VideoSettings, factor: int, clip: Clip = WHOLE
+) -> tuple[list[int], float, tuple[int, int]]:
+    """(numbers of the frames that `read_video` takes, how many there are per second, their height and width), from the
+    metadata alone. A header may be wrong about the number of frames. Raises VideoError."""
+    total, fps, height, width = probe(path, clip)
+    with blamed(path):
+        indices, rate = pick_frames(total, fps, settings, clip)
+        return indices, rate, frame_size(height, width, len(indices), settings, factor)
+
+
 def frame_files(folder: str) -> list[str]:
     """The images of a folder of frames, in the order of the numbers in their names. Raises VideoError."""
     names = [name for name in os.listdir(folder) if name.lower().endswith(FRAME_SUFFIXES) and not name.startswith(".")]
@@ -208,13 +236,13 @@ def frame_files(folder: str) -> list[str]:
 
 
 def read_video(path: str, settings: VideoSettings, factor: int, clip: Clip = WHOLE) -> tuple[torch.Tensor, float]:
-    """The chosen frames, uint8 (T, 3, H, W) resized, and how many of them there are per second of video.
+    """(picked frames, uint8 (T, 3, H, W) resized; how many of them there are per second of video).
 
     `factor` is the model's patch size x merge size: H and W are multiples of it. Raises VideoError.
     """
-    probe(path, clip)  # for the limit of the frames' size
+    probe(path, clip)  # refuses frames that are too large
     reader = _read_folder if os.path.isdir(path) else _read_file
-    with blamed(path, errors=(Exception,)):  # a damaged frame's conversion too raises errors of many types
+    with blamed(path):
         return reader(path, settings, factor, clip)
 
 
@@ -225,14 +253,14 @@ def image_size(path: str, settings: VideoSettings, factor: int) -> tuple[int, in
 
 
 def read_image(path: str, settings: VideoSettings, factor: int) -> torch.Tensor:
-    """An image, uint8 (3, H, W), on white where transparent, resized by PIL as in qwen-vl-utils. Raises VideoError."""
+    """An image, uint8 (3, H, W), on white if transparent, resized by PIL as in qwen-vl-utils. Raises VideoError."""
     size = image_size(path, settings, factor)
     with _open_image(path) as image:
         return _pixels(path, image, size)
 
 
 def _pixels(path: str, image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
-    with blamed(path, "cannot be decoded: ", (OSError, SyntaxError, ValueError)):  # what PIL raises on damaged data
+    with blamed(path, "cannot be decoded: "):
         if image.mode == "RGBA":
             opaque = Image.new("RGB", image.size, (255, 255, 255))
             opaque.paste(image, mask=image.split()[3])
@@ -244,8 +272,7 @@ def _pixels(path: str, image: Image.Image, size: tuple[int, int]) -> torch.Tenso
 
 def _open_image(path: str) -> Image.Image:
     check_file(path)
-    errors = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-    with blamed(path, "cannot be opened as an image: ", errors), warnings.catch_warnings():
+    with blamed(path, "cannot be opened as an image: "), warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return Image.open(path, formats=IMAGE_FORMATS)
 
@@ -253,9 +280,12 @@ def _open_image(path: str) -> Image.Image:
 class _Packets:
     """What the packets of a video tell, in the order of decoding: reads the container to its end, decodes nothing.
 
-    `count` frames are shown, `fps` a second. A packet that its container hides, as an edit list does, is no frame, nor
-    is one shown before the first key frame, which no decoder can predict from anything. `told`: frames by the header,
-    0 or less if it does not say. `numbers`: time -> number of the frame shown then; None if times cannot be relied on.
+    - count: how many frames are shown. A packet that its container hides, as an edit list does, is no frame. Nor is a
+      packet that is shown before the first key frame: no decoder can predict it from anything.
+    - fps: frames shown a second
+    - told: how many frames the header says there are; 0 or less if it does not say
+    - numbers: time -> number of the frame shown then; None if times cannot be relied on
+    - times, keys: of each packet, when its frame is shown and whether it is a key frame
     """
 
     def __init__(self, container, stream):
@@ -267,21 +297,24 @@ class _Packets:
         self.told, self.fps = stream.frames - hidden, _rate(stream)
         clock = [ticks for *_, ticks in found if ticks is not None]
         if container.format.name == "avi" and len(clock) > 1 and clock[-1] - clock[0] >= len(clock):
-            ticks = (clock[-1] - clock[0]) / (len(clock) - 1)  # a frame may last several, and the header counts them
+            ticks = (clock[-1] - clock[0]) / (
+                len(clock) - 1
+            )  # a frame may last several ticks, and the header counts ticks
             self.told, self.fps = round(self.told / ticks), float(1 / (ticks * stream.time_base))
         decoder, timed = stream.codec_context, container.format.name in SEEK_CONTAINERS
         if timed and decoder.name in SEEK_CODECS and self._in_order(decoder.has_b_frames):
             shown = sorted(time for time in shown if time >= self.times[0])
             self.numbers = {time: number for number, time in enumerate(shown)}
             evenly = shown[:-CUT_FRAMES]
-            if hidden and len(evenly) > 1:  # average_rate may count those too
+            if hidden and len(evenly) > 1:  # average_rate may count hidden frames
                 self.fps = float((len(evenly) - 1) / ((evenly[-1] - evenly[0]) * stream.time_base))
         self.count = len(shown)
 
     def _in_order(self, reordered: bool) -> bool:
-        """Whether it begins with a key frame, and what is decoded before a key frame is shown before all the rest.
+        """Whether the times can be relied on: the first packet is a key frame, and all frames decoded before a key
+        frame are shown before all frames decoded from it on.
 
-        If frames are `reordered`, times that only rise are those of decoding, as of a raw stream copied into an mp4.
+        If frames are `reordered`, times that only rise are times of decoding, as of a raw stream copied into an mp4.
         """
         if None in self.times or len(set(self.times)) < len(self.times) or not any(self.keys[:1]):
             return False
@@ -292,7 +325,10 @@ class _Packets:
         return all(latest[at - 1] < earliest[at] for at, key in enumerate(self.keys) if key and at)
 
     def needed(self, wanted: list[int]) -> bytearray:
-        """1 for each packet that has to be decoded to show the frames `wanted`, else 0; a 0 after the last."""
+        """1 for each packet that has to be decoded to show the frames `wanted`, else 0; and a 0 after the last packet.
+
+        in: packets of 6 frames in the order they are shown, key frames 0 and 3, wanted [4]; out: 0 0 0 1 1 0 0
+        """
         needed, key, before = bytearray(len(self.times) + 1), 0, 0  # the last key frame, and the one before it
         wanted = set(wanted)
         for at, time in enumerate(self.times):
@@ -305,38 +341,39 @@ class _Packets:
 
 
 def _read_file(path: str, settings: VideoSettings, factor: int, clip: Clip) -> tuple[torch.Tensor, float]:
-    """As `read_video`. Decodes what the chosen frames need or, where that is not known for sure, all up to the last."""
+    """As `read_video`. Decodes what the picked frames need, or all up to the last if that is not known for sure."""
     with _opened(path, "cannot be decoded: ") as (container, stream):
         packets = _Packets(container, stream)
     _check_whole(path, packets.count, packets.told)
-    indices, rate = choose(packets.count, packets.fps, settings, clip)
+    indices, rate = pick_frames(packets.count, packets.fps, settings, clip)
     found = {}
     if packets.numbers:
-        with suppress(VideoError):  # damaged, or not what its packets promise: then it is decoded whole, which decides
+        with suppress(VideoError):  # damaged, or not as its packets say: then all is decoded, which decides
             found, _ = _take(_decode_needed(path, packets, indices), indices, settings, factor)
     if len(found) < len(indices):
         to_end = indices[-1] == packets.count - 1
         found, count = _take(_decode_all(path), indices, settings, factor, to_end)
         if count <= indices[-1] or to_end and count != packets.count:  # a packet need not be a frame in every codec
             _check_whole(path, count, packets.told)
-            indices, rate = choose(count, packets.fps, settings, clip)
+            indices, rate = pick_frames(count, packets.fps, settings, clip)
             found, _ = _take(_decode_all(path), indices, settings, factor)
     if missing := len(indices) - len(found):
         raise VideoError(path, f"cannot be decoded: {missing} of the {len(indices)} frames chosen are damaged")
     return torch.cat([found[index] for index in indices]), rate
 
 
-def _decode_all(path: str) -> Iterator[tuple[int, av.VideoFrame]]:
+def _decode_all(path: str) -> Numbered:
     """Yields (number, frame) of every frame."""
     with _opened(path, "cannot be decoded: ") as (container, stream):
         yield from enumerate(container.decode(stream))
 
 
-def _decode_needed(path: str, packets: _Packets, wanted: list[int]) -> Iterator[tuple[int | None, av.VideoFrame]]:
+def _decode_needed(path: str, packets: _Packets, wanted: list[int]) -> Numbered:
     """Yields (number, frame) of the frames `wanted` and of some more, decoding little else.
 
-    Where decoding begins within the file, the numbers are None unless the key frame there is one: with x264's
-    intra-refresh it is a picture that the next second mends. Raises VideoError if frames do not come in their order.
+    If decoding begins within the file, the numbers are None unless the first frame is intra-coded: with x264's
+    intra-refresh a "key frame" is a damaged picture, complete only a second later. Raises VideoError if frames do not
+    come in the order of their times.
     """
     needed, wanted, decoding, latest = packets.needed(wanted), set(wanted), 0, -math.inf
     with _opened(path, "cannot be decoded: ") as (container, stream):
@@ -363,37 +400,32 @@ def _decode_needed(path: str, packets: _Packets, wanted: list[int]) -> Iterator[
 
 
 def _take(
-    frames: Iterable[tuple[int | None, av.VideoFrame]],
-    wanted: list[int],
-    settings: VideoSettings,
-    factor: int,
-    to_end: bool = False,
+    frames: Numbered, wanted: list[int], settings: VideoSettings, factor: int, to_end: bool = False
 ) -> tuple[dict[int, torch.Tensor], int]:
-    """({number: frame (1, 3, H, W), resized} of the frames `wanted` that are whole, how many frames came).
+    """({number: frame (1, 3, H, W), resized} of the frames `wanted` that are not damaged, how many frames came).
 
-    It stops at the last of them, or goes on `to_end`, to count all.
+    It stops at the last frame wanted, or goes on `to_end`, to count all.
     """
     converter, found, seen = VideoReformatter(), {}, 0
     for seen, (number, frame) in enumerate(frames, 1):
         if number in wanted and not frame.is_corrupt:
             if not found:
-                width, height = frame.width, frame.height  # of all: they may change within a file
+                width, height = frame.width, frame.height  # of all frames: they may change within a file
             image = converter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
             upright = np.ascontiguousarray(np.rot90(image.to_ndarray(), frame.rotation // 90 % 4))
-            found[number] = _resize(upright, frame_size(*upright.shape[:2], len(wanted), settings, factor))
+            size = frame_size(*upright.shape[:2], len(wanted), settings, factor)
+            tensor = torch.from_numpy(upright).permute(2, 0, 1)[None]
+            found[number] = resize(tensor, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
         if number == wanted[-1] and not to_end:
             break
     return found, seen
 
 
 def _read_folder(path: str, settings: VideoSettings, factor: int, clip: Clip) -> tuple[torch.Tensor, float]:
-    """As `read_video`, of a folder of frames; resized by PIL as images are, as qwen-vl-utils does with a list."""
-    files = frame_files(path)
-    total, fps, height, width = probe(path, clip)
-    indices, rate = choose(total, fps, settings, clip)
-    size = frame_size(height, width, len(indices), settings, factor)
-    frames = []
-    for file in (files[i] for i in indices):
+    """As `read_video`, of a folder of frames; PIL resizes them as it does images, as qwen-vl-utils does with a list."""
+    indices, rate, size = plan_frames(path, settings, factor, clip)
+    files, frames, (*_, height, width) = frame_files(path), [], probe(path, clip)
+    for file in (files[index] for index in indices):
         with _open_image(file) as image:
             if image.size != (width, height):
                 raise VideoError(path, f"{os.path.basename(file)} is {image.size}, the first frame {(width, height)}")
@@ -401,20 +433,10 @@ def _read_folder(path: str, settings: VideoSettings, factor: int, clip: Clip) ->
     return torch.stack(frames), rate
 
 
-def _resize(frame: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
-    """A frame (H, W, 3) as (1, 3, *size), both uint8."""
-    tensor = torch.from_numpy(frame).permute(2, 0, 1)[None]
-    return resize(tensor, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
-
-
 @contextmanager
-def _opened(path: str, what: str):
-    """Gives (container, video stream) of a file; what reading it raises becomes a VideoError that begins with `what`.
-
-    On damaged files PyAV raises errors of many types, an IndexError if a stream turns up late, for one. So the block
-    does nothing but read, and all of them are caught.
-    """
-    with blamed(path, what, (Exception,)), av.open(path, metadata_errors="replace") as container:
+def _opened(path: str, what: str) -> Iterator[tuple]:
+    """Gives (container, video stream) of a file; an error in reading it becomes a VideoError, after `what`."""
+    with blamed(path, what), av.open(path, metadata_errors="replace") as container:
         stream = container.streams.best("video")
         if stream is None:
             raise VideoError(path, "has no video stream")
@@ -432,10 +454,3 @@ def _rate(stream) -> float:
 def _check_whole(path: str, count: int, told: int) -> None:
     if count < WHOLE_SHARE * told:  # else the frames would be those of another, shorter stretch of time
         raise VideoError(path, f"is cut short: holds {count} of the {told} frames that its header tells of")
-
-
-def _one_line(error: BaseException) -> str:
-    """An error's first line, after the name of its type where the line alone may say little."""
-    text = getattr(error, "strerror", None) or str(error).strip()
-    name = "" if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-    return f"{name}{text.splitlines()[0] if text else ''}"[:200]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import chain
 
 from video.formats import DataError, Sample
 from video.frames import SampleError
@@ -18,25 +19,25 @@ from video.prompt import Prompt, Skipped
 Encoder = Callable[[Sample, str | None], Prompt]
 
 AHEAD = 2  # batches
-GIVE_UP_AFTER = 50  # samples, all skipped for one kind of reason before any could be used: the set-up is at fault
-ADVICE = {  # kind of reason -> what to do where nothing else happens
+GIVE_UP_AFTER = 50  # samples, all skipped for one type of reason before any could be used: the set-up is at fault
+ADVICE = {  # Skipped.reason_type -> what to do if nothing else happens
     "VideoError": "python -m video.scan --data ... lists all such files",
     "PromptTooLong": "raise --max_prompt_tokens; lower --max_frames (or --nframes), --max_pixels or --image_max_pixels",
-    "SampleError": "mend the rows",
-    "timeout": "raise --decode_timeout, or lower --workers where the machine is busy",
-    "worker died": "lower --workers where memory is short; --workers 0 shows the error where a decoder crashes",
+    "SampleError": "fix the rows",
+    "timeout": "raise --decode_timeout, or lower --workers if the machine is busy",
+    "worker died": "lower --workers if memory is short; --workers 0 shows the error if a decoder crashes",
 }
 
 
 class PromptLoader(AbstractContextManager):
     """Encodes batches of samples in order, at most AHEAD batches before they are asked for.
 
-    Where the first `give_up_after` samples are all skipped, and for the same kind of reason, it raises DataError with
-    advice for that kind: a wrong --video_root, say, and a run that went on would train on nothing. None: it never does.
+    If the first `give_up_after` samples are all skipped, and for the same type of reason, it raises DataError with
+    advice for that type: with a wrong --video_root, say, a run would train on nothing. None: it never does.
 
-    `workers` 0 encodes in this process, when a batch is asked for: no limit of time and no protection then. `timeout`
-    is in seconds a sample. Workers start at once, so that they are ready when the model has loaded. A script that uses
-    it needs the usual `if __name__ == "__main__":`. Use it as a context manager.
+    `timeout` is in seconds a sample. With `workers` 0 this process encodes, when a batch is asked for, without a limit
+    of time or protection from crashes. Workers start at once, so that they are ready when the model has loaded. Use it
+    as a context manager, in a script that has the usual `if __name__ == "__main__":`.
     """
 
     def __init__(
@@ -47,27 +48,38 @@ class PromptLoader(AbstractContextManager):
         if not timeout > 0:
             raise ValueError("--decode_timeout must be above 0 seconds")
         self.encoder, self.timeout, self.give_up_after = encoder, timeout, give_up_after
-        self._kinds, self._seen = set(), 0  # of the samples so far: kinds of reasons, None for a sample that was used
+        self._reason_types, self._seen = set(), 0  # of the samples so far; None: the sample was used
         self._pool = WorkerPool(partial(_encode, encoder), workers, timeout) if workers else None
 
     def batches(self, groups: Iterable[list[Sample]], control: str | None = None) -> Iterator[list[Prompt | Skipped]]:
         """One list for each list of `groups`, in the same order; `control` goes to the encoder."""
-        if self._pool is None:
-            for group in groups:
-                yield self._checked([_encode(self.encoder, sample, control) for sample in group])
-            return
         source, pending = iter(groups), deque()
         try:
             while True:
-                while len(pending) <= AHEAD and (group := next(source, None)) is not None:
-                    pending.append([(sample, self._pool.submit(sample, control)) for sample in group])
+                ahead = AHEAD if self._pool else 0
+                while len(pending) <= ahead and (group := next(source, None)) is not None:
+                    pending.append(self._begin(group, control))
                 if not pending:
                     return
-                yield self._checked([self._collect(sample, future) for sample, future in pending.popleft()])
-        finally:  # the consumer stopped early: what has not begun need not begin
-            for _, future in (pair for batch in pending for pair in batch):
-                if not future.running():
-                    future.cancel()
+                yield self._finish(pending.popleft())
+        finally:  # the consumer stopped early: calls that have not begun need not begin
+            for _, future in chain(*pending):
+                future.cancel()
+
+    def submit(self, group: list[Sample], control: str | None = None) -> Callable[[], list[Prompt | Skipped]]:
+        """Begins to encode one batch; returns a function that waits for it."""
+        return partial(self._finish, self._begin(group, control))
+
+    def _begin(self, group: list[Sample], control: str | None) -> list[tuple[Sample, Future]]:
+        if self._pool:
+            return [(sample, self._pool.submit(sample, control)) for sample in group]
+        futures = [Future() for _ in group]
+        for sample, future in zip(group, futures):
+            future.set_result(_encode(self.encoder, sample, control))
+        return list(zip(group, futures))
+
+    def _finish(self, calls: list[tuple[Sample, Future]]) -> list[Prompt | Skipped]:
+        return self._checked([self._collect(sample, future) for sample, future in calls])
 
     def __exit__(self, *_) -> None:
         """Ends the workers. (The server that forked them is shared by all loaders, and ends with this process.)"""
@@ -76,13 +88,13 @@ class PromptLoader(AbstractContextManager):
 
     def _checked(self, batch: list[Prompt | Skipped]) -> list[Prompt | Skipped]:
         """`batch`, unless it shows that no sample at all can be used."""
-        self._kinds.update(item.kind if isinstance(item, Skipped) else None for item in batch)
+        self._reason_types |= {item.reason_type if isinstance(item, Skipped) else None for item in batch}
         self._seen += len(batch)
-        nothing_else = len(self._kinds) == 1 and None not in self._kinds
-        if batch and nothing_else and self.give_up_after and self._seen >= self.give_up_after:
+        all_alike = len(self._reason_types) == 1 and None not in self._reason_types
+        if batch and all_alike and self.give_up_after and self._seen >= self.give_up_after:
             last = batch[-1]
             because = ": ".join(filter(None, (last.path, last.reason)))
-            because = "; ".join(filter(None, (because, ADVICE.get(last.kind))))
+            because = "; ".join(filter(None, (because, ADVICE.get(last.reason_type))))
             raise DataError(f"all of the first {self._seen} samples were skipped, the last ({last.key}): {because}")
         return batch
 
@@ -105,5 +117,5 @@ def _encode(encoder: Encoder, sample: Sample, control: str | None) -> Prompt | S
         return _skipped(sample, f"{type(error).__name__}: {error}", type(error).__name__)
 
 
-def _skipped(sample: Sample, reason: str, kind: str) -> Skipped:
-    return Skipped(sample.key, next(iter(sample.media), ""), " ".join(reason.split())[:300], kind)
+def _skipped(sample: Sample, reason: str, reason_type: str) -> Skipped:
+    return Skipped(sample.key, next(iter(sample.media), ""), " ".join(reason.split())[:300], reason_type)

@@ -1,30 +1,20 @@
 """A sample as the tensors that the model reads: placeholders expanded, pixels cut into patches.
 
 The model's own processor does no more here than normalise and cut (do_resize=False, do_sample_frames=False): frames
-were chosen and resized once, in frames.py.
+are picked and resized once, in frames.py.
 """
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
-from transformers import AutoProcessor
+from transformers import AutoProcessor, ProcessorMixin
 
 from video.cache import FrameCache
 from video.formats import MARKS, WHOLE, Clip, Sample
-from video.frames import (
-    FRAME_FACTOR,
-    SampleError,
-    blamed,
-    choose,
-    frame_size,
-    image_size,
-    probe,
-    read_image,
-    read_video,
-)
+from video.frames import FRAME_FACTOR, SampleError, image_size, plan_frames, read_image, read_video
 from video.settings import TEMPLATE, VideoSettings
 
 GREY = 128  # a blank frame: the middle of the range, so near the mean after normalising
@@ -36,17 +26,17 @@ class PromptTooLong(SampleError):
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample that was left out, never replaced: its row, the file at fault ("" where it is the text) and why."""
+    """A sample that was left out, and never replaced by another."""
 
-    key: str
-    path: str
+    key: str  # of its row
+    path: str  # the file at fault, "" if the text is at fault
     reason: str
-    kind: str = field(default="", compare=False)  # the type of the exception, "timeout" or "worker died"
+    reason_type: str = field(default="", compare=False)  # the type of the exception, "timeout" or "worker died"
 
 
 @dataclass
 class Prompt:
-    """What the model reads for one sample. Patches are flattened: 1176 = 3 colours x 2 frames x 14 x 14 pixels."""
+    """What the model reads for one sample. A patch is flattened: 1176 = 3 colours x 2 frames x 14 x 14 pixels."""
 
     sample: Sample
     input_ids: torch.Tensor  # (P,) int64; one placeholder token for each merged patch
@@ -56,8 +46,8 @@ class Prompt:
     video_grid_thw: torch.Tensor | None  # (videos, 3) int64
     seconds_per_grid: list[float]  # one a video: seconds between two time steps; Qwen2.5-VL's time scale
 
-    # Between processes tensors go as numpy arrays, by value: torch would share memory through file descriptors, which
-    # run out, and which die with a worker that is killed.
+    # Tensors go from process to process as numpy arrays, by value: torch would share memory through file descriptors,
+    # which run out, and which die with a worker that is killed.
     def __getstate__(self) -> dict:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: value.numpy() if torch.is_tensor(value) else value for name, value in values.items()}
@@ -68,7 +58,7 @@ class Prompt:
 
 
 def shuffled_order(count: int, key: str) -> list[int]:
-    """A permutation of range(count), fixed by `key`, that is not the identity where count > 1."""
+    """A permutation of range(count), fixed by `key`. It is never the identity if count > 1."""
     generator = np.random.default_rng(zlib.crc32(key.encode()))
     order = list(range(count))
     while count > 1 and order == list(range(count)):
@@ -104,7 +94,7 @@ def with_clips(sample: Sample) -> list[tuple[str, Clip]]:
     return list(zip(sample.videos, sample.clips or [WHOLE] * len(sample.videos), strict=True))
 
 
-def load_processor(path: str):
+def load_processor(path: str) -> ProcessorMixin:
     """The processor of a folder or hub name; code that comes with it is never run.
 
     Raises ValueError if its chat template cannot ask about an image and a video, and what transformers raises on
@@ -122,7 +112,7 @@ def load_processor(path: str):
     return processor
 
 
-def chat_text(processor, question: str, images: int, videos: int) -> str:
+def chat_text(processor: ProcessorMixin, question: str, images: int, videos: int) -> str:
     """The chat text of a question after so many images and videos, a placeholder for each, ready to be completed.
 
     The system prompt is the default of the model's own chat template.
@@ -133,7 +123,7 @@ def chat_text(processor, question: str, images: int, videos: int) -> str:
 
 
 class PromptEncoder:
-    """Calls turn a Sample into a Prompt, or raise SampleError with the file and the reason.
+    """Turns a Sample into a Prompt when called, or raises SampleError with the file and the reason.
 
     It is pickled into worker processes, and each of them loads the processor again from `processor_path`, a folder or
     hub name. `template` holds "{problem}", where the question goes. `cache` keeps the frames of videos on disk.
@@ -147,24 +137,22 @@ class PromptEncoder:
         max_prompt_tokens: int = 8192,
         cache: FrameCache | None = None,
     ):
-        self.processor_path, self.settings = str(processor_path), settings
-        self.template, self.max_prompt_tokens, self.cache = template, max_prompt_tokens, cache
-        processor = load_processor(self.processor_path)
-        self.tokenizer, self.processor = processor.tokenizer, processor
-        self.image_processor, self.video_processor = processor.image_processor, processor.video_processor
+        self._arguments = str(processor_path), settings, template, max_prompt_tokens, cache
+        self.settings, self.template, self.max_prompt_tokens = settings, template, max_prompt_tokens
+        self.read_video = cache.read if cache else read_video
+        self.processor = load_processor(str(processor_path))
+        self.video_processor = self.processor.video_processor
         if hasattr(self.video_processor, "cap_pixels_per_frame"):
             self.video_processor.cap_pixels_per_frame = False  # it concerns resizing alone; unset, it warns
         self.factor = self.video_processor.patch_size * self.video_processor.merge_size
-        self.video_token_id = self.tokenizer.convert_tokens_to_ids(processor.video_token)
-        self.image_token_id = self.tokenizer.convert_tokens_to_ids(processor.image_token)
-        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        self.special_tokens = tuple(sorted(special))
+        added = self.processor.tokenizer.added_tokens_decoder.values()
+        self.special_tokens = sorted({token.content for token in added if token.special})
         for token in self.special_tokens:
-            if token in self.template:
+            if token in template:
                 raise ValueError(f"--prompt_template must not hold {token}: the chat template adds special tokens")
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.processor_path, self.settings, self.template, self.max_prompt_tokens, self.cache)
+        return type(self), self._arguments
 
     def __call__(self, sample: Sample, control: str | None = None) -> Prompt:
         """The prompt of `sample`; `control` names a change of its frames (FRAME_CONTROLS; "blank" greys images too).
@@ -172,23 +160,24 @@ class PromptEncoder:
         Raises VideoError for a file that cannot be read, PromptTooLong (found before any frame is decoded) and
         SampleError for a question that holds the model's special tokens.
         """
+        # 1) The length, from file headers
         ids = self.text_ids(sample)
         self._check_length(sample, len(ids) - len(sample.media) + self.planned_tokens(sample))
+        # 2) Pixels
         images = [read_image(path, self.settings, self.factor) for path in sample.images]
         if control == "blank":
             images = [torch.full_like(image, GREY) for image in images]
         videos, rates = [], []
-        read = read_video if self.cache is None else self.cache.read
         for number, (path, clip) in enumerate(with_clips(sample)):
-            frames, rate = read(path, self.settings, self.factor, clip)
+            frames, rate = self.read_video(path, self.settings, self.factor, clip)
             videos.append(FRAME_CONTROLS[control](frames, f"{sample.key}/{number}") if control else frames)
             rates.append(rate)
-        inputs = {}
+        # 3) Patches
+        inputs, same = {}, {"do_resize": False, "return_tensors": "pt"}
         if images:
-            inputs |= self.image_processor(images=images, do_resize=False, return_tensors="pt")
+            inputs |= self.processor.image_processor(images=images, **same)
         if videos:
-            cut = self.video_processor
-            inputs |= cut(videos=videos, do_resize=False, do_sample_frames=False, return_tensors="pt")
+            inputs |= self.video_processor(videos=videos, do_sample_frames=False, **same)
         image_grid, video_grid = inputs.get("image_grid_thw"), inputs.get("video_grid_thw")
         return Prompt(
             sample=sample,
@@ -201,23 +190,30 @@ class PromptEncoder:
         )
 
     def text_ids(self, sample: Sample) -> list[int]:
-        """The token ids of `text`: one for each image and video."""
-        return self.tokenizer(self.text(sample), add_special_tokens=False)["input_ids"]
+        """The token ids of `text`: one placeholder for each image and video."""
+        return self.processor.tokenizer(self.text(sample), add_special_tokens=False)["input_ids"]
 
-    def expand(self, sample: Sample, ids: list[int], image_grid: torch.Tensor | None, video_grid: torch.Tensor | None):
-        """(P,) int64: `text_ids` with the placeholder of each image and video repeated for each of its merged patches.
+    def expand(
+        self, sample: Sample, ids: list[int], image_grid: torch.Tensor | None, video_grid: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(P,) int64: `ids` of `text_ids`, with each placeholder repeated for each merged patch of its image or video.
 
-        The grids are those of its images and videos, in patches. Raises PromptTooLong.
+        in: ids [5, video, 7], a video_grid of one video of 1 x 4 x 4 patches, of which 2 x 2 are merged
+        out: [5, video, video, video, video, 7]
+
+        Raises PromptTooLong.
         """
-        counts = {
-            self.image_token_id: _merged(image_grid, self.image_processor.merge_size),
-            self.video_token_id: _merged(video_grid, self.video_processor.merge_size),
-        }
-        expanded = []
-        for token in ids:
-            expanded.extend([token] * next(counts[token]) if token in counts else [token])
-        self._check_length(sample, len(expanded))  # after planning as well: a header may lie about the number of frames
-        return torch.tensor(expanded)
+        processor, tokens = self.processor, torch.tensor(ids)
+        repeats = torch.ones_like(tokens)
+        for token, grid, cut in (
+            (processor.image_token, image_grid, processor.image_processor),
+            (processor.video_token, video_grid, processor.video_processor),
+        ):
+            if grid is not None:
+                places = tokens == processor.tokenizer.convert_tokens_to_ids(token)
+                repeats[places] = grid.prod(dim=1) // cut.merge_size**2
+        self._check_length(sample, int(repeats.sum()))  # again after planning: a header may lie about the frames
+        return tokens.repeat_interleave(repeats)
 
     def text(self, sample: Sample) -> str:
         """The `chat_text` of `sample`: its question in the template. Raises SampleError."""
@@ -230,25 +226,13 @@ class PromptEncoder:
 
     def planned_tokens(self, sample: Sample) -> int:
         """Vision tokens of `sample` by arithmetic on file headers: no frame is decoded."""
-        total = 0
-        for path in sample.images:
-            height, width = image_size(path, self.settings, self.factor)
-            total += (height // self.factor) * (width // self.factor)
+        shapes = [(1, *image_size(path, self.settings, self.factor)) for path in sample.images]
         for path, clip in with_clips(sample):
-            frames, fps, height, width = probe(path, clip)
-            with blamed(path):
-                count = len(choose(frames, fps, self.settings, clip)[0])
-                height, width = frame_size(height, width, count, self.settings, self.factor)
-            steps = -(-count // self.video_processor.temporal_patch_size)
-            total += steps * (height // self.factor) * (width // self.factor)
-        return total
+            indices, _, size = plan_frames(path, self.settings, self.factor, clip)
+            shapes.append((-(-len(indices) // self.video_processor.temporal_patch_size), *size))
+        return sum(steps * (height // self.factor) * (width // self.factor) for steps, height, width in shapes)
 
     def _check_length(self, sample: Sample, length: int) -> None:
         if length > self.max_prompt_tokens:
             path = next(iter(sample.media), "")
             raise PromptTooLong(path, f"prompt of {length} tokens is over --max_prompt_tokens {self.max_prompt_tokens}")
-
-
-def _merged(grid: torch.Tensor | None, merge_size: int) -> Iterator[int]:
-    """How many tokens each image or video of a grid takes."""
-    return iter([] if grid is None else (grid.prod(dim=1) // merge_size**2).tolist())

@@ -3,7 +3,7 @@
     python -m video.scan --data train.jsonl --video_root videos --output bad.jsonl
     python train.py --data train.jsonl --video_root videos --skip_list bad.jsonl
 
-A file counts as bad where training would skip it: the same frames are decoded, in worker processes with a time limit.
+A file counts as bad if training would skip it: the same frames are decoded, in worker processes with a time limit.
 """
 
 if __name__ == "__main__":
@@ -13,9 +13,7 @@ if __name__ == "__main__":
 
 import argparse
 import os
-import signal
 import sys
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -23,11 +21,12 @@ from tqdm import tqdm
 
 from video.dataset import read_mixture
 from video.files import write_rows
-from video.formats import WHOLE, DataError, Sample, printable
-from video.frames import VideoSettings, read_image, read_video
+from video.formats import DataError, Sample, printable
+from video.frames import read_image, read_video
 from video.loader import PromptLoader
-from video.pool import WorkersDoNotStart
 from video.prompt import Skipped, with_clips
+from video.settings import VideoSettings, add_video_flags
+from video.terminal import run_program
 
 BATCH = 64  # files handed to the workers at a time
 FACTOR = 28  # of Qwen2-VL; which files can be read does not depend on it
@@ -46,19 +45,12 @@ def files_of(samples: list[Sample]) -> list[Sample]:
     """One sample for each file, and for each clip of it; its meta["rows"] are the keys of the rows that use it."""
     rows: dict[tuple, dict[str, None]] = {}
     for sample in samples:
-        media = [("videos", os.path.abspath(path), clip) for path, clip in with_clips(sample)]
-        for item in media + [("images", os.path.abspath(path), WHOLE) for path in sample.images]:
-            rows.setdefault(item, {})[sample.key] = None
+        media = [("videos", path, (clip,)) for path, clip in with_clips(sample)]
+        for field, path, clips in media + [("images", path, ()) for path in sample.images]:
+            rows.setdefault((field, os.path.abspath(path), clips), {})[sample.key] = None
     return [
-        Sample(
-            key=path,
-            problem="",
-            answer="",
-            clips=(clip,) if kind == "videos" else (),
-            meta={"rows": list(keys)},
-            **{kind: (path,)},
-        )
-        for (kind, path, clip), keys in rows.items()
+        Sample(path, "", "", clips=clips, meta={"rows": list(keys)}, **{field: (path,)})
+        for (field, path, clips), keys in rows.items()
     ]
 
 
@@ -85,27 +77,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", default="bad.jsonl", help="The list to write, for --skip_list [bad.jsonl].")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Processes that read files [all cores].")
     parser.add_argument("--decode_timeout", type=float, default=60.0, help="Seconds a file may take [60].")
-    for item in fields(VideoSettings):
-        kind = int if "int" in str(item.type) else float
-        parser.add_argument(f"--{item.name}", type=kind, default=item.default, help=f"As in train.py [{item.default}].")
+    add_video_flags(parser)
     given = parser.parse_args(arguments)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+
+    def work() -> None:
         if not Path(given.output).absolute().parent.is_dir():
             raise DataError(f"--output {given.output}: there is no such folder; make it first")
-        settings = VideoSettings(**{item.name: getattr(given, item.name) for item in fields(VideoSettings)})
+        settings = VideoSettings.of(given)
         samples = read_mixture(given.data, given.video_root)
         bad = scan(samples, settings, given.workers, given.decode_timeout)
         write_rows(given.output, bad)
-    except KeyboardInterrupt:
-        print("video.scan: stopped; no list was written", file=sys.stderr)
-        return 130
-    except (DataError, ValueError, OSError, WorkersDoNotStart) as error:
-        print(f"video.scan: error: {printable(error)}", file=sys.stderr)
-        return 2
-    rows = {row for entry in bad for row in entry["rows"]}
-    print(f"{len(bad)} bad files, in {len(rows)} rows: {printable(given.output)}")
-    return 0
+        rows = {row for entry in bad for row in entry["rows"]}
+        print(f"{len(bad)} bad files, in {len(rows)} rows: {printable(given.output)}")
+
+    return run_program("video.scan", work, stopped="stopped; no list was written")
 
 
 if __name__ == "__main__":

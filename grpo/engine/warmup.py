@@ -52,9 +52,7 @@ def target_groups(
                 f"{prompt.sample.key}: a completion of {longest} tokens is over --max_prompt_tokens {max_tokens}; "
                 "shorten it"
             )
-        group = RolloutGroup(prompt, list(tokens), [torch.zeros(len(own)) for own in tokens], [], [])
-        group.advantages = torch.full((len(tokens),), 1.0 / sum(group.lengths))
-        groups.append(group)
+        groups.append(RolloutGroup(prompt, list(tokens), [torch.zeros(len(own)) for own in tokens], [], []))
         marks.append(answers if len(answers) > 1 else (torch.ones_like(answers[0]),))
     return groups, marks
 
@@ -65,12 +63,15 @@ def supervised_step(
     """One step of maximum likelihood. Returns (loss, [(C,) probabilities of the tokens of each completion])."""
     count = max(reduce_sum({"prompts": len(groups)})["prompts"], 1)
     total, probabilities = 0.0, []
-    for batch in make_micro_batches(groups, policy, config, config.sft_prompts_per_step):
+    for batch in make_micro_batches(groups, policy, config.prompts_per_forward):
         logprobs, _ = policy(batch, entropy=False)
-        loss = -(logprobs * batch.advantages).sum() / count if batch.lengths else 0 * logprobs.sum()
+        loss = 0 * logprobs.sum()  # of a dummy
+        if batch.rollouts:
+            shares = torch.cat([torch.full((len(g.tokens),), 1.0 / sum(g.lengths)) for g in batch.rollouts])
+            loss = -(logprobs * shares.to(policy.device)[batch.completion]).sum() / count
+            probabilities += logprobs.detach().exp().cpu().split(batch.lengths)
         (loss * world_size()).backward()  # FSDP averages gradients over ranks; the loss is a sum
         total += loss.item()
-        probabilities += logprobs.detach().exp().cpu().split(batch.lengths) if batch.lengths else []
     apply_gradients(policy, optimizer, config.grad_clip)
     return reduce_sum({"loss": total})["loss"], probabilities
 

@@ -27,20 +27,20 @@ def steps_of(epochs, count, prompts_per_step):
     return math.ceil(epochs * count / prompts_per_step)
 
 
-def step_samples(samples, step, prompts_per_step, seed):
-    """The samples of `step` (0-based), over all ranks: the next prompts_per_step of an endless run of epochs.
+def draw_samples(samples, position, count, seed):
+    """The next `count` samples from `position` of an endless run of epochs, over all ranks; `slot` numbers them.
 
     No sample is left out or repeated within an epoch, whatever the remainder and the world size. A sample that comes
-    again within a step gets a key of its own ("train.jsonl:3#2"), and with it random numbers of its own.
+    again within a draw gets a key of its own ("train.jsonl:3#2"), and with it random numbers of its own.
     """
-    start, count = step * prompts_per_step, len(samples)
-    slots = (divmod(slot, count) for slot in range(start, start + prompts_per_step))
-    seen, taken = Counter(), []
-    for sample in (samples[epoch_order(count, seed, epoch)[place]] for epoch, place in slots):
+    seen, drawn = Counter(), []
+    for slot in range(count):
+        epoch, place = divmod(position + slot, len(samples))
+        sample = samples[epoch_order(len(samples), seed, epoch)[place]]
         seen[sample.key] += 1
-        again = seen[sample.key] > 1
-        taken.append(replace(sample, key=f"{sample.key}#{seen[sample.key]}") if again else sample)
-    return taken
+        key = f"{sample.key}#{seen[sample.key]}" if seen[sample.key] > 1 else sample.key
+        drawn.append(replace(sample, key=key, slot=slot))
+    return drawn
 
 
 def draw(samples, count):

@@ -19,8 +19,10 @@ and COPIES are estimates; `bench/gpu_check.py` puts measured peaks beside it.
 
 from bisect import bisect_left
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+import yaml
 
 from grpo.engine.model_files import FAMILIES, read_config
 from grpo.errors import ConfigError, ModelError
@@ -33,33 +35,16 @@ COPIES = 6  # raw, masked and scaled logits, log-probabilities, and in backward 
 TEXT_TOKENS = 256  # of a prompt beside its video: chat template, question, options, instruction
 MOST_FRAMES = 4096
 
-# config.json as published, for the names that need no download: what differs from transformers' defaults.
-_PUBLISHED = {
-    # family, hidden, inner, layers, heads, key/value heads, vocabulary, tied embeddings, inner of the vision tower
-    "Qwen/Qwen2-VL-2B-Instruct": ("qwen2_vl", 1536, 8960, 28, 12, 2, 151936, True, 5120),
-    "Qwen/Qwen2-VL-7B-Instruct": ("qwen2_vl", 3584, 18944, 28, 28, 4, 152064, False, 5120),
-    "Qwen/Qwen2.5-VL-3B-Instruct": ("qwen2_5_vl", 2048, 11008, 36, 16, 2, 151936, True, 3420),
-    "Qwen/Qwen2.5-VL-7B-Instruct": ("qwen2_5_vl", 3584, 18944, 28, 28, 4, 152064, False, 3420),
-    "Qwen/Qwen2.5-VL-32B-Instruct": ("qwen2_5_vl", 5120, 27648, 64, 40, 8, 152064, False, 3456),
-    "Qwen/Qwen2.5-VL-72B-Instruct": ("qwen2_5_vl", 8192, 29568, 80, 64, 8, 152064, False, 3456),
-}
-
 
 def published_config(name):
-    """The transformers config of a folder, a hub name, or (without network) one of the names above."""
-    if name not in _PUBLISHED:
+    """The transformers config of a folder, a hub name, or (without a network) a name in published.yaml."""
+    published = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
+    if name not in published:
         return read_config(name)
-    family, hidden, inner, layers, heads, kv_heads, words, tied, tower = _PUBLISHED[name]
-    text = dict(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=words, tie_word_embeddings=tied,
-    )  # fmt: skip
-    vision = {"depth": 32, "num_heads": 16}
-    if family == "qwen2_vl":
-        vision |= {"embed_dim": 1280, "hidden_size": hidden, "mlp_ratio": tower // 1280}
-    else:
-        vision |= {"hidden_size": 1280, "out_hidden_size": hidden, "intermediate_size": tower, "tokens_per_second": 2}
-    return FAMILIES[family].config_class(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    model = published[name]
+    return FAMILIES[model["family"]].config_class(
+        text_config=model["text"], vision_config=model["vision"], tie_word_embeddings=model["tie_word_embeddings"]
+    )
 
 
 def frames_of(settings):
@@ -142,71 +127,94 @@ def memory_plan(config, counts, settings):
 
 
 def moments(config, counts, settings, tokens, trained):
-    """{phase: [{part: bytes} at each moment of it that may take most]}, beside what is always there."""
-    text, vision, width, lora = config.text_config, config.vision_config, copy_width(settings), settings.lora_rank > 0
-    patches, prompt, packed = tokens["patches"], tokens["prompt tokens"], tokens["packed tokens"]
-    rows, kept, frozen = settings.prompts_per_forward, settings.prompts_per_rollout, settings.freeze_vision or lora
-    hidden, inner, words = text.hidden_size, text.intermediate_size, text.vocab_size
-    wide = getattr(vision, "embed_dim", vision.hidden_size)
-    tall = getattr(vision, "intermediate_size", None) or wide * vision.mlp_ratio
-    kv = text.num_key_value_heads * head_size(text)
-    whole, root, layer, block = (2 * counts[name] for name in ("all", "root", "layer", "block"))  # in bf16
-    pixels = 4 * patches * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    features = 2 * hidden * tokens["video tokens"]
-    # What one block holds at its peak, each bf16 number 2 bytes: read off the lists of blocks that torch's allocator
-    # had out. The tower rotates queries and keys in fp32.
-    see, see_backward = 2 * 17 * wide * patches, 2 * max(6 * tall + 5 * wide, 17 * wide) * patches
-    read, read_backward = 2 * (3 * inner + 4 * hidden), 2 * (6 * inner + 15 * hidden)
-    layers, blocks = text.num_hidden_layers * 2 * hidden, (vision.depth + 4) * 2 * wide  # saved for backward, a token
-    if not settings.gradient_checkpointing:
-        layers = text.num_hidden_layers * layer_bytes(hidden, inner, text.num_attention_heads * head_size(text), kv)
-        blocks = vision.depth * layer_bytes(wide, tall, wide, wide)
-    layers, blocks = layers * packed * rows, 0 if frozen else blocks * patches * rows
-    logits = COPIES * 4 * min(LOGITS_PER_CHUNK, (packed - prompt) * rows * words)
-    cache = (4 + 2) * text.num_hidden_layers * kv * kept
+    """{phase: [{part: bytes} at each moment of the phase that may take most]}, beside what is always there."""
+    sizes = Sizes(config, counts, settings, tokens)
+    reference = reference_moments(sizes) if settings.kl_coef else [{}]
+    return {"rollout": rollout_moments(sizes), "reference": reference, "update": update_moments(sizes, trained)}
 
-    gathers = 1 if width > 1 or not lora else 0  # one process that trains adapters computes with the base itself
-    rollout = [
-        {"gathered weights": gathers * (whole + layer)},
-        {"gathered weights": gathers * whole, "activations": (1.5 * pixels + see) * kept},
-        {"gathered weights": gathers * whole, "KV cache": cache * prompt,
-         "activations": (pixels + features + read * prompt) * kept},
-        {"gathered weights": gathers * whole, "KV cache": cache * packed, "activations": pixels * kept,
-         "logits": 40 * kept * settings.group_size * words},
+
+class Sizes:
+    """What the moments of a run are made of, in bytes."""
+
+    def __init__(self, config, counts, settings, tokens):
+        text, vision, self.width = config.text_config, config.vision_config, copy_width(settings)
+        self.counts, self.settings, self.lora = counts, settings, settings.lora_rank > 0
+        self.depth, self.text_layers, self.words = vision.depth, text.num_hidden_layers, text.vocab_size
+        patches, self.prompt, self.packed = tokens["patches"], tokens["prompt tokens"], tokens["packed tokens"]
+        self.rows, self.frozen = settings.prompts_per_forward, settings.freeze_vision or self.lora
+        hidden, inner = text.hidden_size, text.intermediate_size
+        wide = getattr(vision, "embed_dim", vision.hidden_size)
+        tall = getattr(vision, "intermediate_size", None) or wide * vision.mlp_ratio
+        kv = text.num_key_value_heads * head_size(text)
+        self.whole, self.root, self.layer, self.block = (2 * counts[n] for n in ("all", "root", "layer", "block"))
+        self.pixels = 4 * patches * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        self.features = 2 * hidden * tokens["video tokens"]
+        # What one block holds at its peak, 2 bytes a bf16 number: read off the lists of blocks that torch's allocator
+        # had out. The tower rotates queries and keys in fp32.
+        self.see, self.see_backward = 2 * 17 * wide * patches, 2 * max(6 * tall + 5 * wide, 17 * wide) * patches
+        self.read, self.read_backward = 2 * (3 * inner + 4 * hidden), 2 * (6 * inner + 15 * hidden)  # a token
+        # Saved for backward, a token: the inputs of all layers and blocks, or everything.
+        layers, blocks = text.num_hidden_layers * 2 * hidden, (vision.depth + 4) * 2 * wide
+        if not settings.gradient_checkpointing:
+            layers = text.num_hidden_layers * layer_bytes(hidden, inner, text.num_attention_heads * head_size(text), kv)
+            blocks = vision.depth * layer_bytes(wide, tall, wide, wide)
+        self.layers = layers * self.packed * self.rows
+        self.blocks = 0 if self.frozen else blocks * patches * self.rows
+        self.logits = COPIES * 4 * min(LOGITS_PER_CHUNK, (self.packed - self.prompt) * self.rows * self.words)
+        self.cache = (4 + 2) * text.num_hidden_layers * kv * settings.prompts_per_rollout  # a token
+        self.head = 0 if self.lora else 2 * hidden * self.words  # lm_head's gradient in bf16, alive until the end
+        self.gathers = 1 if self.width > 1 or not self.lora else 0  # alone, adapters compute with the base itself
+
+
+def rollout_moments(s):
+    kept, whole = s.settings.prompts_per_rollout, s.gathers * s.whole
+    return [
+        {"gathered weights": s.gathers * (s.whole + s.layer)},
+        {"gathered weights": whole, "activations": (1.5 * s.pixels + s.see) * kept},
+        {"gathered weights": whole, "KV cache": s.cache * s.prompt,
+         "activations": (s.pixels + s.features + s.read * s.prompt) * kept},
+        {"gathered weights": whole, "KV cache": s.cache * s.packed, "activations": s.pixels * kept,
+         "logits": 40 * kept * s.settings.group_size * s.words},
     ]  # fmt: skip
-    shared = 1 if width > 1 else 0  # one process holds its reference whole
-    reference = [
-        {"gathered weights": shared * 2 * root, "activations": pixels * rows},  # what is sent, and what is unpacked
-        {"gathered weights": shared * (root + 3 * block), "activations": (1.5 * pixels + see) * rows},
-        {"gathered weights": shared * (root + 2 * layer), "activations": (pixels + features + read * packed) * rows},
-        {"gathered weights": shared * root, "activations": pixels * rows, "logits": logits},
+
+
+def reference_moments(s):
+    shared = 1 if s.width > 1 else 0  # one process holds its reference whole
+    return [
+        {"gathered weights": shared * 2 * s.root, "activations": s.pixels * s.rows},  # sent, and unpacked
+        {"gathered weights": shared * (s.root + 3 * s.block), "activations": (1.5 * s.pixels + s.see) * s.rows},
+        {"gathered weights": shared * (s.root + 2 * s.layer),
+         "activations": (s.pixels + s.features + s.read * s.packed) * s.rows},
+        {"gathered weights": shared * s.root, "activations": s.pixels * s.rows, "logits": s.logits},
     ]  # fmt: skip
-    head = 0 if lora else 2 * hidden * words  # lm_head's gradient in bf16, from the first chunk of logits to the end
-    shard = 4 / width  # bytes of a gradient
-    of_text = shard * text.num_hidden_layers * counts["layer"]
-    of_blocks = 0 if frozen else shard * vision.depth * counts["block"]
-    if lora:
-        of_text = shard * trained
-    update = [
-        {"gathered weights": gathers * root, "reduction": head, "activations": 1.5 * pixels * rows + layers + blocks,
-         "logits": logits},
-        {"gathered weights": gathers * (root + 2 * layer), "reduction": head,  # the last layer's backward is the first
-         "activations": 1.5 * pixels * rows + layers + blocks + read_backward * packed * rows},
-        {"gathered weights": gathers * (root + 2 * layer), "gradients": of_text,
-         "reduction": head + (0 if lora else 2 * layer),  # a layer's in fp32
-         "activations": (1.5 * pixels + read_backward * packed) * rows + layers / text.num_hidden_layers + blocks},
-        {"gathered weights": gathers * (root + 2 * block), "gradients": of_text, "reduction": head,
-         "activations": 1.5 * pixels * rows + (0 if frozen else blocks + see_backward * rows)},
-        {"gradients": of_text + of_blocks, "reduction": 0 if lora else 3 * root,  # in bf16, and in fp32 to be sent
-         "activations": 1.5 * pixels * rows},
+
+
+def update_moments(s, trained):
+    shard = 4 / s.width  # bytes of a gradient
+    of_text = shard * (trained if s.lora else s.text_layers * s.counts["layer"])
+    of_blocks = 0 if s.frozen else shard * s.depth * s.counts["block"]
+    patches, saved = 1.5 * s.pixels * s.rows, s.layers + s.blocks
+    backward = s.read_backward * s.packed * s.rows
+    return [
+        {"gathered weights": s.gathers * s.root, "reduction": s.head, "activations": patches + saved,
+         "logits": s.logits},
+        # The last layer's backward is the first.
+        {"gathered weights": s.gathers * (s.root + 2 * s.layer), "reduction": s.head,
+         "activations": patches + saved + backward},
+        {"gathered weights": s.gathers * (s.root + 2 * s.layer), "gradients": of_text,
+         "reduction": s.head + (0 if s.lora else 2 * s.layer),  # a layer's in fp32
+         "activations": patches + backward + s.layers / s.text_layers + s.blocks},
+        {"gathered weights": s.gathers * (s.root + 2 * s.block), "gradients": of_text, "reduction": s.head,
+         "activations": patches + (0 if s.frozen else s.blocks + s.see_backward * s.rows)},
+        {"gradients": of_text + of_blocks, "reduction": 0 if s.lora else 3 * s.root,  # in bf16, and fp32 to be sent
+         "activations": patches},
         {"gradients": shard * trained},
     ]  # fmt: skip
-    return {"rollout": rollout, "reference": reference if settings.kl_coef else [{}], "update": update}
 
 
 def most_frames(plan_of, limit, most_tokens):
     """The largest even number of frames whose plan_of(frames) has a peak within `limit` bytes and a prompt within
-    most_tokens; 0 where none is."""
+    most_tokens; 0 if there is none."""
     pairs = range(1, MOST_FRAMES // 2 + 1)
 
     def too_many(pair):
@@ -249,6 +257,6 @@ def plan_text(config):
             f"peak {plan['peak'] / GIB:.1f} GiB {fits} --gpu_memory {config.gpu_memory:g} (torch reserves up to "
             f"{reserved / GIB:.1f} if there is room); most frames that fit: {most}",
             f"prompts this long {'are SKIPPED: raise' if skipped else 'fit'} --max_prompt_tokens "
-            f"{config.max_prompt_tokens}; a formula (grpo/plan.py), not yet run on a GPU",
+            f"{config.max_prompt_tokens}; a formula (grpo/run/plan.py), not yet run on a GPU",
         ]
     )

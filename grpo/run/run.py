@@ -16,7 +16,7 @@ from grpo.engine.evaluate import EvalSettings, Progress, category_of, predict, s
 from grpo.engine.fast_paths import choose_fast_paths
 from grpo.engine.model_files import read_processor
 from grpo.errors import ConfigError, RunError, Stopped
-from grpo.run.data import digest, read_questions, step_samples, steps_of
+from grpo.run.data import digest, draw_samples, read_questions, steps_of
 from grpo.run.folder import clear_run, data_before, find_checkpoint, made_before
 from grpo.run.log import RunLog, describe_groups, describe_run
 from grpo.run.stops import count_bad, memory_message, out_of_memory
@@ -40,6 +40,11 @@ def make_encoder(config, template=None, path=None):
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def own_share():
+    """The slice of a draw that is this rank's."""
+    return slice(rank(), None, world_size())
 
 
 @contextmanager
@@ -108,6 +113,8 @@ class Run:
     prompts: list = field(default_factory=list)  # those at work
     bad: int = 0  # steps in a row whose update was skipped
     checked: bool = False  # whether fast paths have been chosen
+    drawn: int = 0  # prompts that the step has drawn, with dynamic sampling
+    ahead: Callable | None = None  # waits for the first prompts of the next step, with dynamic sampling
 
     def introduce(self):
         """Says what the run is about to do."""
@@ -126,32 +133,33 @@ class Run:
 
     def grpo_batches(self):
         """The batches of the GRPO steps that are not done yet."""
-        config = self.config
-        steps = range(self.state["step"], config.steps)
-        return self.batches(self.train, steps, config.prompts_per_step, config.seed)
+        config, steps = self.config, range(self.state["step"], self.config.steps)
+        if config.dynamic_sampling:
+            self.begin_draws(self.state.setdefault("position", 0))
+            return self.batches(iter(lambda: self.ahead(), None), steps, "--data")
+        draws = (
+            draw_samples(self.train, s * config.prompts_per_step, config.prompts_per_step, config.seed) for s in steps
+        )
+        return self.batches(self.loader.batches(draw[own_share()] for draw in draws), steps, "--data")
 
     def warmup_batches(self):
         """The batches of the supervised pass."""
-        config = self.config
-        steps, seed = range(config.sft_steps), config.seed + 1
-        return self.batches(self.warmup, steps, config.sft_prompts_per_step, seed, flag="--sft_data")
+        count, steps, seed = self.config.sft_prompts_per_step, range(self.config.sft_steps), self.config.seed + 1
+        draws = (draw_samples(self.warmup, step * count, count, seed) for step in steps)
+        return self.batches(self.loader.batches(draw[own_share()] for draw in draws), steps, "--sft_data")
 
-    def batches(self, samples, steps, per_step, seed, flag="--data"):
+    def batches(self, encoded, steps, flag):
         """Yields (prompts of this rank, {"skipped", "seconds_waiting"}) for each of a range of steps.
 
-        Worker processes decode ahead. A sample that could not be read is named and counted, and its step is smaller.
-        Raises Stopped on all ranks before the first step that any of them was asked not to take, and DataError before
-        the last step if no sample of all steps could be used. `flag` is where the samples come from.
+        encoded: an iterator of batches, which worker processes decode ahead; `flag` is where their samples come from.
+        A sample that could not be read is named and counted, and its step is smaller. Raises Stopped on all ranks
+        before the first step that any of them was asked not to take, and DataError before the last step if no sample
+        of all steps could be used.
         """
-        own = slice(rank(), None, world_size())
-        encoded = self.loader.batches(step_samples(samples, step, per_step, seed)[own] for step in steps)
         used, asked = self.state.setdefault("used", {}), time.perf_counter()
         for step, batch in zip(steps, self.until_signalled(encoded)):
             waited = time.perf_counter() - asked
-            prompts = [p for p in batch if not isinstance(p, Skipped)]
-            for p in batch:
-                if isinstance(p, Skipped):
-                    self.log.say(f"skipped {p.key}: {p.path}: {p.reason}", everywhere=True)
+            prompts = self.readable(batch)
             stop = bool(self.signalled() or self.saver.failed)
             sums = reduce_sum({"used": len(prompts), "skipped": len(batch) - len(prompts), "stop": stop})
             if sums["stop"]:
@@ -162,6 +170,30 @@ class Run:
                 raise DataError(f"{flag}: every sample was skipped, for the reasons above: nothing was trained")
             yield prompts, {"skipped": int(sums["skipped"]), "seconds_waiting": waited}
             asked = time.perf_counter()
+
+    def readable(self, batch):
+        """The prompts of a batch; names the samples that could not be read."""
+        for p in batch:
+            if isinstance(p, Skipped):
+                self.log.say(f"skipped {p.key}: {p.path}: {p.reason}", everywhere=True)
+        return [p for p in batch if not isinstance(p, Skipped)]
+
+    def begin_draws(self, position):
+        """With dynamic sampling: the next step draws from `position` of the data. Its first prompts are decoded from
+        now on, while the update of the step before runs."""
+        self.state["position"], self.drawn = position, 0
+        self.ahead = self.submit(self.config.prompts_per_step)
+
+    def submit(self, count):
+        """A function that waits for this rank's share of the next `count` prompts of the step."""
+        position, first = self.state["position"], self.drawn
+        self.drawn += count
+        draw = draw_samples(self.train, position, self.drawn, self.config.seed)[first:]
+        return self.loader.submit(draw[own_share()])
+
+    def draw(self, count):
+        """This rank's prompts among the next `count` of the step, beyond those that it began with."""
+        return self.readable(self.submit(count)())
 
     def until_signalled(self, batches):
         """Yields the batches; an empty one, for all ranks to stop at, if a signal has ended the workers too."""

@@ -1,6 +1,7 @@
 """A fast path is used only if it is right and faster; else one line says why. Stand-ins take the place of kernels."""
 
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -8,13 +9,13 @@ import torch
 from conftest import make_prompt
 from test_shared_prompt import flash_attn_varlen_func
 
-from grpo import attention, selfcheck
+from grpo import attention
 from grpo.attention import IN_USE
 from grpo.batch import pack
 from grpo.config import parse_config
-from grpo.engine.distributed import Processes
+from grpo.engine import fast_paths
 from grpo.engine.fast_paths import FastPath, choose_fast_paths
-from grpo.sampler import SamplingSettings, sample
+from grpo.sampler import SamplingSettings, generate
 from video.prompt import Skipped
 
 PLAIN = "attention by torch's scaled_dot_product_attention; fast paths in use: none"
@@ -22,13 +23,13 @@ PLAIN = "attention by torch's scaled_dot_product_attention; fast paths in use: n
 
 def always_faster(monkeypatch):
     """Trials take the less time, the more paths are in use."""
-    run_trial = selfcheck.run_trial
+    run_trial = fast_paths.run_trial
 
     def timed(names, *given):
         seconds = 5.0 - len(names)
         return run_trial(names, *given)._replace(seconds={"scoring": seconds, "sampling": seconds})
 
-    monkeypatch.setattr(selfcheck, "run_trial", timed)
+    monkeypatch.setattr(fast_paths, "run_trial", timed)
 
 
 @pytest.fixture
@@ -37,16 +38,17 @@ def check(tiny_vl, monkeypatch):
     policy, _, tokenizer = tiny_vl
     config = parse_config(["--preset", "demo", "--max_new_tokens", "8", "--group_size", "2"])
     prompt, lines = make_prompt(tokenizer, [("video", (4, 4, 6))]), []
+    on_a_gpu = SimpleNamespace(device=torch.device("cuda"))  # its plain twin is on the CPU
     loader = SimpleNamespace(batches=lambda groups: ([Skipped("x", "x", "x")] if s is None else [s] for (s,) in groups))
 
     def run(kernel, samples=(None, prompt), others=()):
-        processes = Processes(0, 1, torch.device("cuda"), None)
-        processes.gather = lambda item: [item, *others]
+        monkeypatch.setattr(fast_paths, "gather", lambda faults: [faults, *others])
         monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=kernel))
-        choose_fast_paths(policy, loader, samples, config, processes, tokenizer, lines.append)
+        choose_fast_paths(on_a_gpu, loader, samples, config, tokenizer, lines.append)
         return lines
 
-    monkeypatch.setattr(selfcheck, "FAST_PATHS", (FastPath("flash-attn", "scoring"),))
+    monkeypatch.setattr(fast_paths, "FAST_PATHS", (FastPath("flash-attn", "scoring"),))
+    monkeypatch.setattr(fast_paths, "unsharded", lambda _: nullcontext(policy))
     always_faster(monkeypatch)
     monkeypatch.setattr(attention, "flash_fits", lambda query: "flash-attn" in IN_USE)
     yield run
@@ -57,10 +59,10 @@ def numbers(tiny_vl):
     """What a run computes: log-probabilities of sampling and of scoring."""
     policy, _, tokenizer = tiny_vl
     prompt = make_prompt(tokenizer, [("video", (4, 4, 6))])
-    (rollout,) = sample(policy, [prompt], 3, SamplingSettings(max_new_tokens=6), [5], tokenizer)
+    (group,) = generate(policy, [prompt], 3, SamplingSettings(max_new_tokens=6), [5], tokenizer)
     with torch.no_grad():
-        scored, _ = policy(pack([prompt], [rollout.tokens], policy.spec))
-    return torch.cat([*rollout.logprobs, scored])
+        scored, _ = policy(pack([prompt], [group.tokens], policy.spec))
+    return torch.cat([*group.logprobs, scored])
 
 
 def test_a_path_that_is_right_and_faster_is_used(check, tiny_vl):
@@ -112,19 +114,19 @@ def test_a_build_that_cannot_be_imported_costs_a_line(check, monkeypatch, error)
 
     setitem = monkeypatch.setitem
     monkeypatch.setattr(monkeypatch, "setitem", lambda where, name, _: setitem(where, name, Module()))
-    kind = "ImportError" if error is AttributeError else error.__name__  # what `from ... import` makes of it
+    shown = "ImportError" if error is AttributeError else error.__name__  # what `from ... import` makes of it
     left_out, used = check(None)
-    assert left_out.startswith(f"flash-attn is left out: {kind}: ") and "\n" not in left_out and used == PLAIN
+    assert left_out.startswith(f"flash-attn is left out: {shown}: ") and "\n" not in left_out and used == PLAIN
 
 
 def test_a_path_that_is_not_faster_is_left_out(check, monkeypatch):
-    run_trial = selfcheck.run_trial  # as the fixture has it
-    monkeypatch.setattr(selfcheck, "run_trial", lambda *given: run_trial(*given)._replace(seconds={"scoring": 1.5}))
+    run_trial = fast_paths.run_trial  # as the fixture has it
+    monkeypatch.setattr(fast_paths, "run_trial", lambda *given: run_trial(*given)._replace(seconds={"scoring": 1.5}))
     reason = "it is not faster, 1.5 s against 1.5 s without it"
     assert check(flash_attn_varlen_func) == [f"flash-attn is left out: {reason}", PLAIN]
 
 
-def test_a_path_that_fails_in_another_process_is_left_out_here_too(check):
+def test_a_path_that_fails_on_another_rank_is_left_out_here_too(check):
     assert check(flash_attn_varlen_func, others=[["it is not faster"]]) == [
         "flash-attn is left out: it is not faster", PLAIN
     ]  # fmt: skip

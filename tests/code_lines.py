@@ -1,0 +1,61 @@
+"""How many lines of code each ring of the project has: `python tests/code_lines.py` prints them beside their limits.
+
+Ring 1 is the algorithm, ring 2 the engine beneath it, ring 3 what surrounds a run. Blank lines, comments and docstrings
+are not counted.
+"""
+
+import ast
+import io
+import tokenize
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ALGORITHM = ("advantage", "attention", "batch", "loss", "policy", "positions", "rollout", "sampler", "update")
+EVERYTHING = "all but tests and bench"
+LIMITS = {"ring 1": 700, "ring 2": 700, "ring 3": 900, EVERYTHING: 4600}
+LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+
+
+def project_files():
+    """All files of the project but those of tests and bench, relative to its root: its scripts and its packages."""
+    packages = [folder.parent for folder in ROOT.glob("*/__init__.py")]
+    files = [*ROOT.glob("*.py"), *(file for package in packages for file in package.rglob("*.py"))]
+    return sorted(file.relative_to(ROOT).as_posix() for file in files)
+
+
+def rings():
+    """{ring: its files}"""
+    files = project_files()
+    inside = lambda folder: [file for file in files if file.startswith(folder)]
+    return {
+        "ring 1": [f"grpo/{name}.py" for name in ALGORITHM],
+        "ring 2": inside("grpo/engine/"),
+        "ring 3": ["grpo/config.py", "grpo/errors.py", *inside("grpo/run/"), "train.py"],
+    }
+
+
+def code_lines(source):
+    """The numbers of a source's lines of code.
+
+    For the two lines `x = 1  # why` and `# because` they are {1}.
+    """
+    numbers = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in LAYOUT:
+            numbers.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if ast.get_docstring(node) is not None:
+                numbers.difference_update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return numbers
+
+
+def counts():
+    """{ring, or all but tests and bench: lines of code}"""
+    lines = lambda files: sum(len(code_lines((ROOT / file).read_text())) for file in files)
+    return {ring: lines(files) for ring, files in rings().items()} | {EVERYTHING: lines(project_files())}
+
+
+if __name__ == "__main__":
+    for name, count in counts().items():
+        print(f"{name}: {count} lines of code, at most {LIMITS[name]}")
