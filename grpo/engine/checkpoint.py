@@ -9,6 +9,7 @@ temporary name until it is synced to the disk, so a checkpoint that exists is wh
 Randomness needs no saving: it is derived from seed, step and prompt; the data position is the step.
 """
 
+import copy
 import errno
 import json
 import os
@@ -97,7 +98,7 @@ class Saver:
         self.wait()
         folder, self.step = Path(self.config.output) / f"{PREFIX}{step}", step
         adam_steps = {name: int(optimizer.state[p]["step"]) for name, p in _trained(policy)}
-        state = {**state, "step": step, "adam_steps": adam_steps}
+        state = copy.deepcopy({**state, "step": step, "adam_steps": adam_steps})  # training counts on in it
         write_model = self._copy_model(policy, adapters=self.config.lora_rank > 0)
         tensors = {name: t.to("cpu", copy=True) for name, t in _training_tensors(policy, optimizer).items()}
 
