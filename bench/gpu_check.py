@@ -38,8 +38,10 @@ from grpo import sampler, update
 from grpo.config import parse_config
 from grpo.engine import distributed
 from grpo.engine.fast_paths import using
-from grpo.engine.model import FAMILIES, ModelSpec, checkpoint_activations, materialise, read_config, use_own_kernels
+from grpo.engine.model import ModelSpec, checkpoint_activations, use_own_kernels
+from grpo.engine.model_files import FAMILIES, read_config
 from grpo.engine.optimizer import make_optimizer
+from grpo.engine.weights import materialise
 from grpo.policy import Policy
 from grpo.run.plan import GIB, memory_plan, parameter_counts, published_config, vision_tokens
 from video.dataset import Sample
