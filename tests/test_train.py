@@ -366,7 +366,7 @@ def test_bad_settings_are_one_line(flags, name, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("more, words", [(["--no_such_flag", "1"], ""), (["--steps", "many"], "many"),
-                                         (["--group", "4"], ""), (["--preset", "huge"], "qwen2-vl-7b"),
+                                         (["--group", "4"], ""), (["--preset", "huge"], "open-r1-video"),
                                          (["--lr_schedule", "wavy"], "cosine")])  # fmt: skip
 def test_unknown_flags_types_and_choices_exit_with_2(flags, more, words, capsys):
     with pytest.raises(SystemExit) as stop:
