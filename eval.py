@@ -31,8 +31,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from evaluation.benchmarks import benchmark_score, read_benchmark
 from evaluation.flags import SHARED, parse_flags
@@ -46,7 +44,7 @@ from grpo.engine.build import build_policy
 from grpo.engine.distributed import is_main
 from grpo.engine.evaluate import CONTROLS, EvalSettings, Progress, predict, summarise
 from grpo.engine.fast_paths import choose_fast_paths
-from grpo.engine.model import check_folder, read_processor
+from grpo.engine.model_files import find_model, read_processor
 from grpo.errors import ConfigError
 from grpo.run.data import check_answers, draw, say_text_only, split_data
 from grpo.run.folder import sole_use
@@ -61,7 +59,6 @@ from video.prompt import PromptEncoder
 DIRECT = "Answer with the letter of the option only."
 DIRECT_BY_TYPE = dict.fromkeys(("numerical", "mra", "regression", "math"), "Answer with a number only.")
 DIRECT_BY_TYPE |= dict.fromkeys(("OCR", "free-form"), "Answer with a word or a short phrase only.")
-WEIGHTS = ("*.json", "*.safetensors", "*.jinja", "*.txt")  # the files of a model on the hub that are downloaded
 
 
 @dataclass(frozen=True)
@@ -127,20 +124,9 @@ def evaluate(arguments: argparse.Namespace) -> dict:
 
 
 def find_checkpoint(flag: str, path: str) -> Path:
-    """The folder of a checkpoint, given as folder or hub name. Raises ConfigError, and as `read_processor`."""
-    check_folder(flag, path)
-    folder = Path(path)
-    if not folder.exists():
-        try:
-            folder = Path(snapshot_download(path, allow_patterns=WEIGHTS))
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"{flag} {path}: no such folder, and not on the hub ({reason})") from error
-    if (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"{flag} {path}: holds adapters alone; give RUN/merged, which --lora_merge writes")
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{flag} {path}: has no config.json; give the folder of a checkpoint, as RUN/checkpoint-400")
-    read_processor(folder)
+    """The folder of a checkpoint, given as folder or hub name. Raises ModelError."""
+    folder = find_model(path, flag)
+    read_processor(folder, flag)
     return folder
 
 
@@ -216,7 +202,7 @@ def answer(
     for (folder, mode), group in itertools.groupby(missing, lambda v: (v.folder, v.mode)):
         questions = ask(samples, mode)
         with open_loader(folder, mode, config) as loader:
-            tokenizer = loader.encoder.tokenizer
+            tokenizer = loader.encoder.processor.tokenizer
             if loaded != folder:
                 policy = None  # frees the memory of the other checkpoint
                 policy = build(folder, processor=loader.encoder.processor)

@@ -32,6 +32,7 @@ from grpo.engine import distributed
 from grpo.engine.build import build_policy, build_reference
 from grpo.engine.checkpoint import load_training
 from grpo.engine.evaluate import CONTROLS
+from grpo.engine.optimizer import make_optimizer, schedule
 from grpo.engine.warmup import warm_up
 from grpo.errors import Stopped
 from grpo.rollout import resample, rollout
@@ -40,7 +41,7 @@ from grpo.run.log import quiet_libraries
 from grpo.run.plan import plan_text
 from grpo.run.run import open_run
 from grpo.run.stops import exit_code, listening
-from grpo.update import add_advantages, add_reference, make_optimizer, mini_batches, schedule, sync_reference, update
+from grpo.update import add_advantages, add_reference, mini_batches, sync_reference, update
 from rewards import parse_rewards
 from video.files import write_text
 from video.pool import WorkersDoNotStart

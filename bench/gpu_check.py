@@ -38,7 +38,10 @@ from grpo import sampler, update
 from grpo.config import parse_config
 from grpo.engine import distributed
 from grpo.engine.fast_paths import using
-from grpo.engine.model import FAMILIES, ModelSpec, checkpoint_activations, materialise, read_config, use_own_kernels
+from grpo.engine.model import ModelSpec, checkpoint_activations, use_own_kernels
+from grpo.engine.model_files import FAMILIES, read_config
+from grpo.engine.optimizer import make_optimizer
+from grpo.engine.weights import materialise
 from grpo.policy import Policy
 from grpo.run.plan import GIB, memory_plan, parameter_counts, published_config, vision_tokens
 from video.dataset import Sample
@@ -178,7 +181,7 @@ def measure(case, tiny):
     reference = build(config, device, shared, compute or torch.float32, compute).requires_grad_(False)
     if reference.sharded:
         reference.set_reshard_after_forward(True, recurse=False)
-    optimizer = update.make_optimizer(policy, settings)
+    optimizer = make_optimizer(policy, settings)
     if world > 1:
         sampler.sample_next_token = never_ending(sampler.sample_next_token)
         update.clip_grad_norm = finite(update.clip_grad_norm)
@@ -193,10 +196,11 @@ def measure(case, tiny):
                 return sampler.generate(plain, [prompt], settings.group_size, sampling, [1], words)
 
         groups = meter("rollout", roll_out)
-        groups[0].advantages = torch.randn(settings.group_size)
-        batches = update.make_micro_batches(groups, policy, settings, prompts_per_step=world)
+        groups[0].rewards = torch.randn(settings.group_size).tolist()
+        [batches] = update.mini_batches(groups, policy, settings)
         meter("reference", lambda: update.add_reference(reference, batches, 1.0))
-        metrics = meter("update", lambda: update.update(policy, optimizer, batches, settings))
+        update.add_advantages(batches, settings)
+        metrics = meter("update", lambda: update.update(policy, optimizer, [batches], settings, seed=0))
 
     counts = parameter_counts(config)
     tokens = settings.group_size * settings.max_new_tokens

@@ -4,7 +4,7 @@
     python bench/step.py --model small --images 16 --group 8 --completion 64 --rounds 3 --output docs/bench_step
     python bench/step.py --sweep tokens           writes NAME.json, and NAME.md with the table that it prints
 
-ours: `generate`, `micro_batches`, `add_reference`, `update`, as train.py calls them.
+ours: `generate`, `mini_batches`, `add_reference`, `add_advantages`, `update`, as train.py calls them.
 trl:  TRL's `GRPOTrainer`, its own loop and defaults; vision and prompt are repeated for each of the G completions.
 once: plain transformers with the easy fix: `generate(num_return_sequences=G)`, and a batch of G copies for reference
       and policy, whose vision features are computed once for each model and shared; same loss, same checkpointing.
@@ -58,6 +58,7 @@ from grpo import update
 from grpo.advantage import group_advantages
 from grpo.config import OneLineParser, parse_config
 from grpo.engine.build import build_policy, build_reference
+from grpo.engine.optimizer import make_optimizer, set_learning_rate
 from grpo.loss import policy_loss
 from grpo.policy import LOGITS_PER_CHUNK
 from grpo.sampler import SamplingSettings, generate
@@ -286,8 +287,8 @@ def ours(case, folder, meter, ready):
         model.never_sampled = torch.tensor(suppressed(processor))
         meter.watch_model(model.model)
     ready(policy, reference)
-    optimizer = update.make_optimizer(policy, config)
-    update.set_learning_rate(optimizer, config.learning_rate)
+    optimizer = make_optimizer(policy, config)
+    set_learning_rate(optimizer, config.learning_rate)
     encoder = PromptEncoder(str(folder), config.video_settings(), config.prompt_template)
     row = Sample(key="bench", problem=QUESTION, answer="A", images=tuple(image_files(folder)))
     settings, tokenizer = SamplingSettings(max_new_tokens=case.completion), processor.tokenizer
@@ -298,10 +299,11 @@ def ours(case, folder, meter, ready):
     def step(number=0):
         prompt = encoder(row)
         [group] = draw(policy, [prompt], case.group, settings, [number], tokenizer)
-        group.advantages = group_advantages([reward(t.tolist()) for t in group.tokens])
-        batches = update.micro_batches([group], policy, config)
+        group.rewards = [reward(t.tolist()) for t in group.tokens]
+        [batches] = update.mini_batches([group], policy, config)
         score(reference, batches, config.temperature)
-        train(policy, optimizer, batches, config)
+        update.add_advantages(batches, config)
+        train(policy, optimizer, [batches], config, seed=number)
         return {"prompt_tokens": len(prompt.input_ids), "completion_tokens": sum(group.lengths)}
 
     return step

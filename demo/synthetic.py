@@ -26,7 +26,7 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 PLACES = {"west": (-1, 0), "east": (1, 0), "north": (0, -1), "south": (0, 1)}  # no word that names a direction
 LETTERS = "ABCD"
-QUESTIONS = {  # by kind: what is asked, and the four options
+QUESTIONS = {  # by category: what is asked, and the four options
     "direction": ("Which direction does the shape move?", tuple(DIRECTIONS)),
     "place": ("Where is the shape?", tuple(PLACES)),
     "colour": ("What colour is the shape?", tuple(COLOURS)),
@@ -62,8 +62,8 @@ def make_demo_set(folder: str | Path, spec: DemoSpec = DemoSpec()) -> dict[str, 
 
     No two parts share a video. If the folder already holds a complete set of the same `spec`, it is used again; else
     the new set replaces the old one, folder `videos` included, once it is complete. Rows have the fields of
-    open-r1-video-4k, plus `kind`, `direction` and `opposite` (letter of the answer if time ran backwards) of questions
-    for the direction and, in the warm-up, `completions`.
+    open-r1-video-4k, plus `category`, `direction` and `opposite` (letter of the answer if time ran backwards) of
+    questions for the direction and, in the warm-up, `completions`.
     """
     folder = Path(folder)
     paths = {part: folder / f"{part}.jsonl" for part in ASKED}
@@ -104,7 +104,7 @@ def scenes_and_questions(rng: np.random.Generator, part: str, count: int) -> Ite
     mixed = [each for pair in zip(moving, still) for each in pair]
     for moves, index in {"train": moving, "val": moving + still, "warmup": mixed}[part]:
         scene = random_scene(rng, moves, index)
-        rows = [question(rng, scene, kind, index // 4) for kind in (ASKED[part] if moves else ("place",))]
+        rows = [question(rng, scene, category, index // 4) for category in (ASKED[part] if moves else ("place",))]
         yield scene, [{**row, "completions": completions(row)} for row in rows] if part == "warmup" else rows
 
 
@@ -118,10 +118,10 @@ def completions(row: dict) -> list[str]:
     return [f"<think>I see {option[3:]} .</think><answer>{option[0]}</answer>" for option in options]
 
 
-def question(rng: np.random.Generator, scene: Scene, kind: str, turn: int) -> dict:
+def question(rng: np.random.Generator, scene: Scene, category: str, turn: int) -> dict:
     """A row without its video. The answer's place among the options is `turn` modulo 4, so letters are balanced."""
-    asked, names = QUESTIONS[kind]
-    answer = {"colour": scene.colour, "shape": scene.shape}.get(kind, scene.direction)
+    asked, names = QUESTIONS[category]
+    answer = {"colour": scene.colour, "shape": scene.shape}.get(category, scene.direction)
     names = [str(name) for name in rng.permutation([name for name in names if name != answer])]
     names.insert(turn % 4, answer)
     letter = dict(zip(names, LETTERS))
@@ -133,9 +133,9 @@ def question(rng: np.random.Generator, scene: Scene, kind: str, turn: int) -> di
         "original_answer": f"{letter[answer]}. {answer}",
         "options": options,
         "problem_type": "multiple choice",
-        "category": kind,
+        "category": category,
     }
-    if kind == "direction":
+    if category == "direction":
         row |= {"direction": answer, "opposite": letter[OPPOSITE[answer]]}
     return row
 

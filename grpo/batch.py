@@ -38,8 +38,8 @@ class RolloutGroup:
 class MicroBatch:
     """Rows `[prompt | c_1 | ... | c_G]` of several prompts, one after another, and what the loss needs of each token.
 
-    `pack` fills the fields up to `grids`, `pack_groups` the next ones; the step adds the log-probabilities and the
-    advantages, all (N,), as it computes them.
+    `pack` fills the fields up to `grids`, `pack_groups` the next ones; the step adds the log-probabilities, all (N,),
+    as it computes them.
     """
 
     input_ids: torch.Tensor  # (1, L)
@@ -57,12 +57,16 @@ class MicroBatch:
     sampler_logprobs: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
-    advantages: torch.Tensor | None = None
 
     @property
     def lengths(self):
         """Tokens of each completion."""
         return [n for group in self.rollouts for n in group.lengths]
+
+    @property
+    def advantages(self):
+        """(N,) the advantage of each token's completion."""
+        return torch.cat([group.advantages for group in self.rollouts]).to(self.completion.device)[self.completion]
 
     def to(self, device):
         tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}

@@ -28,7 +28,7 @@ def flag(default, sentence, **limits):
 
 @dataclass
 class Config:
-    preset: str = flag("qwen2-vl-7b", "Named set of values that the other flags override.", section="what is trained")
+    preset: str = flag("open-r1-video", "Published settings that other flags override.", section="what is trained")
     model: str = flag("Qwen/Qwen2-VL-7B-Instruct", "Folder or hub name of a Qwen2-VL or Qwen2.5-VL checkpoint.")
     data: tuple = flag(
         ("data/LLaVA-Video-large-swift-origin.jsonl",),
@@ -177,6 +177,8 @@ RENAMED = {
     "scale_advantages": "advantage",
     "updates_per_batch": "ppo_epochs",
 }
+# Presets of earlier versions, likewise.
+RENAMED_PRESETS = {"qwen2-vl-7b": "open-r1-video"}
 
 
 def as_setting(value):
@@ -350,6 +352,8 @@ def load_config(path):
     """The Config that `save_config` wrote. Raises ConfigError if the file is not one."""
     try:
         saved = json.loads(Path(path).read_text())
-        return Config(**{RENAMED.get(name, name): as_setting(value) for name, value in saved.items()})
+        config = Config(**{RENAMED.get(name, name): as_setting(value) for name, value in saved.items()})
+        config.preset = RENAMED_PRESETS.get(config.preset, config.preset)
+        return config
     except (AttributeError, OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: not a configuration of this project ({error})") from error

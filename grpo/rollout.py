@@ -28,7 +28,7 @@ def rollout(policy, prompts, tokenizer, rewards, config, step):
     for group in groups:
         sample = group.prompt.sample
         group.rewards, group.parts, group.errors = score_group(
-            rewards, group.texts, sample, group.lengths, config.reward_timeout
+            rewards, group.texts, sample, group.lengths, config.reward_timeout, config.max_new_tokens
         )
         if sample.key in shuffled:
             without = [accuracy(text, sample) for text in shuffled[sample.key]]

@@ -3,14 +3,15 @@
 from collections import Counter
 
 from rewards.answer import answers_given, choice_letters
+from video.formats import Sample
 
 
-def answer_stats(completions: list[str], samples: list) -> dict:
-    """`{"letters": {letter: count}, "no_answer": share, "several_answers": share}` of completions and their samples.
+def answer_stats(completions: list[str], samples: list[Sample]) -> dict:
+    """`{"letters": {letter: count}, "no_answer": share, "several_answers": share}` of completions[i] to samples[i].
 
-    One sample for each completion. Letters are those of multiple-choice samples. `no_answer`: no answer tag, or
-    nothing in it that names an option. `several_answers`: different tags, or one that names several options. Shares
-    are of all completions, 0.0 where there is none.
+    letters: what the completions of multiple-choice samples chose. no_answer: no answer tag, or its text names no
+    option. several_answers: different answer tags, or a text that names several options. The shares are of all
+    completions, and 0.0 if there are no completions.
     """
     letters, none, several = Counter(), 0, 0
     for completion, sample in zip(completions, samples, strict=True):

@@ -17,7 +17,8 @@ from grpo.batch import RolloutGroup
 from grpo.config import parse_config
 from grpo.engine import distributed
 from grpo.engine.build import build_policy, build_reference
-from grpo.update import add_reference, make_optimizer, micro_batches, update
+from grpo.engine.optimizer import make_optimizer
+from grpo.update import add_reference, mini_batches, update
 
 PROMPTS = 4
 
@@ -38,10 +39,10 @@ def first_moments(folder, device, mesh=None):
         group = RolloutGroup(prompt, completions, [torch.full((len(t),), -6.0) for t in completions], [], [])
         group.advantages = torch.tensor([1.0, -0.5])
         groups.append(group)
-    batches = micro_batches(groups, policy, config)
+    (batches,) = mini_batches(groups, policy, config)
     add_reference(reference, batches, 1.0)
     optimizer = make_optimizer(policy, config)
-    metrics = update(policy, optimizer, batches, config)
+    metrics = update(policy, optimizer, [batches], config)
     moments = {name: optimizer.state[p]["exp_avg"] for name, p in policy.named_parameters()}
     return metrics, {name: m.full_tensor() if isinstance(m, DTensor) else m for name, m in moments.items()}
 

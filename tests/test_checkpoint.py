@@ -20,11 +20,11 @@ import train
 from grpo.config import load_config, parse_config
 from grpo.engine import checkpoint
 from grpo.engine.build import build_policy
-from grpo.engine.checkpoint import CheckpointError, Saver, load_training
+from grpo.engine.checkpoint import CheckpointError, Saver, load_state, load_training
 from grpo.engine.checkpoint import checkpoints as checkpoints_of
 from grpo.engine.model import load_model
+from grpo.engine.optimizer import make_optimizer
 from grpo.run.run import Run
-from grpo.update import make_optimizer
 
 LONG = ("--steps", "4", "--save_every", "2", "--keep_checkpoints", "9")
 
@@ -234,6 +234,18 @@ def test_training_goes_on_while_a_checkpoint_is_written(saved, monkeypatch):
         assert torch.equal(parameter, before[name]) and not optimizer.state[parameter]["exp_avg"].any()
     again = load_model(folder)
     assert all(torch.equal(p, before[f"model.{name}"]) for name, p in again.named_parameters())
+
+
+def test_the_state_in_a_checkpoint_is_that_of_its_step(saved, monkeypatch):
+    """Training counts on in the same dictionary while the thread writes."""
+    _, policy, optimizer, saver = saved
+    go, write, state = threading.Event(), dcp.save, {"used": {"--data": 4}}
+    monkeypatch.setattr(dcp, "save", lambda *given, **named: go.wait(60) and write(*given, **named))
+    folder = saver.save(1, policy, optimizer, state)
+    state["used"]["--data"] = 8
+    go.set()
+    saver.wait()
+    assert load_state(folder)["used"] == {"--data": 4}
 
 
 def test_a_checkpoint_that_failed_is_raised_by_the_next_call(saved, monkeypatch):

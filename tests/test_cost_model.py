@@ -20,7 +20,9 @@ from grpo.attention import DecodeLayout, PackedLayout
 from grpo.batch import MicroBatch
 from grpo.config import Config
 from grpo.engine.distributed import shard, unsharded
-from grpo.engine.model import FAMILIES, ModelSpec, checkpoint_activations, materialise, use_own_kernels
+from grpo.engine.model import ModelSpec, checkpoint_activations, use_own_kernels
+from grpo.engine.model_files import FAMILIES
+from grpo.engine.weights import materialise
 from grpo.policy import Policy
 from grpo.sampler import SamplingSettings, sample_next_token
 

@@ -1,9 +1,10 @@
 """Several real processes over gloo against one: same batch, same loss, gradient and weights; nothing hangs."""
 
 import json
+import sys
 
 import pytest
-from processes import assert_same_run, finish, free_port, launch, metrics_of, run_here, start
+from processes import ROOT, assert_same_run, finish, free_port, launch, metrics_of, run_here, start, start_command
 
 from grpo.engine.distributed import start as start_group
 from grpo.errors import ConfigError
@@ -58,3 +59,16 @@ def test_two_nodes_equal_one_process(world, tmp_path):
             finish(agent)
         together = [row for row in metrics_of(folder) if row["phase"] == "train"]
         assert_same_run(together, alone, folder, tmp_path / "1")
+
+
+def test_ranks_end_with_code_0_while_the_watch_is_inside_the_store(tmp_path):
+    """Python aborts a process ("terminate called") if it ends while a thread of its own is inside a call of torch."""
+    (tmp_path / "script.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from grpo.engine import distributed\n"
+        "is_lost = distributed._is_lost\n"
+        "distributed._is_lost = lambda store: any(is_lost(store) for _ in range(3000))\n"
+        "distributed.start('cpu'); distributed.stop()\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finish(start_command([*torchrun, tmp_path / "script.py"]))

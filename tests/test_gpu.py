@@ -21,6 +21,7 @@ from grpo.engine import distributed
 from grpo.engine.build import build_policy
 from grpo.engine.checkpoint import Saver, load_training
 from grpo.engine.fast_paths import FAST_PATHS, find_faults, using
+from grpo.engine.optimizer import make_optimizer, set_learning_rate
 from grpo.sampler import SamplingSettings, generate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,8 +139,8 @@ def test_an_update_as_the_recipe_runs_it(checkpoints):
     try:
         processor = AutoProcessor.from_pretrained(folder)
         policy = build_policy(folder, config, processor, device, mesh)
-        optimizer = update.make_optimizer(policy, config)
-        update.set_learning_rate(optimizer, 1e-6)
+        optimizer = make_optimizer(policy, config)
+        set_learning_rate(optimizer, 1e-6)
         packed = pack([make_prompt(processor.tokenizer, [("video", (4, 4, 6))])], [[torch.arange(5)]], policy.spec)
         policy(packed.to(DEVICE))[0].sum().backward()
         before = [p.detach().clone() for p in policy.parameters()]
@@ -176,13 +177,13 @@ def test_weights_masters_and_moments_cross_between_host_and_device_once(checkpoi
     processor = AutoProcessor.from_pretrained(folder)
     try:
         policy = build_policy(folder, config, processor, device, mesh)
-        optimizer, saver = update.make_optimizer(policy, config), Saver(device, processor, config)
+        optimizer, saver = make_optimizer(policy, config), Saver(device, processor, config)
         with Crossings(DEVICE.type, "cpu") as saved:
             folder = saver.save(1, policy, optimizer, {})
         saver.wait()
         with Crossings("cpu", DEVICE.type) as loaded:
             policy = build_policy(folder, config, processor, device, mesh)
-            load_training(folder, policy, update.make_optimizer(policy, config))
+            load_training(folder, policy, make_optimizer(policy, config))
     finally:
         distributed.stop()
     expected = sum(p.numel() for p in policy.parameters()) * (12 + distributed.compute_dtype(device).itemsize)

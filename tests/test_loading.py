@@ -14,8 +14,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from demo.tiny import build_tiny_model
 from grpo.batch import pack
-from grpo.engine.model import FAMILIES as CLASSES
-from grpo.engine.model import ModelError, empty_model, fill, load_model, materialise, read_processor
+from grpo.engine.model import empty_model, load_model
+from grpo.engine.model_files import FAMILIES as CLASSES
+from grpo.engine.model_files import read_processor
+from grpo.engine.weights import fill, materialise
+from grpo.errors import ModelError
 from video.frames import VideoSettings
 from video.prompt import PromptEncoder
 

@@ -17,7 +17,9 @@ from grpo.config import parse_config
 from grpo.engine.build import build_policy, build_reference
 from grpo.engine.checkpoint import checkpoints
 from grpo.engine.lora import adapters, merge
-from grpo.engine.model import load_model, model_spec
+from grpo.engine.model import model_spec
+from grpo.engine.optimizer import make_optimizer, set_learning_rate
+from grpo.engine.weights import load_model
 from grpo.policy import Policy
 
 peft = pytest.importorskip("peft")
@@ -56,8 +58,8 @@ def test_only_adapters_are_trained(built):
     assert names and all(".lora_" in name for name in names)
     assert len(names) == 2 * 7 * len(policy.model.model.language_model.layers)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    optimizer = update.make_optimizer(policy, config)
-    update.set_learning_rate(optimizer, 1e-2)
+    optimizer = make_optimizer(policy, config)
+    set_learning_rate(optimizer, 1e-2)
     for _ in range(2):  # the first moves B alone, for B is zero
         policy(packed)[0].sum().backward()
         update.apply_gradients(policy, optimizer, 1.0)

@@ -13,8 +13,10 @@ import train
 from grpo.attention import PackedLayout
 from grpo.batch import pack
 from grpo.config import Config, parse_config
-from grpo.engine.model import FAMILIES as CLASSES
-from grpo.engine.model import decoder, load_model, model_spec, read_config, use_own_kernels
+from grpo.engine.model import decoder, load_model, model_spec, use_own_kernels
+from grpo.engine.model_files import FAMILIES as CLASSES
+from grpo.engine.model_files import read_config
+from grpo.engine.optimizer import make_optimizer
 from grpo.policy import Policy
 from grpo.run.plan import (
     GIB,
@@ -28,7 +30,6 @@ from grpo.run.plan import (
     plan_text,
     published_config,
 )
-from grpo.update import make_optimizer
 
 SEVEN, TWO = "Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2-VL-2B-Instruct"
 

@@ -20,9 +20,8 @@ import rewards
 import video.formats
 from rewards import ACCURACY, REWARDS, Group, accuracy, check_sample, parse_rewards, score_group, score_prediction
 from rewards.diagnostics import answer_stats
-from rewards.numeric import parse_number
+from rewards.problem_types import parse_number
 from rewards.temporal import temporal_bonus
-from rewards.text import edit_distance, lcs_length
 
 
 @dataclass
@@ -234,7 +233,7 @@ def test_the_type_is_that_of_each_row_and_not_of_the_first():
     """By the first row's type, "3.0" would be compared as a letter."""
     rows = [(Sample("B", options=COLOURS), "B"), (Sample("3", "numerical"), "3.0"), (Sample("stop", "OCR"), "stop")]
     rewards = parse_rewards(["accuracy"])
-    assert [score_group(rewards, [f"<answer>{p}</answer>"], s).total for s, p in rows] == [[1.0], [1.0], [1.0]]
+    assert [score_group(rewards, [f"<answer>{p}</answer>"], s)[0] for s, p in rows] == [[1.0], [1.0], [1.0]]
 
 
 def test_mean_relative_accuracy_equals_the_formula_of_the_benchmark():
@@ -245,7 +244,8 @@ def test_mean_relative_accuracy_equals_the_formula_of_the_benchmark():
         assert score_prediction(repr(prediction), Sample("10", "mra")) == pytest.approx(expected), prediction
 
 
-def test_edit_distance_and_subsequence_equal_their_definitions():
+def test_word_error_rate_and_rouge_equal_their_definitions():
+    """By tables of lists, on texts of up to 80 words."""
     rng = random.Random(0)
 
     def edits(a, b):
@@ -264,10 +264,19 @@ def test_edit_distance_and_subsequence_equal_their_definitions():
                 row.append(previous[j - 1] + 1 if x == y else max(previous[j], row[-1]))
         return row[-1]
 
+    def common(a, b, n):
+        a, b = ([tuple(words[i : i + n]) for i in range(len(words) - n + 1)] for words in (a, b))
+        return sum(min(a.count(gram), b.count(gram)) for gram in set(a)), len(a), len(b)
+
     for _ in range(300):
-        a, b = ([rng.choice("abc") for _ in range(rng.randrange(80))] for _ in range(2))
-        assert edit_distance(a, b) == edits(a, b), (a, b)
-        assert lcs_length(a, b) == subsequence(a, b), (a, b)
+        a, b = ([rng.choice("abc") for _ in range(rng.randrange(3, 80))] for _ in range(2))
+        answer, prediction = " ".join(a), " ".join(b)
+        word_error_rate = edits(a, b) / len(a)
+        assert score_prediction(prediction, Sample(answer, "OCR")) == pytest.approx(max(0.0, 1 - word_error_rate))
+        overlaps = [(subsequence(a, b), len(a), len(b)), common(a, b, 1), common(a, b, 2)]
+        f_measures = [2 * hits / (m + n) for hits, m, n in overlaps]
+        rouge = score_prediction(prediction, Sample(answer, "free-form"))
+        assert rouge == pytest.approx(sum(f_measures) / 3), (answer, prediction)
 
 
 @pytest.mark.parametrize("problem_type", sorted(set(ACCURACY) - {"math"}))
@@ -374,6 +383,20 @@ def test_length_cosine(length, accurate, reward):
     assert REWARDS["length_cosine"]("", None, Group([], 0, [length], [accurate])) == pytest.approx(reward)
 
 
+@pytest.mark.parametrize(("length", "reward"), [(1, 0.0), (80, 0.0), (90, -0.5), (95, -0.75), (100, -1.0)])
+def test_soft_overlong(length, reward):
+    """DAPO, arXiv 2503.14476, eq. 13, with a limit of 100 and so a cache of 20."""
+    assert REWARDS["soft_overlong"]("", None, Group([], 0, [length], [], 100)) == reward
+
+
+def test_soft_overlong_is_given_the_limit_and_needs_no_accuracy():
+    rewards = parse_rewards(["soft_overlong:2"])
+    total, parts, _ = score_group(rewards, [RIGHT, WRONG], Sample("B"), lengths=[10, 90], max_new_tokens=100)
+    assert parts == {"soft_overlong": [0.0, -0.5]} and total == [0.0, -1.0]
+    with pytest.raises(ValueError, match="soft_overlong needs --max_new_tokens"):
+        score_group(rewards, [RIGHT], Sample("B"), lengths=[10])
+
+
 def test_temporal_bonus():
     assert temporal_bonus([1.0, 0.0, 0.1, 0.2], [0.0, 0.0]) == [0.3, 0.0, 0.0, 0.3]
     assert temporal_bonus([1.0, 0.0], [1.0, 1.0]) == [0.0, 0.0], "shuffled frames do better: time is not used"
@@ -388,18 +411,18 @@ def test_the_total_is_weighted_and_the_parts_are_raw():
     """A group is filtered by parts["accuracy"], which no weight and no other reward shapes."""
     rewards = parse_rewards(["format:0.5", "accuracy:2"])
     completions = [RIGHT, WRONG, "<answer>B</answer>", "B"]
-    score = score_group(rewards, completions, Sample("B", options=COLOURS))
-    assert score.total == [2.5, 0.5, 2.0, 0.0]
-    assert score.parts == {"accuracy": [1.0, 0.0, 1.0, 0.0], "format": [1.0, 1.0, 0.0, 0.0]}
-    assert (score.failed, score.errors) == (0, {})
+    totals, parts, failures = score_group(rewards, completions, Sample("B", options=COLOURS))
+    assert totals == [2.5, 0.5, 2.0, 0.0]
+    assert parts == {"accuracy": [1.0, 0.0, 1.0, 0.0], "format": [1.0, 1.0, 0.0, 0.0]}
+    assert failures == {}
     assert completions == [RIGHT, WRONG, "<answer>B</answer>", "B"]
 
 
 def test_group_rewards_see_the_raw_accuracy_and_the_lengths():
     rewards = parse_rewards(["length_window:0.2", "accuracy:3"])
-    score = score_group(rewards, [RIGHT, RIGHT, WRONG], Sample("B"), lengths=[400, 20, 400])
-    assert score.parts["length_window"] == [1.0, 0.0, 0.0]
-    assert score.total == pytest.approx([3.2, 3.0, 0.0])
+    totals, parts, _ = score_group(rewards, [RIGHT, RIGHT, WRONG], Sample("B"), lengths=[400, 20, 400])
+    assert parts["length_window"] == [1.0, 0.0, 0.0]
+    assert totals == pytest.approx([3.2, 3.0, 0.0])
     with pytest.raises(ValueError, match="length_window needs the length"):
         score_group(rewards, [RIGHT], Sample("B"))
 
@@ -419,6 +442,10 @@ def leaves(completion, sample): raise SystemExit(3)
 def breaks(completion, sample): raise KeyboardInterrupt("now")
 def infinite(completion, sample): return float("inf")
 def text(completion, sample): return "1"
+def says(completion, sample):
+    time.sleep(0.1 * (completion == "first"))
+    if completion: raise ValueError(completion)
+    return 1.0
 def slow(completion, sample): time.sleep(0.2); return 1.0
 def hangs(completion, sample): threading.Event().wait() if completion == "x" else None; return 1.0
 def alone(completion): return 0.0
@@ -465,36 +492,44 @@ SAMPLE = video.formats.Sample("balls.jsonl:7", "Which?", "x")
 
 
 def user(mine, name, completions, **options):
-    return score_group(parse_rewards([f"{mine}:{name}:2"]), completions, SAMPLE, **options)
+    """(values, messages of failed calls) of the reward `name`."""
+    totals, parts, failures = score_group(parse_rewards([f"{mine}:{name}:2"]), completions, SAMPLE, **options)
+    assert totals == [2 * value for value in parts[name]]
+    assert list(parts) == [name] and list(failures) in ([], [name])
+    return parts[name], failures.get(name, [])
 
 
 def test_a_user_reward_is_called_for_each_completion(mine):
-    assert user(mine, "words", ["a b", "", "c"]).parts == {"words": [2.0, 0.0, 1.0]}
-    assert user(mine, "words", ["a b", "", "c"]).total == [4.0, 0.0, 2.0]
-    assert user(mine, "judge", ["y", "x"]).total == [0.0, 2.0]
-    assert user(mine, "rank", ["y", "x"]).parts == {"rank": [2.0, 3.0]}
+    assert user(mine, "words", ["a b", "", "c"]) == ([2.0, 0.0, 1.0], [])
+    assert user(mine, "judge", ["y", "x"]) == ([0.0, 1.0], [])
+    assert user(mine, "rank", ["y", "x"]) == ([2.0, 3.0], [])
     both = parse_rewards([f"{mine}:rank", "accuracy"])
-    assert score_group(both, [RIGHT, RIGHT], replace(SAMPLE, answer="B"), lengths=[5, 6]).parts["rank"] == [6.0, 7.0]
+    _, parts, _ = score_group(both, [RIGHT, RIGHT], replace(SAMPLE, answer="B"), lengths=[5, 6])
+    assert parts["rank"] == [6.0, 7.0]
 
 
 def test_a_failing_user_reward_costs_that_completion_and_is_counted(mine):
-    score = user(mine, "raises", ["xx", "y", "x"])
-    assert (score.total, score.failed) == ([1.0, 0.0, 2.0], 1)
-    assert score.errors == {"raises": "ZeroDivisionError: division by zero"}
-    assert user(mine, "leaves", ["y"], reward_timeout=5).errors == {"leaves": "SystemExit: 3"}
-    assert user(mine, "breaks", ["y"], reward_timeout=5).errors == {"breaks": "KeyboardInterrupt: now"}
-    assert user(mine, "infinite", ["y", "z"]).failed == 2
-    assert "returned '1', not a finite number" in user(mine, "text", ["y"]).errors["text"]
+    assert user(mine, "raises", ["xx", "y", "x"]) == ([0.5, 0.0, 1.0], ["ZeroDivisionError: division by zero"])
+    assert user(mine, "leaves", ["y"], reward_timeout=5) == ([0.0], ["SystemExit: 3"])
+    assert user(mine, "breaks", ["y"], reward_timeout=5) == ([0.0], ["KeyboardInterrupt: now"])
+    values, messages = user(mine, "infinite", ["y", "z"])
+    assert values == [0.0, 0.0] and len(messages) == 2
+    assert "returned '1', not a finite number" in user(mine, "text", ["y"])[1][0]
+
+
+def test_messages_of_failed_calls_are_in_the_order_of_the_completions(mine):
+    _, messages = user(mine, "says", ["first", "", "second"])
+    assert messages == ["ValueError: first", "ValueError: second"]
 
 
 def test_slow_user_rewards_run_together_and_late_ones_count_as_failed(mine):
     start = time.monotonic()
-    assert user(mine, "slow", ["a"] * 8).total == [2.0] * 8
+    assert user(mine, "slow", ["a"] * 8) == ([1.0] * 8, [])
     assert time.monotonic() - start < 1.2, "eight sleeps of .2 s, one after the other, take 1.6 s"
     start = time.monotonic()
-    score = user(mine, "hangs", ["a", "x", "b"], reward_timeout=0.3)
+    outcome = user(mine, "hangs", ["a", "x", "b"], reward_timeout=0.3)
     assert 0.2 < time.monotonic() - start < 2
-    assert (score.total, score.failed, score.errors) == ([2.0, 0.0, 2.0], 1, {"hangs": "no result within 0.3 s"})
+    assert outcome == ([1.0, 0.0, 1.0], ["no result within 0.3 s"])
 
 
 def test_a_user_reward_that_never_lets_go_of_the_interpreter_is_killed(mine):
@@ -502,55 +537,53 @@ def test_a_user_reward_that_never_lets_go_of_the_interpreter_is_killed(mine):
     heard, began = [], time.monotonic()
     before = signal.signal(signal.SIGALRM, lambda *_: heard.append(time.monotonic() - began))
     signal.setitimer(signal.ITIMER_REAL, 0.3)
-    score = user(mine, "held", ["a" * 40 + "b"], reward_timeout=1.0)
+    outcome = user(mine, "held", ["a" * 40 + "b"], reward_timeout=1.0)
     signal.signal(signal.SIGALRM, before)
-    assert (score.total, score.failed, score.errors) == ([0.0], 1, {"held": "no result within 1 s"})
+    assert outcome == ([0.0], ["no result within 1 s"])
     assert heard and heard[0] < 0.9 and time.monotonic() - began < 5
-    assert user(mine, "held", ["a", "ab"]).parts == {"held": [1.0, 0.0]}, "the next group is scored as ever"
+    assert user(mine, "held", ["a", "ab"]) == ([1.0, 0.0], []), "the next group is scored as ever"
 
 
 def test_a_user_reward_that_ends_its_process_costs_a_zero(mine):
-    score = user(mine, "ends", ["a", "x"], reward_timeout=20)
-    assert (score.total, score.failed) == ([0.0, 0.0], 2)
-    assert score.errors == {"ends": "its process ended with exit code 3"}
-    assert user(mine, "ends", ["a", "b"]).total == [2.0, 2.0]
-    assert user(mine, "leaves_loop", ["a", "b"]).errors == {"leaves_loop": "SystemExit: 3"}
-    assert user(mine, "judge", ["x"]).total == [2.0], "the event loop goes on"
-    (pid,) = user(mine, "pid", ["a"]).parts["pid"]
+    outcome = user(mine, "ends", ["a", "x"], reward_timeout=20)
+    assert outcome == ([0.0, 0.0], ["its process ended with exit code 3"] * 2)
+    assert user(mine, "ends", ["a", "b"]) == ([1.0, 1.0], [])
+    assert user(mine, "leaves_loop", ["a", "b"]) == ([0.0, 0.0], ["SystemExit: 3"] * 2)
+    assert user(mine, "judge", ["x"]) == ([1.0], []), "the event loop goes on"
+    ((pid,), _) = user(mine, "pid", ["a"])
     os.kill(int(pid), signal.SIGKILL)
     time.sleep(0.1)
-    score = user(mine, "words", ["a b"])
-    assert (score.total, score.failed) == ([4.0], 0), "killed between two calls: it costs neither of them"
+    assert user(mine, "words", ["a b"]) == ([2.0], []), "killed between two calls: it costs neither of them"
 
 
 @pytest.mark.parametrize("completion", ["stays", "leaves its session"])
 def test_a_user_reward_that_forks_is_killed_with_its_children(completion, mine):
     """They hold the other end of the pipe open, so the end of their parent alone is not seen."""
-    assert user(mine, "words", ["a"]).failed == 0  # the process is there
+    assert user(mine, "words", ["a"]) == ([1.0], [])  # the process is there
     began = time.monotonic()
-    score = user(mine, "forks", [completion], reward_timeout=0.5)
+    outcome = user(mine, "forks", [completion], reward_timeout=0.5)
     assert time.monotonic() - began < 5
-    assert (score.failed, score.errors) == (1, {"forks": "no result within 0.5 s"})
+    assert outcome == ([0.0], ["no result within 0.5 s"])
     forked = int(Path(mine).with_name("forked").read_text())
     if completion == "stays":
         assert_gone([forked])
     else:
         os.kill(forked, signal.SIGKILL)
-    assert user(mine, "words", ["a b"]).total == [4.0], "the next group is scored as ever"
+    assert user(mine, "words", ["a b"]) == ([2.0], []), "the next group is scored as ever"
 
 
 def test_a_user_reward_may_return_what_holds_one_number(mine):
-    assert user(mine, "item", ["a"]).parts == {"item": [1.0]}
+    assert user(mine, "item", ["a"]) == ([1.0], [])
 
 
 def test_an_error_whose_own_text_raises_costs_one_call_at_once(mine):
     began = time.monotonic()
-    message = user(mine, "unreadable", ["a"], reward_timeout=20).errors["unreadable"]
+    _, (message,) = user(mine, "unreadable", ["a"], reward_timeout=20)
     assert message == "Unreadable: its message raises ValueError" and time.monotonic() - began < 10
 
 
 def test_an_interrupted_call_leaves_no_answers_for_the_next_one(mine):
-    assert user(mine, "words", ["a"]).failed == 0  # the process is there
+    assert user(mine, "words", ["a"]) == ([1.0], [])  # the process is there
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -561,27 +594,26 @@ def test_an_interrupted_call_leaves_no_answers_for_the_next_one(mine):
         user(mine, "slow", ["a"] * 3)
     signal.signal(signal.SIGALRM, before)
     time.sleep(0.3)
-    assert user(mine, "words", ["a b", "", "c"]).parts == {"words": [2.0, 0.0, 1.0]}
+    assert user(mine, "words", ["a b", "", "c"]) == ([2.0, 0.0, 1.0], [])
 
 
 def test_a_user_file_keeps_its_state_and_its_neighbours(mine):
-    assert user(mine, "neighbour", ["a"]).parts["neighbour"] == [0.25]
-    first = user(mine, "count", ["a"]).parts["count"][0]
-    assert user(mine, "count", ["a"]).parts["count"] == [first + 1]
+    assert user(mine, "neighbour", ["a"]) == ([0.25], [])
+    ((first,), _) = user(mine, "count", ["a"])
+    assert user(mine, "count", ["a"]) == ([first + 1], [])
     start = time.monotonic()
     for _ in range(2):  # a semaphore serves one event loop in its life
-        score = user(mine, "limited", ["a"] * 8)
-        assert (score.total, score.errors) == ([2.0] * 8, {})
+        assert user(mine, "limited", ["a"] * 8) == ([1.0] * 8, [])
     assert 0.4 <= time.monotonic() - start < 1.4, "four at a time"
 
 
 def test_a_user_reward_gets_a_copy_of_the_sample(mine):
-    assert user(mine, "changes", ["a", "b", "c"]).parts == {"changes": [1.0, 1.0, 1.0]}
+    assert user(mine, "changes", ["a", "b", "c"]) == ([1.0, 1.0, 1.0], [])
     assert SAMPLE.meta == {}
 
 
 def test_a_message_of_a_user_reward_is_one_line_of_300_characters(mine):
-    message = user(mine, "long", ["\ud83d"]).errors["long"]
+    _, (message,) = user(mine, "long", ["\ud83d"])
     assert message.startswith(r"ValueError: \x1b[31m\ud83dline line ") and len(message) <= 310 and message.isprintable()
 
 
@@ -633,8 +665,11 @@ def test_a_built_in_error_is_raised_not_scored():
     ("specs", "message"),
     [
         ([], "at least one"),
-        (["speed"], "no reward is called 'speed'; use one of accuracy, format"),
-        ([""], "no reward is called"),
+        (
+            ["speed"],
+            "no reward called 'speed' takes (completion, sample) or (completion, sample, group); use one of acc",
+        ),
+        ([""], "no reward called ''"),
         (["accuracy:0"], "not 0"),
         (["accuracy:x"], "must be finite"),
         (["accuracy:nan"], "must be finite"),
@@ -643,15 +678,15 @@ def test_a_built_in_error_is_raised_not_scored():
         (["accuracy", "accuracy:2"], "is taken"),
         (["format", "length_window:0.2"], "add accuracy:1"),
         (["length_cosine"], "add accuracy:1"),
-        (["no.py:f"], "there is no file no.py"),
-        (["MINE:none"], "defines no function 'none'"),
-        (["MINE:number"], "defines no function 'number'"),
-        (["MINE:alone"], "must take"),
+        (["no.py:f"], "no.py cannot be imported: FileNotFoundError: [Errno 2] No such file"),
+        (["MINE:none"], "no reward called 'none' takes (completion, sample) or (completion, sample, group)"),
+        (["MINE:number"], "no reward called 'number' takes (completion, sample) or"),
+        (["MINE:alone"], "no reward called 'alone' takes (completion, sample) or"),
         (["BROKEN:f"], "cannot be imported: SyntaxError"),
         (["MINE:words", "MINE:words:2"], "is taken"),
     ],
 )
-def test_a_wrong_reward_flag_names_the_flag_and_the_mend(mine, specs, message):
+def test_a_wrong_reward_flag_names_the_flag_and_the_fix(mine, specs, message):
     specs = [spec.replace("MINE", mine).replace("BROKEN", mine.replace("mine.py", "broken.py")) for spec in specs]
     with pytest.raises(ValueError, match="--reward") as error:
         parse_rewards(specs)

@@ -10,6 +10,7 @@ from processes import assert_same_run, launch, run_here
 import grpo.rollout
 import train
 from demo.synthetic import DemoSpec, make_demo_set
+from grpo.advantage import group_advantages
 from grpo.batch import RolloutGroup
 from grpo.config import parse_config
 from grpo.rollout import rollout
@@ -110,7 +111,7 @@ def test_rewards_and_advantages_by_hand(scripted, tiny_vl, more, total):
     timed, still = run([video, image], *more)
     assert timed.rewards == pytest.approx(total) and still.rewards == [2.0, 2.0, 0.0, 0.0]
     high = total[0] / 2 / (total[0] / 3**0.5 + 1e-4)
-    assert [float(a) for a in timed.advantages] == pytest.approx([high, high, -high, -high], rel=1e-6)
+    assert group_advantages(timed.rewards).tolist() == pytest.approx([high, high, -high, -high], rel=1e-6)
     assert "temporal_bonus" not in still.parts and "shuffled_accuracy" not in still.parts
     if more:
         assert timed.parts["shuffled_accuracy"] == [0.5] * 4

@@ -188,7 +188,7 @@ def test_only_failures_in_a_row_count():
 
 
 def test_out_of_memory_names_samples_tokens_and_flags(world, tmp_path, monkeypatch, capsys):
-    def full(*given):
+    def full(*given, **named):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nsecond line")
 
     monkeypatch.setattr(train, "update", full)
@@ -204,7 +204,7 @@ def test_out_of_memory_names_samples_tokens_and_flags(world, tmp_path, monkeypat
 )
 def test_a_cpu_out_of_memory_gets_the_answer_of_a_gpu(world, tmp_path, monkeypatch, capsys, allocate):
     """There torch raises a plain RuntimeError, and Python a MemoryError without words."""
-    monkeypatch.setattr(train, "update", lambda *given: allocate())
+    monkeypatch.setattr(train, "update", lambda *given, **named: allocate())
     assert train.main(command(1, tmp_path, world)[2:]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "error: out of memory on " in error and " tokens)" in error and "--group_size" in error

@@ -22,7 +22,7 @@ from demo.synthetic import DemoSpec, make_demo_set
 from grpo.config import METRICS, PRESETS, Config, load_config, parse_config, save_config
 from grpo.engine.checkpoint import Saver
 from grpo.errors import ConfigError, Stopped
-from grpo.run.data import step_samples, steps_of
+from grpo.run.data import draw_samples, steps_of
 from grpo.run.log import describe_run
 from video.dataset import Sample
 
@@ -225,12 +225,12 @@ def test_starting_anew_touches_nothing_of_others(flags, tmp_path):
 def test_a_sample_that_comes_twice_in_a_step_is_sampled_anew():
     samples = [Sample(key, "?", "A") for key in ("a:1", "b:1", "a:1", "a:1")]
     for seed in range(4):
-        keys = [s.key for s in step_samples(samples, 0, 4, seed)]
+        keys = [s.key for s in draw_samples(samples, 0, 4, seed)]
         keys.remove("b:1")
         assert keys == ["a:1", "a:1#2", "a:1#3"], "numbered as they come"
     pairs = [Sample(key, "?", "A") for key in ("a:1", "b:1")]
-    assert sorted(s.key for s in step_samples(pairs, 0, 4, seed=1)) == ["a:1", "a:1#2", "b:1", "b:1#2"], "two epochs"
-    assert sorted(s.key for s in step_samples(pairs, 1, 2, seed=1)) == ["a:1", "b:1"], "a later step counts anew"
+    assert sorted(s.key for s in draw_samples(pairs, 0, 4, seed=1)) == ["a:1", "a:1#2", "b:1", "b:1#2"], "two epochs"
+    assert sorted(s.key for s in draw_samples(pairs, 2, 2, seed=1)) == ["a:1", "b:1"], "a later draw counts anew"
 
 
 def test_a_failing_reward_is_shown_and_counted(flags, tmp_path, capsys):
@@ -252,7 +252,7 @@ def test_epochs_leave_no_row_out():
     assert [steps_of(1, count, 10) for count in (10, 24, 3)] == [1, 3, 1]
     assert steps_of(0.5, 24, 4) == 3 and steps_of(2, 5, 4) == 3
     samples = [Sample(f"{number:02d}", "?", "A") for number in range(24)]
-    seen = [sample.key for step in range(3) for sample in step_samples(samples, step, 10, seed=1)]
+    seen = [sample.key for step in range(3) for sample in draw_samples(samples, 10 * step, 10, seed=1)]
     assert sorted(seen[:24]) == [sample.key for sample in samples]
 
 
@@ -366,7 +366,7 @@ def test_bad_settings_are_one_line(flags, name, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("more, words", [(["--no_such_flag", "1"], ""), (["--steps", "many"], "many"),
-                                         (["--group", "4"], ""), (["--preset", "huge"], "qwen2-vl-7b"),
+                                         (["--group", "4"], ""), (["--preset", "huge"], "open-r1-video"),
                                          (["--lr_schedule", "wavy"], "cosine")])  # fmt: skip
 def test_unknown_flags_types_and_choices_exit_with_2(flags, more, words, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -13,6 +13,7 @@ from grpo import update
 from grpo.batch import pack
 from grpo.config import parse_config
 from grpo.engine import model as models
+from grpo.engine.optimizer import learning_rate, make_optimizer, set_learning_rate
 from grpo.engine.warmup import supervised_step, target_groups, target_tokens
 from grpo.policy import Policy
 from grpo.rollout import rollout
@@ -49,7 +50,7 @@ def gradients(policy, groups, config):
         def zero_grad(self, set_to_none):
             policy.zero_grad(set_to_none=set_to_none)
 
-    metrics = update.update(policy, Catch(), update.micro_batches(groups, policy, config), config)
+    metrics = update.update(policy, Catch(), update.mini_batches(groups, policy, config), config)
     return caught, metrics
 
 
@@ -73,9 +74,9 @@ def test_kl_at_step_one_is_that_of_equal_models(setting):
     policy, groups = setting
     reference = Policy(copy.deepcopy(policy.model).requires_grad_(False), policy.spec)
     config = config_of("--kl_coef", "0.1")
-    batches = update.micro_batches(groups, policy, config)
+    (batches,) = update.mini_batches(groups, policy, config)
     update.add_reference(reference, batches, config.temperature)
-    metrics = update.update(policy, update.make_optimizer(policy, config), batches, config)
+    metrics = update.update(policy, make_optimizer(policy, config), [batches], config)
     assert 0 <= metrics["kl"] < 1e-6
     assert metrics["sampler_logprob_diff"] < 1e-5
 
@@ -83,11 +84,11 @@ def test_kl_at_step_one_is_that_of_equal_models(setting):
 def test_reference_sees_the_pixels(setting):
     """With the policy as its own reference, changing the video changes both alike, and the KL stays 0."""
     policy, groups = setting
-    batches = update.micro_batches(groups, policy, config_of())
+    (batches,) = update.mini_batches(groups, policy, config_of())
     update.add_reference(policy, batches, 1.0)
     before = batches[0].ref_logprobs
     groups[0].prompt.pixel_values_videos = groups[0].prompt.pixel_values_videos.flip(0)
-    batches = update.micro_batches(groups, policy, config_of())
+    (batches,) = update.mini_batches(groups, policy, config_of())
     update.add_reference(policy, batches, 1.0)
     assert (batches[0].ref_logprobs - before).abs().max() > 1e-2
 
@@ -95,7 +96,7 @@ def test_reference_sees_the_pixels(setting):
 def test_an_error_in_the_tower_is_an_error(setting, monkeypatch):
     """Never text-only log-probabilities instead."""
     policy, groups = setting
-    batches = update.micro_batches(groups, policy, config_of())
+    (batches,) = update.mini_batches(groups, policy, config_of())
 
     def fail(*args, **kwargs):
         raise RuntimeError("broken tower")
@@ -104,17 +105,17 @@ def test_an_error_in_the_tower_is_an_error(setting, monkeypatch):
     with pytest.raises(RuntimeError, match="broken tower"):
         update.add_reference(policy, batches, 1.0)
     with pytest.raises(RuntimeError, match="broken tower"):
-        update.update(policy, update.make_optimizer(policy, config_of()), batches, config_of())
+        update.update(policy, make_optimizer(policy, config_of()), [batches], config_of())
 
 
 def test_later_passes_compare_with_the_first(setting):
     """mu = 2: the second pass's ratio is against the log-probabilities of the first, and it moves the weights again."""
     policy, groups = setting
     config = config_of("--ppo_epochs", "2", "--clip_eps_low", "0.001", "--clip_eps_high", "0.001")
-    optimizer = update.make_optimizer(policy, config)
-    update.set_learning_rate(optimizer, 1e-2)
-    batches = update.micro_batches(groups, policy, config)
-    metrics = update.update(policy, optimizer, batches, config)
+    optimizer = make_optimizer(policy, config)
+    set_learning_rate(optimizer, 1e-2)
+    (batches,) = update.mini_batches(groups, policy, config)
+    metrics = update.update(policy, optimizer, [batches], config)
     assert metrics["clip_low_frac"] + metrics["clip_high_frac"] > 0, "a large step must leave a narrow clip"
     with torch.no_grad():
         now, _ = policy(batches[0])
@@ -126,18 +127,20 @@ def test_filtered_groups_do_not_train(setting):
     policy, groups = setting
     groups[1].parts["accuracy"] = [0.0, 0.0, 0.0]
     own = [(len(group.prompt.input_ids), tuple(group.lengths)) for group in groups]
-    assert [batch.groups for batch in update.micro_batches(groups, policy, config_of("--dynamic_filter"))] == [own[:1]]
-    assert [batch.groups for batch in update.micro_batches(groups, policy, config_of())] == [own]
+    assert [batch.groups for batch in update.mini_batches(groups, policy, config_of("--dynamic_filter"))[0]] == [
+        own[:1]
+    ]
+    assert [batch.groups for batch in update.mini_batches(groups, policy, config_of())[0]] == [own]
 
 
 def test_small_updates_are_not_lost(setting):
     """lr 1e-6 moves fp32 masters; in bf16 it would move almost none."""
     policy, groups = setting
     config = config_of()
-    optimizer = update.make_optimizer(policy, config)
-    update.set_learning_rate(optimizer, 1e-6)
+    optimizer = make_optimizer(policy, config)
+    set_learning_rate(optimizer, 1e-6)
     before = [p.detach().clone() for p in policy.parameters()]
-    update.update(policy, optimizer, update.micro_batches(groups, policy, config), config)
+    update.update(policy, optimizer, update.mini_batches(groups, policy, config), config)
     assert all(p.dtype == torch.float32 for p in policy.parameters())
     moved = sum((a != b).sum().item() for a, b in zip(before, policy.parameters()))
     lost = sum((a.bfloat16() != b.bfloat16()).sum().item() for a, b in zip(before, policy.parameters()))
@@ -148,10 +151,10 @@ def test_update_raises_what_was_better(setting):
     """The sign of the whole: after a step completions with positive advantage are likelier, the others less."""
     policy, groups = setting
     config = config_of("--kl_coef", "0")
-    optimizer = update.make_optimizer(policy, config)
-    update.set_learning_rate(optimizer, 1e-3)
-    batches = update.micro_batches(groups, policy, config)
-    update.update(policy, optimizer, batches, config)
+    optimizer = make_optimizer(policy, config)
+    set_learning_rate(optimizer, 1e-3)
+    (batches,) = update.mini_batches(groups, policy, config)
+    update.update(policy, optimizer, [batches], config)
     with torch.no_grad():
         now, _ = policy(batches[0])
     gain = ((now - batches[0].old_logprobs) * batches[0].advantages).sum()
@@ -162,10 +165,10 @@ def test_a_gradient_that_is_not_finite_is_left_out(setting):
     policy, groups = setting
     groups[0].advantages = torch.tensor([math.inf, 0.0, 0.0])
     config = config_of()
-    optimizer = update.make_optimizer(policy, config)
-    update.set_learning_rate(optimizer, 1e-3)
+    optimizer = make_optimizer(policy, config)
+    set_learning_rate(optimizer, 1e-3)
     before = [p.detach().clone() for p in policy.parameters()]
-    metrics = update.update(policy, optimizer, update.micro_batches(groups, policy, config), config)
+    metrics = update.update(policy, optimizer, update.mini_batches(groups, policy, config), config)
     assert metrics["updates_skipped"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))
 
@@ -192,7 +195,7 @@ def test_supervised_step_weighs_prompts_equally(tiny_vl):
     with torch.no_grad():
         logprobs = [policy(pack([p], [own], policy.spec))[0] for p, own in zip(prompts, tokens)]
     groups, _ = target_groups(prompts, tokenizer, policy.spec, max_tokens=50)
-    optimizer = update.make_optimizer(policy, config_of())
+    optimizer = make_optimizer(policy, config_of())
     loss, probabilities = supervised_step(policy, optimizer, groups, config_of())
     assert loss == pytest.approx(-sum(own.mean().item() for own in logprobs) / 2, rel=1e-5)
     assert [len(p) for p in probabilities] == sum(lengths, [])
@@ -203,8 +206,8 @@ def test_supervised_step_weighs_prompts_equally(tiny_vl):
 def test_weight_decay_leaves_out_what_hugging_faces_trainer_leaves_out(checkpoints, family):
     """One step of gradients that are 0 moves decayed weights alone: by the rate times the decay."""
     policy, naive, _ = load_pair(checkpoints[family])
-    optimizer = update.make_optimizer(policy, config_of("--weight_decay", "0.1"))
-    update.set_learning_rate(optimizer, 0.5)
+    optimizer = make_optimizer(policy, config_of("--weight_decay", "0.1"))
+    set_learning_rate(optimizer, 0.5)
     for parameter in policy.parameters():
         parameter.data.fill_(1.0)
         parameter.grad = torch.zeros_like(parameter)
@@ -218,7 +221,7 @@ def test_weight_decay_leaves_out_what_hugging_faces_trainer_leaves_out(checkpoin
 
 
 def test_schedules_by_hand():
-    rates = lambda kind, warmup: [update.learning_rate(s, 4, 1.0, kind, warmup) for s in range(4)]
+    rates = lambda kind, warmup: [learning_rate(s, 4, 1.0, kind, warmup) for s in range(4)]
     assert rates("linear", 0) == [1, 0.75, 0.5, 0.25]
     assert rates("linear", 2) == [0.5, 1, 1, 0.5]
     assert rates("constant", 0) == [1] * 4
@@ -236,7 +239,7 @@ def test_a_frozen_tower_runs_once_a_step_for_sampler_reference_and_policy(checkp
     def step(*flags):
         config = config_of("--prompts_per_rollout", "3", "--prompts_per_forward", "1", *flags)
         groups = rollout(policy, prompts, tokenizer, parse_rewards(("accuracy:1",)), config, 0)
-        batches = update.micro_batches(groups, policy, config)
+        (batches,) = update.mini_batches(groups, policy, config)
         update.add_reference(policy, batches, 1.0)
         passes.clear()
         _, metrics = gradients(policy, groups, config)

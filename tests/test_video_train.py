@@ -16,7 +16,7 @@ from video_helpers import make_video
 import eval as eval_script
 import train
 from demo.tiny import build_tiny_model
-from grpo.run.data import step_samples
+from grpo.run.data import draw_samples
 from video.dataset import read_samples
 
 
@@ -156,7 +156,7 @@ def left_over(marker):
 def test_a_worker_killed_and_one_that_hangs_cost_their_samples_alone(world, tmp_path, monkeypatch):
     """Under torchrun, on one process and on two, whose step a smaller share of one must neither stop nor change."""
     samples = read_samples(world[0]["train"])
-    hung, killed = (step_samples(samples, step, 6, seed=42)[slot] for step, slot in ((0, 1), (1, 2)))
+    hung, killed = (draw_samples(samples, 6 * step, 6, seed=42)[slot] for step, slot in ((0, 1), (1, 2)))
     monkeypatch.setenv("HANG", f"{hung.key} {killed.key}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     steps = {}

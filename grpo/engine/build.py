@@ -1,26 +1,27 @@
-"""Policy and reference of a checkpoint folder: loaded, sharded, checkpointed, compiled, as the Config says."""
+"""Policy and reference of a model folder, built as the Config says: sharded, with activations recomputed, compiled."""
 
 import gc
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import ProcessorMixin
 
+from grpo.config import Config
 from grpo.engine import distributed, lora
-from grpo.engine.model import (
-    checkpoint_activations,
-    compile_layers,
-    empty_model,
-    load_weights,
-    materialise,
-    model_spec,
-    vision_tower,
-)
+from grpo.engine.model import checkpoint_activations, compile_layers, empty_model, model_spec, vision_tower
+from grpo.engine.weights import load_weights, materialise
 from grpo.policy import Policy
 
 
-def build_policy(path, config, processor, device, mesh=None, trained=True, adapters=False):
-    """The sharded Policy of a checkpoint folder, computed in bf16 on a GPU. Trained weights are fp32 masters; others,
-    such as those beneath adapters, are held in what they are computed in."""
-    gc.collect()  # FSDP ties modules into cycles: the weights of a policy that was let go would stay
+def build_policy(
+    path: str | Path, config: Config, processor: ProcessorMixin, device: torch.device, mesh: DeviceMesh | None = None,
+    trained: bool = True, adapters: bool = False,
+) -> Policy:  # fmt: skip
+    """The Policy of a model folder, sharded over the mesh; it computes in bf16 on a GPU. Trained weights are fp32
+    masters. Other weights, such as those beneath adapters, are kept in the precision that they are computed in."""
+    gc.collect()  # FSDP ties modules into cycles: the weights of a policy that is no longer used would stay
     dtype = distributed.compute_dtype(device)
     model = empty_model(path, torch.float32 if trained and not adapters else dtype)
     if config.freeze_vision:
@@ -30,8 +31,8 @@ def build_policy(path, config, processor, device, mesh=None, trained=True, adapt
     if config.gradient_checkpointing and trained:
         checkpoint_activations(model, vision=not config.freeze_vision)
     policy = Policy(model, model_spec(model, processor.tokenizer))
-    alone = mesh is not None and mesh.size() == 1 and (adapters or not trained)  # gathering would copy all weights
-    if mesh is not None and not alone:
+    # Gathering copies the weights: one process whose weights are in the computing precision needs no copy.
+    if mesh is not None and (mesh.size() > 1 or trained and not adapters):
         distributed.shard(policy, mesh, dtype)
     materialise(model, device)
     load_weights(model, path)
@@ -43,8 +44,11 @@ def build_policy(path, config, processor, device, mesh=None, trained=True, adapt
     return policy.to(device)
 
 
-def build_reference(path, policy, config, processor, device, mesh=None):
-    """The frozen reference of a checkpoint folder. None if β = 0; with adapters it is the policy with them off."""
+def build_reference(
+    path: str | Path, policy: Policy, config: Config, processor: ProcessorMixin, device: torch.device,
+    mesh: DeviceMesh | None = None,
+) -> Callable | None:  # fmt: skip
+    """The frozen reference of a model folder. None if β = 0; with adapters it is the policy with the adapters off."""
     if config.kl_coef == 0:
         return None
     if config.lora_rank:

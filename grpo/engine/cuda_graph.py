@@ -1,12 +1,13 @@
 """CUDA graphs of a few steps, recorded without emptying the allocator's cache."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 
 import torch
 
 
-def record(step, pool):
+def record(step: Callable[[], object], pool: torch.cuda.MemPool) -> torch.cuda.CUDAGraph:
     """The CUDA graph of step(), which is recorded and not run; its memory comes from `pool`.
 
     torch.cuda.graph does the same, but first empties the allocator's cache: too much for a graph of a few steps.
@@ -17,7 +18,7 @@ def record(step, pool):
         try:
             step()
         except Exception:
-            with suppress(RuntimeError):  # it says only that there was an error
+            with suppress(RuntimeError):  # says only that there was an error
                 graph.capture_end()
             raise
         graph.capture_end()
@@ -25,6 +26,6 @@ def record(step, pool):
 
 
 @cache
-def capture_stream():
-    """The stream of all recordings: cuBLAS keeps a workspace for each stream that it has seen."""
+def capture_stream() -> torch.cuda.Stream:
+    """The one stream of all recordings: cuBLAS keeps a workspace for each stream that it has seen."""
     return torch.cuda.Stream()

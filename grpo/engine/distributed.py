@@ -3,18 +3,20 @@
 torch's process group is global, so these are plain functions: nothing has to be handed around.
 """
 
+import atexit
 import copy
 import os
 import sys
 import threading
-import time
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -23,27 +25,28 @@ from grpo.errors import ConfigError
 # Rank 0 may build the demo or write 15 GB while the others wait. `watch_ranks` notices a rank that dies.
 TIMEOUT = timedelta(minutes=30)
 GRACE = 3  # seconds for a rank to end by itself, with its own message, once another rank is gone
-finished = threading.Event()  # set once every rank is done: from then on ranks may leave
+LOST = "a process is lost"  # key of torchrun's store
+finished = threading.Event()  # set once every rank is done, or this one ends: from then on ranks may leave
 
 
-def rank():
+def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size():
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_main():
+def is_main() -> bool:
     return rank() == 0
 
 
-def compute_dtype(device):
-    """What models are computed in: bf16 on a GPU, fp32 on a CPU."""
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """The precision that a model computes in: bf16 on a GPU, fp32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def reduce_sum(values):
+def reduce_sum(values: dict[str, float]) -> dict[str, float]:
     """{name: number} summed over all ranks; every rank must pass the same names."""
     if world_size() == 1:
         return dict(values)
@@ -53,7 +56,7 @@ def reduce_sum(values):
     return dict(zip(sorted(values), total.tolist()))
 
 
-def gather(item, group=None):
+def gather(item: object, group: dist.ProcessGroup | None = None) -> list:
     """[item of rank 0, item of rank 1, ...] on every rank; items are plain Python values."""
     items = [item] * world_size()
     if world_size() > 1:
@@ -61,42 +64,48 @@ def gather(item, group=None):
     return items
 
 
-def barrier():
+def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
 
 
-def start(device="auto", shard_size=0):
+def start(device: str = "auto", shard_size: int = 0) -> tuple[torch.device, DeviceMesh | None]:
     """Joins torchrun's process group if there is one. Returns (device, mesh); the mesh is None on one CPU process.
 
     shard_size ranks (0: the ranks of one node) hold one copy of the weights; with more ranks, copies are replicated and
     only gradients cross nodes. Raises ConfigError if shard_size does not divide the world size.
     """
-    size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    backend = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if backend == "cuda" and not torch.cuda.is_available():
+    world, size = _number("WORLD_SIZE", 1), shard_size or _number("LOCAL_WORLD_SIZE", 1)
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if on_gpu and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU; install a CUDA build and driver, or give --device cpu")
-    own, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world % size:
         raise ConfigError(f"--shard_size {size}: must divide the number of processes, {world}")
-    device = torch.device("cpu")
-    if backend == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    elif world == 1:
-        return device, None
+    if not on_gpu and world == 1:
+        return torch.device("cpu"), None
+    place = torch.device("cuda", _number("LOCAL_RANK")) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(place)
     store = dist.HashStore() if world == 1 else None  # None: torchrun's
-    collectives = "nccl" if backend == "cuda" else "gloo"
-    dist.init_process_group(collectives, store=store, rank=own, world_size=world, timeout=TIMEOUT)
+    collectives = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(collectives, store=store, rank=_number("RANK"), world_size=world, timeout=TIMEOUT)
     shape, names = ((world,), ("shard",)) if size == world else ((world // size, size), ("replicate", "shard"))
-    mesh = init_device_mesh(backend, shape, mesh_dim_names=names)
+    mesh = init_device_mesh(place.type, shape, mesh_dim_names=names)
     if world > 1:
-        pids = [pid for node, pid in gather((_node(), os.getpid())) if node == _node()]
-        threading.Thread(target=watch_ranks, args=(pids,), daemon=True).start()
-    return device, mesh
+        node = _number("GROUP_RANK")  # torchrun's name for it
+        pids = [pid for other, pid in gather((node, os.getpid())) if other == node]
+        watcher = threading.Thread(target=watch_ranks, args=(pids,), daemon=True)
+        watcher.start()
+        atexit.register(_end_watch, watcher)
+    return place, mesh
 
 
-def stop():
+def _number(name, default=0):
+    """A number that torchrun sets in the environment."""
+    return int(os.environ.get(name, default))
+
+
+def stop() -> None:
     """Leaves the process group, once every rank is done."""
     if dist.is_initialized():
         dist.barrier()
@@ -104,46 +113,38 @@ def stop():
         dist.destroy_process_group()
 
 
-def watch_ranks(pids):
+def watch_ranks(pids: list[int]) -> None:
     """Ends this process with code 3, GRACE seconds after a rank of any node has died.
 
     It runs in a thread: NCCL's collectives wait for a dead rank for ever, and no signal handler runs meanwhile. pids
-    are the processes of this node; nodes tell each other through torchrun's store.
+    are the processes of this node. Nodes tell each other through torchrun's store.
     """
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    while not (any(_is_gone(pid) for pid in pids) or _is_lost(store)):
-        time.sleep(1)
-    with suppress(dist.DistError):  # the store may be gone, too
-        store.set("a process is lost", "1")
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], _number("MASTER_PORT"), is_master=False)
+    with suppress(ProcessLookupError, dist.DistError):  # a rank of this node is gone, or torchrun, which has the store
+        while not store.check([LOST]):
+            for pid in pids:
+                os.kill(pid, 0)  # signal 0 is not delivered: it asks whether the process is there
+            if finished.wait(1):
+                return
+    with suppress(dist.DistError):
+        store.set(LOST, "1")
     if not finished.wait(GRACE):
         name = Path(sys.argv[0]).name
         print(f"{name}: error: another process is gone, see its message or torchrun's", file=sys.stderr, flush=True)
         os._exit(3)  # the main thread may be inside a collective, out of reach
 
 
-def _node():
-    return int(os.environ.get("GROUP_RANK", 0))  # torchrun's name for it
+def _end_watch(watcher):
+    """Ends the thread before Python ends: a thread that is inside the store just then would abort the process."""
+    finished.set()
+    watcher.join(GRACE)
 
 
-def _is_gone(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
-
-
-def _is_lost(store):
-    try:
-        return store.check(["a process is lost"])
-    except dist.DistError:  # the process that holds the store is gone: torchrun on the first node
-        return True
-
-
-def shard(policy, mesh, dtype):
+def shard(policy: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Shards a Policy that is still on the meta device, in place: each of its blocks, then the rest.
 
-    Parameters stay fp32 masters; `dtype` is what is gathered and computed in; gradients are reduced in fp32.
+    Parameters keep their precision (fp32 masters). They are gathered and computed in `dtype`; gradients are reduced in
+    fp32.
     """
     object.__setattr__(policy, "plain", copy.deepcopy(policy))  # no submodule: it has no weights of its own
     # Inputs are not cast: the vision tower's rotary tables must stay in fp32.
@@ -154,13 +155,13 @@ def shard(policy, mesh, dtype):
     policy.sharded = True
 
 
-def reduce_between_nodes(policy, now):
-    """Whether the next backward also sums gradients over copies of the weights: once a step, with the last batch."""
+def reduce_between_nodes(policy: nn.Module, now: bool) -> None:
+    """Sets whether the next backward also sums gradients over the copies of the weights: once a step, at its end."""
     if policy.sharded:
         policy.set_requires_all_reduce(now)
 
 
-def clip_grad_norm(policy, max_norm):
+def clip_grad_norm(policy: nn.Module, max_norm: float) -> float:
     """Scales the gradient to a norm of at most max_norm over all ranks; returns the norm before clipping."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
     value = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
@@ -170,10 +171,10 @@ def clip_grad_norm(policy, max_norm):
 
 
 @contextmanager
-def unsharded(policy):
-    """Yields a Policy of plain modules for sampling, with all weights of `policy`, gathered once while it is in use.
+def unsharded(policy: nn.Module) -> Iterator[nn.Module]:
+    """Gathers all weights of `policy`, and yields a Policy of plain modules that has them, for sampling.
 
-    Nothing inside is collective, so ranks decode at their own pace, and no FSDP hook runs.
+    The plain modules have no FSDP hooks, so nothing inside is collective: ranks decode at their own pace.
     """
     if not policy.sharded:
         yield policy

@@ -5,22 +5,25 @@ ones, name the opposite direction on reversed ones, and guess on a blank video, 
 """
 
 from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import groupby
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from grpo.batch import chunked
 from grpo.engine.distributed import gather, is_main, rank, unsharded, world_size
-from grpo.policy import features_of
+from grpo.policy import Policy, features_of
 from grpo.sampler import SamplingSettings, generate, prompt_seed
 from rewards import score_prediction
 from rewards.answer import answer_text, choice_letter
 from video.formats import Sample, printable
 from video.frames import SampleError
-from video.prompt import FRAME_CONTROLS, Skipped
+from video.loader import PromptLoader
+from video.prompt import FRAME_CONTROLS, Prompt, PromptEncoder, Skipped
 
 NO_VIDEO = "no video"
 CONTROLS = (*FRAME_CONTROLS, NO_VIDEO)
@@ -28,7 +31,7 @@ CONTROLS = (*FRAME_CONTROLS, NO_VIDEO)
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How questions are asked, beside what the loader's encoder knows."""
+    """How questions are asked; frames, pixels and the prompt's template are the loader's."""
 
     max_new_tokens: int
     batch: int  # prompts decoded together
@@ -36,34 +39,42 @@ class EvalSettings:
     control: str | None = None  # one of CONTROLS; None: the video as it is
 
 
-def predict(policy, loader, samples, tokenizer, settings, done=None, report=None):
+def predict(
+    policy: Policy, loader: PromptLoader, samples: list[Sample], tokenizer: PreTrainedTokenizerBase,
+    settings: EvalSettings, done: dict[str, dict] | None = None, report: Callable[[list[dict]], None] | None = None,
+) -> list[dict]:  # fmt: skip
     """Returns one record for each sample, in their order, on every rank.
 
     A record holds key, category, completion, prediction (None if no answer could be parsed), score in [0, 1], opposite
-    (whether the prediction is the row's `opposite`), or `skipped` with the reason if the video could not be read.
+    (whether the prediction is the row's `opposite`); or key and `skipped`, the reason, if the video could not be read.
     All ranks plan the same batches over all samples, and each rank takes whole batches. So what decodes together, and
     with it every bit of an answer, depends neither on the world size nor on an interruption.
 
-    settings: an `EvalSettings`; done: {key: record} of an earlier part, whose batches are not made again; report: is
-    called with the records of each batch as it is finished.
+    done: {key: record} of an earlier part, whose batches are not made again. report: is called with the records of each
+    batch when it is finished.
     """
+    # 1) Plan the batches; take those of this rank that are not done
     done, control = done or {}, settings.control
-    asked = [_without_media(s) for s in samples] if control == NO_VIDEO else samples
+    asked = [replace(s, videos=(), images=(), clips=()) for s in samples] if control == NO_VIDEO else samples
     left = [group for group in plan(asked, loader.encoder, settings.batch) if any(s.key not in done for s in group)]
     own = left[rank() :: world_size()]
+
+    # 2) Answer them
     sampling = SamplingSettings(temperature=settings.temperature, max_new_tokens=settings.max_new_tokens)
     made = {}
     with unsharded(policy) as plain:
         for encoded in encode(loader, own, control if control in FRAME_CONTROLS else None):
             prompts = [p for p in encoded if not isinstance(p, Skipped)]
             seeds = [prompt_seed(0, control or "", p.sample.key) for p in prompts]
-            features = shared_features(plain, prompts)
+            features = _shared_features(plain, prompts)
             groups = generate(plain, prompts, 1, sampling, seeds, tokenizer, features) if prompts else []
             texts = iter([group.texts[0] for group in groups])
             records = [_skip(p) if isinstance(p, Skipped) else _record(p.sample, next(texts)) for p in encoded]
             made |= {record["key"]: record for record in records}
             if report:
                 report(records)
+
+    # 3) Put all ranks' records into the order of the samples
     for share in gather(made):
         done = done | share
     return [done[s.key] for s in samples]
@@ -73,12 +84,12 @@ class Progress:
     """Takes records as they come: saves them, and shows their running accuracy and the time that is left on the bar of
     rank 0, which stays on the screen if `leave`."""
 
-    def __init__(self, name, total, leave=True, save=lambda records: None):
+    def __init__(self, name: str, total: int, leave: bool = True, save: Callable = lambda records: None):
         total = -(-total // world_size())
         self.bar = tqdm(desc=name, total=total, disable=not is_main(), dynamic_ncols=True, leave=leave)
         self.scores, self.save = [], save
 
-    def __call__(self, records):
+    def __call__(self, records: list[dict]) -> None:
         self.save(records)
         self.scores += [r["score"] for r in records if "skipped" not in r]
         self.bar.set_postfix(accuracy=f"{sum(self.scores) / max(1, len(self.scores)):.3f}", refresh=False)
@@ -91,34 +102,39 @@ class Progress:
         self.bar.close()
 
 
-def plan(samples, encoder, size):
-    """Batches of samples: questions about one video together, videos of like length together.
+def plan(samples: list[Sample], encoder: PromptEncoder, size: int) -> list[list[Sample]]:
+    """Batches of samples: questions about one video together, videos of similar length together.
 
-    The longest come first, so that what does not fit into memory shows at once. Lengths come from file headers.
+    The longest videos come first, so that a lack of memory shows at once. Lengths come from file headers.
     """
-    order = lambda s: (
-        -_vision_tokens(encoder, s.videos, s.images, s.clips),
-        s.media,
-        repr(s.clips),
-        len(s.problem),
-        s.key,
-    )
-    ordered = sorted(samples, key=order)
-    return chunked(ordered, size)
+    length = lambda s: _vision_tokens(encoder, s.videos, s.images, s.clips)
+    return chunked(sorted(samples, key=lambda s: (-length(s), s.media, repr(s.clips), len(s.problem), s.key)), size)
 
 
-def encode(loader, batches, control):
-    """Yields the Prompts or Skips of each batch. Of questions about one video only the shortest goes to the loader; the
-    others share its frames. So a shuffled order, too, is one for the video."""
-    shared = partial(_shared_media, loader.encoder)
-    groups = [[list(group) for _, group in groupby(batch, shared)] for batch in batches]
+def encode(loader: PromptLoader, batches: list[list[Sample]], control: str | None) -> Iterator[list[Prompt | Skipped]]:
+    """Yields the Prompts (or Skipped) of each batch.
+
+    Of neighbouring questions about one video only the first, the shortest, goes to the loader. The others share its
+    frames; so "shuffled" shuffles a video once for all its questions.
+    """
+    groups = [[list(group) for _, group in groupby(batch, partial(_media, loader.encoder))] for batch in batches]
     firsts = ([group[0] for group in batch] for batch in groups)
     for batch, encoded in zip(groups, loader.batches(firsts, control)):
         yield [_ask(loader.encoder, first, s) for group, first in zip(batch, encoded) for s in group]
 
 
+def _media(encoder, sample):
+    """What a sample shares with the other questions about its video. Nothing but its key if it has no media, or if its
+    question cannot be asked: then the other questions must not be skipped with it."""
+    try:
+        encoder.text(sample)
+    except SampleError:
+        return (sample.key,)
+    return (sample.videos, sample.images, sample.clips) if sample.media else (sample.key,)
+
+
 def _ask(encoder, first, sample):
-    """The Prompt of `sample`, a question about the media of `first` (a Prompt or Skip): own text, same frames."""
+    """The Prompt of `sample` with the frames of `first`, the Prompt (or Skipped) of a question about the same media."""
     if isinstance(first, Skipped):
         return replace(first, key=sample.key)
     if first.sample.key == sample.key:
@@ -130,51 +146,33 @@ def _ask(encoder, first, sample):
     return replace(first, sample=sample, input_ids=ids)
 
 
-def shared_features(policy, prompts):
-    """Vision features of all prompts in the order of their placeholders, from one vision pass for each distinct video;
-    None where no two prompts share one."""
-    distinct = {_pixels(p): p for p in prompts}
+def _shared_features(policy, prompts):
+    """(merged tokens, hidden) vision features of all prompts, from one vision pass over the distinct videos; None if no
+    two prompts share their frames."""
+    pixels = [p.pixel_values if p.pixel_values_videos is None else p.pixel_values_videos for p in prompts]
+    names = [id(p if shown is None else shown) for p, shown in zip(prompts, pixels)]  # text alone shares nothing
+    distinct = dict(zip(names, prompts))
     if len(distinct) == len(prompts):
         return None
     features = dict(zip(distinct, features_of(policy, list(distinct.values()))))
-    return torch.cat([features[_pixels(p)] for p in prompts])
-
-
-def _pixels(prompt):
-    """What two prompts have in common where they share their frames. Text alone shares nothing."""
-    tensors = (prompt.pixel_values, prompt.pixel_values_videos)
-    return tuple(map(id, tensors)) if any(t is not None for t in tensors) else (id(prompt),)
-
-
-def _shared_media(encoder, sample):
-    """What a sample shares with its neighbours: its media, or nothing but itself where it has none, or where its
-    question cannot be asked and must not take others down with it."""
-    try:
-        encoder.text(sample)
-    except SampleError:
-        return (sample.key,)
-    return (sample.videos, sample.images, sample.clips) if sample.media else (sample.key,)
+    return torch.cat([features[name] for name in names])
 
 
 @lru_cache(maxsize=2**16)
 def _vision_tokens(encoder, videos, images, clips):
-    """Kept, since an evaluation and its controls, or the next one of a training run, ask for the same files again."""
+    """Cached: the controls of an evaluation, and the next evaluation of a training run, ask for the same files."""
     try:
         return encoder.planned_tokens(Sample("", "", "", videos, images, clips=clips))
     except SampleError:
-        return 0  # the loader will say what is wrong with it
-
-
-def _without_media(sample):
-    return replace(sample, videos=(), images=(), clips=())
+        return 0  # the loader says what is wrong with the file
 
 
 def _skip(skipped):
     return {"key": skipped.key, "skipped": printable(f"{skipped.path}: {skipped.reason}")}
 
 
-def category_of(sample):
-    """The category of question that accuracies are split by: the row's `category` as a text, else its problem type."""
+def category_of(sample: Sample) -> str:
+    """The category that accuracies are split by: the row's `category` as a text, else its problem type."""
     category = sample.meta.get("category")
     return sample.problem_type if category is None else printable(category, 60)
 
@@ -193,12 +191,13 @@ def _record(sample, completion):
     }
 
 
-def summarise(records, trained=None):
+def summarise(records: list[dict], trained: Collection[str] | None = None) -> dict:
     """{"overall": share, "trained": share, "categories": {category: share}, "opposite": share or None,
     "unparsed": share, "count", "skipped"}.
 
-    "trained" is over the categories that the run trains on, given by name; over all if None is given, or if no question
-    is of such a category. Shares are of the readable samples; an answer that could not be parsed counts as wrong.
+    "trained" is over the questions of the categories `trained`, those that the run trains on; over all questions if
+    `trained` is None or no question is of these. Shares are of the readable samples; an answer that could not be parsed
+    counts as wrong.
     """
     read = [r for r in records if "skipped" not in r]
     categories = scores_by_category(read)
@@ -215,7 +214,7 @@ def summarise(records, trained=None):
     }
 
 
-def scores_by_category(records):
+def scores_by_category(records: list[dict]) -> dict[str, list[float]]:
     """{category: scores} of readable records, in the order of the names."""
     categories = defaultdict(list)
     for record in records:
@@ -223,6 +222,6 @@ def scores_by_category(records):
     return dict(sorted(categories.items()))
 
 
-def mean(values):
-    """Mean as a float; 0.0 of nothing."""
+def mean(values: Sequence[float]) -> float:
+    """The mean; 0.0 of no values."""
     return sum(values) / len(values) if values else 0.0

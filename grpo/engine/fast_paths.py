@@ -6,32 +6,38 @@ same tokens. So a broken build of flash-attn, or a kernel that is wrong on a new
 """
 
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from grpo.attention import IN_USE
 from grpo.batch import pack
+from grpo.config import Config
 from grpo.engine.distributed import gather, unsharded
 from grpo.errors import RunError
+from grpo.policy import Policy
 from grpo.sampler import LOOK_EVERY, SamplingSettings, generate
-from video.prompt import Skipped
+from video.formats import Sample
+from video.loader import PromptLoader
+from video.prompt import Prompt, Skipped
 
 TOKENS = 64  # the longest completion of a trial
-SAMPLES = 8  # how many are tried for a prompt that can be read
-# The mean difference of log-probabilities may be this many times the one between the plain path's sampler and scorer.
-# That one is rounding and depends on the model: in bf16 0.009 and 0.040 on two tiny ones. There a right kernel differs
+SAMPLES = 8  # how many samples are tried, until one can be read
+# The mean difference of log-probabilities may be TOLERANCE times the one between the plain path's sampler and scorer.
+# That is rounding, and depends on the model: in bf16 0.009 and 0.040 on two tiny ones. There a right kernel differs
 # from the plain path by 0.009 and 0.086, and a causal mask that is off by one token by 0.035 and 0.68.
 TOLERANCE = 3
-LEAST = 0.01  # is allowed on any model
+LEAST = 0.01  # a mean difference that is allowed on any model
 
 
 class FastPath(NamedTuple):
-    """`name` is in `IN_USE` while the path is in use; `timed` is the part of a trial that it is to make faster."""
+    """A way to compute the same faster."""
 
-    name: str
-    timed: str
+    name: str  # it is in `IN_USE` while the path is in use
+    timed: str  # what it must make faster: "sampling" or "scoring"
 
 
 FAST_PATHS = (
@@ -42,19 +48,24 @@ FAST_PATHS = (
 
 
 class Trial(NamedTuple):
-    """Completions, their log-probabilities (2, N) by sampler and scorer, and seconds of "sampling" and "scoring"."""
+    """A group that was sampled and scored."""
 
-    tokens: list
-    logprobs: torch.Tensor
-    seconds: dict
+    tokens: list[torch.Tensor]  # (C,) of each completion
+    logprobs: torch.Tensor  # (2, N) of all tokens, by the sampler and by the scorer
+    seconds: dict[str, float]  # of "sampling" and "scoring"
 
 
-def choose_fast_paths(policy, loader, samples, config, tokenizer, say):
-    """Sets `IN_USE`, alike on all processes: a path that fails on one is left out on all. say: takes a line for the
-    user; why a path is left out is one. Collective: every process must call it."""
+def choose_fast_paths(
+    policy: Policy, loader: PromptLoader, samples: list[Sample], config: Config, tokenizer: Tokenizer, say: Callable
+) -> None:
+    """Sets `IN_USE`, alike on all ranks: a path that fails on one rank is left out on all. Collective.
+
+    say: takes a line for the user, such as why a path is left out.
+    """
     IN_USE.clear()
     if policy.device.type == "cuda":
-        prompt = first_prompt(loader, samples)
+        with closing(loader.batches([sample] for sample in samples[:SAMPLES])) as batches:
+            prompt = next((prompt for (prompt,) in batches if not isinstance(prompt, Skipped)), None)
         graph = config.decode_graph and config.max_new_tokens > 2 * LOOK_EVERY  # shorter ones are never recorded
         paths = [path for path in FAST_PATHS if graph or path.name != "decoding graph"]
         with unsharded(policy) as plain:
@@ -68,15 +79,11 @@ def choose_fast_paths(policy, loader, samples, config, tokenizer, say):
     say(f"attention by {kernel}; fast paths in use: {', '.join(sorted(IN_USE)) or 'none'}")
 
 
-def first_prompt(loader, samples):
-    """The Prompt of the first sample that can be read; None if none of the first few can."""
-    with closing(loader.batches([sample] for sample in samples[:SAMPLES])) as batches:
-        return next((prompt for (prompt,) in batches if not isinstance(prompt, Skipped)), None)
-
-
 @torch.no_grad()
-def find_faults(paths, policy, prompt, config, tokenizer):
-    """For each path None, or in a few words why it is left out. Not collective: `policy` is not a sharded one.
+def find_faults(
+    paths: Sequence[FastPath], policy: Policy, prompt: Prompt | None, config: Config, tokenizer: Tokenizer
+) -> list[str | None]:
+    """For each path None, or in a few words why it is left out. Not collective: `policy` must not be sharded.
 
     Raises RunError if a path leaves the GPU in a state in which nothing runs any more.
     """
@@ -90,65 +97,56 @@ def find_faults(paths, policy, prompt, config, tokenizer):
             trial = run_trial((*names, path.name), policy, prompt, config, tokenizer)
         except Exception as error:
             faults.append(f"{type(error).__name__}: {error}".strip().partition("\n")[0])
-            refuse_a_broken_gpu(path, faults[-1])
+            _refuse_a_broken_gpu(path, faults[-1])
             continue
         with using(()):
-            expected = score(policy, prompt, trial.tokens)
-        faults.append(fault_of(path, trial, best, expected, allowed))
-        if faults[-1] is None:
+            expected = _score(policy, prompt, trial.tokens)
+        difference = (trial.logprobs - expected).abs().mean(-1).max().item()
+        ours, without = trial.seconds[path.timed], best.seconds[path.timed]
+        if not difference <= allowed:  # NaN is a fault too
+            faults.append(f"its log-probabilities are off by {difference:.2g} on average, {allowed:.2g} is allowed")
+        elif ours >= without:
+            faults.append(f"it is not faster, {ours:.3g} s against {without:.3g} s without it")
+        else:
+            faults.append(None)
             names, best = [*names, path.name], trial
     return faults
 
 
-def run_trial(names, policy, prompt, config, tokenizer):
-    """The `Trial` of the fast paths `names` and no other, timed when it runs the second time: the first also pays for
-    what libraries set up."""
+def run_trial(names: Iterable[str], policy: Policy, prompt: Prompt, config: Config, tokenizer: Tokenizer) -> Trial:
+    """The `Trial` of the fast paths `names` and no other, timed at the second run: in the first one libraries set
+    themselves up."""
     settings = SamplingSettings(max_new_tokens=min(TOKENS, config.max_new_tokens))
     with using(names):
         for _ in range(2):
             began = time.perf_counter()
             (group,) = generate(policy, [prompt], config.group_size, settings, [0], tokenizer)
             sampled = time.perf_counter()
-            scored = score(policy, prompt, group.tokens)
+            scored = _score(policy, prompt, group.tokens)
             seconds = {"sampling": sampled - began, "scoring": time.perf_counter() - sampled}
     return Trial(group.tokens, torch.stack([torch.cat(group.logprobs), scored]), seconds)
 
 
-def score(policy, prompt, completions):
+def _score(policy, prompt, completions):
     """(N,) log-probabilities of the completions' tokens by the packed forward, on the CPU."""
     return policy(pack([prompt], [completions], policy.spec).to(policy.device), entropy=False)[0].cpu()
 
 
-def fault_of(path, trial, best, expected, allowed):
-    """Why a path is left out, in a few words, by its trial and the `best` without it; None if it is right and faster.
-
-    expected (N,): the log-probabilities that the plain path gives to the trial's tokens.
-    """
-    difference = (trial.logprobs - expected).abs().mean(-1).max().item()
-    if not difference <= allowed:  # NaN is a fault too
-        return f"its log-probabilities are off by {difference:.2g} on average, {allowed:.2g} is allowed"
-    ours, without = trial.seconds[path.timed], best.seconds[path.timed]
-    return None if ours < without else f"it is not faster, {ours:.3g} s against {without:.3g} s without it"
-
-
 @contextmanager
-def using(names):
+def using(names: Iterable[str]) -> Iterator[None]:
     """Has `IN_USE` hold these names and no other, for a while."""
     before = set(IN_USE)
-    replace_names(names)
+    IN_USE.clear()
+    IN_USE.update(names)
     try:
         yield
     finally:
-        replace_names(before)
+        IN_USE.clear()
+        IN_USE.update(before)
 
 
-def replace_names(names):
-    IN_USE.clear()
-    IN_USE.update(names)
-
-
-def refuse_a_broken_gpu(path, reason):
-    """Raises RunError if an error of a path, such as an illegal memory access, is one that stays."""
+def _refuse_a_broken_gpu(path, reason):
+    """Raises RunError if the error of a path is one that stays, such as an illegal memory access."""
     try:
         if torch.cuda.is_available():
             torch.cuda.synchronize()

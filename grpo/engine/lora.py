@@ -5,18 +5,22 @@ reference.
 """
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from grpo.engine.model import fill
+from grpo.config import Config
+from grpo.engine.weights import fill
 from grpo.sampler import prompt_seed
 
 TARGETS = r".*language_model\.layers\.\d+\..*\.(q|k|v|o|gate|up|down)_proj"
 
 
-def add_adapters(model, config):
-    """Puts fp32 adapters of config.lora_rank into a model on the meta device, in place, and freezes all else."""
+def add_adapters(model: nn.Module, config: Config) -> None:
+    """Adds fp32 adapters of config.lora_rank to a model on the meta device, in place, and freezes all else."""
     from peft import inject_adapter_in_model  # optional: `grpo.run.folder.check_inputs` says if it is missing
 
     model.requires_grad_(False)
@@ -29,14 +33,13 @@ def add_adapters(model, config):
 def _peft_config(config):
     from peft import LoraConfig
 
-    return LoraConfig(
-        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=TARGETS, base_model_name_or_path=config.model
-    )  # fmt: skip
+    sizes = {"r": config.lora_rank, "lora_alpha": config.lora_alpha}
+    return LoraConfig(**sizes, target_modules=TARGETS, base_model_name_or_path=config.model)
 
 
 @torch.no_grad()
-def start_adapters(model, seed):
-    """Fills materialised adapters, alike on any number of ranks: A from (seed, its name), B with zeros."""
+def start_adapters(model: nn.Module, seed: int) -> None:
+    """Fills materialised adapters, alike on any number of ranks: A from the seed and its name, B with zeros."""
     for name, parameter in adapters(model):
         values, bound = torch.zeros(parameter.shape), 1 / math.sqrt(parameter.shape[1])
         if ".lora_A." in name:
@@ -44,27 +47,29 @@ def start_adapters(model, seed):
         fill(parameter, values)
 
 
-def adapters(model):
+def adapters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if ".lora_" in name]
 
 
-def without_adapters(policy):
+def without_adapters(policy: nn.Module) -> Callable:
     """The reference: a function like the policy's forward, of the same weights with the adapters off."""
-    layers = [m for m in policy.modules() if hasattr(m, "lora_A")]
+
+    def turn(off):
+        for module in policy.modules():
+            if hasattr(module, "lora_A"):
+                module._disable_adapters = off
 
     def reference(*given, **options):
-        for layer in layers:
-            layer._disable_adapters = True
+        turn(off=True)
         try:
             return policy(*given, **options)
         finally:
-            for layer in layers:
-                layer._disable_adapters = False
+            turn(off=False)
 
     return reference
 
 
-def save_adapters(weights, config, folder):
+def save_adapters(weights: dict[str, torch.Tensor], config: Config, folder: Path) -> None:
     """Writes {name: tensor} of the adapters as `peft.PeftModel.from_pretrained` reads them: adapter_config.json and
     adapter_model.safetensors."""
     _peft_config(config).save_pretrained(folder)
@@ -72,8 +77,8 @@ def save_adapters(weights, config, folder):
     save_file(named, folder / "adapter_model.safetensors")
 
 
-def merge(weights, scale, dtype):
-    """{name: tensor} of a model with adapters -> that of the plain model, W + scale · B A, added up in fp32."""
+def merge(weights: dict[str, torch.Tensor], scale: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """{name: tensor} of a model with adapters -> {name: tensor} of the plain model: W + scale · B A, added in fp32."""
     merged = {}
     for name, value in weights.items():
         if name.endswith(".base_layer.weight"):

@@ -1,24 +1,32 @@
 """A supervised pass before GRPO, through the same packed forward: several target completions share their prompt.
 
-Rows carry `completions`. The pass ends after `sft_steps`, or as soon as the model predicts every determined token: all
+Rows carry `completions`. The pass ends after `sft_steps`, or as soon as the model predicts the determined tokens: all
 tokens of a prompt's only completion; of several completions, whose thoughts differ, the tokens between <answer> and
-</answer>. "Predicts" means: the least probability of a prompt's determined tokens has a mean above `sft_until` over the
-prompts of the last ten steps.
+</answer>. "Predicts" means: the least probability of a prompt's determined tokens is above `sft_until`, as a mean over
+the prompts of the last ten steps.
 """
 
 from collections import deque
+from collections.abc import Iterable
 
 import torch
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from grpo.batch import RolloutGroup
+from grpo.config import Config
 from grpo.engine.distributed import reduce_sum, world_size
-from grpo.update import apply_gradients, learning_rate, make_micro_batches, make_optimizer, set_learning_rate
+from grpo.engine.model import ModelSpec
+from grpo.engine.optimizer import learning_rate, make_optimizer, set_learning_rate
+from grpo.policy import Policy
+from grpo.update import apply_gradients, make_micro_batches
 from video.formats import DataError
+from video.prompt import Prompt
 
 RAMP = 20  # steps of linear warm-up of the learning rate, which then stays constant
 
 
-def target_tokens(tokenizer, text):
+def target_tokens(tokenizer: Tokenizer, text: str) -> tuple[torch.Tensor, torch.Tensor]:
     """((C,) tokens of a completion with its EOS, (C,) bool marks of the tokens between <answer> and </answer>)."""
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     start, stop = text.find("<answer>") + len("<answer>"), text.find("</answer>")
@@ -26,8 +34,11 @@ def target_tokens(tokenizer, text):
     return torch.tensor([*encoded["input_ids"], tokenizer.eos_token_id]), torch.tensor([*marks, False])
 
 
-def target_groups(prompts, tokenizer, spec, max_tokens):
-    """(`RolloutGroup`s whose completions are the prompts' targets, marks as in `target_tokens` for each completion).
+def target_groups(
+    prompts: list[Prompt], tokenizer: Tokenizer, spec: ModelSpec, max_tokens: int
+) -> tuple[list[RolloutGroup], list[tuple[torch.Tensor, ...]]]:
+    """(`RolloutGroup`s whose completions are the prompts' targets, for each group a tuple of its completions' (C,) bool
+    marks of the determined tokens).
 
     Every prompt weighs the same, however many targets it has. Raises DataError, naming the row, for a completion of
     more than max_tokens, which would take all memory, or with a vision token, which would have no features.
@@ -43,11 +54,13 @@ def target_groups(prompts, tokenizer, spec, max_tokens):
                 "shorten it"
             )
         groups.append(RolloutGroup(prompt, list(tokens), [torch.zeros(len(own)) for own in tokens], [], []))
-        marks.append(answers)
+        marks.append(answers if len(answers) > 1 else (torch.ones_like(answers[0]),))
     return groups, marks
 
 
-def supervised_step(policy, optimizer, groups, config):
+def supervised_step(
+    policy: Policy, optimizer: Optimizer, groups: list[RolloutGroup], config: Config
+) -> tuple[float, list[torch.Tensor]]:
     """One step of maximum likelihood. Returns (loss, [(C,) probabilities of the tokens of each completion])."""
     count = max(reduce_sum({"prompts": len(groups)})["prompts"], 1)
     total, probabilities = 0.0, []
@@ -64,15 +77,13 @@ def supervised_step(policy, optimizer, groups, config):
     return reduce_sum({"loss": total})["loss"], probabilities
 
 
-def least_probable(probabilities, marks, completions):
-    """The least of a completion's (C,) probabilities of determined tokens; see the top of this file."""
-    chosen = probabilities if completions == 1 else probabilities[marks]
-    return chosen.min().item() if len(chosen) else 1.0
+def _least(probabilities):
+    return probabilities.min().item() if len(probabilities) else 1.0
 
 
-def warm_up(policy, batches, tokenizer, config, log):
-    """Trains on batches of prompts with `completions` until the end that the top of this file describes. It saves
-    nothing: a run that is stopped in it begins it again."""
+def warm_up(policy: Policy, batches: Iterable, tokenizer: Tokenizer, config: Config, log) -> None:
+    """Trains on batches of prompts with `completions`, until the end that the top of this file describes. Saves
+    nothing: a run that is stopped in this pass begins it again."""
     optimizer, recent = make_optimizer(policy, config), deque(maxlen=10)
     log.start("warm-up", config.sft_steps)
     for step, (prompts, _) in enumerate(batches):
@@ -80,7 +91,7 @@ def warm_up(policy, batches, tokenizer, config, log):
         groups, marks = target_groups(prompts, tokenizer, policy.spec, config.max_prompt_tokens)
         loss, probabilities = supervised_step(policy, optimizer, groups, config)
         flat = iter(probabilities)
-        least = [min(least_probable(next(flat), own, len(answers)) for own in answers) for answers in marks]
+        least = [min(_least(next(flat)[own]) for own in answers) for answers in marks]
         sums = reduce_sum({"probability": sum(least), "prompts": len(least)})
         recent.append(sums["probability"] / max(sums["prompts"], 1))
         log.step("warmup", step, {"loss": loss, "probability": recent[-1]}, shown=("loss", "probability"))

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from grpo.engine.model import FAMILIES, read_config
+from grpo.engine.model_files import FAMILIES, read_config
 from grpo.errors import ConfigError, ModelError
 from grpo.policy import LOGITS_PER_CHUNK
 

@@ -14,7 +14,7 @@ from grpo.engine.checkpoint import Saver, load_state, note_if_best
 from grpo.engine.distributed import barrier, gather, is_main, rank, reduce_sum, world_size
 from grpo.engine.evaluate import EvalSettings, Progress, category_of, predict, summarise
 from grpo.engine.fast_paths import choose_fast_paths
-from grpo.engine.model import read_processor
+from grpo.engine.model_files import read_processor
 from grpo.errors import ConfigError, RunError, Stopped
 from grpo.run.data import digest, draw_samples, read_questions, steps_of
 from grpo.run.folder import clear_run, data_before, find_checkpoint, made_before
