@@ -21,7 +21,7 @@ import grpo.engine.evaluate
 from demo.synthetic import DemoSpec, make_demo_set
 from demo.tiny import build_tiny_model
 from evaluation.predictions import Predictions, checkpoint_identity
-from evaluation.significance import mcnemar, paired, wilson
+from evaluation.significance import mcnemar, paired, wilson, with_intervals
 from grpo.config import Config, ConfigError, save_config
 from grpo.engine.evaluate import NO_VIDEO, EvalSettings, encode, plan, predict, summarise
 from grpo.engine.model import load_model, model_spec
