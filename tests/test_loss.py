@@ -6,17 +6,7 @@ import pytest
 import torch
 
 from grpo.advantage import batch_moments, batch_std, group_advantages, has_signal
-from grpo.loss import (
-    KL_ESTIMATORS,
-    check_loss,
-    completion_kl,
-    kl_k1,
-    kl_k2,
-    kl_k3,
-    policy_loss,
-    tis_weight,
-    token_weights,
-)
+from grpo.loss import KL_ESTIMATORS, completion_kl, kl_k1, kl_k2, kl_k3, policy_loss, tis_weight, token_weights
 
 
 def t(*values):
@@ -412,29 +402,3 @@ def test_batch_deviation_of_equal_rewards_is_0():
     """0.1 is not exact: rounding must not make the variance negative."""
     assert batch_std(batch_moments([[0.1] * 7] * 3, "batch")) == pytest.approx(0, abs=1e-6)
     assert batch_std(batch_moments([], "batch")) == 0
-
-
-@pytest.mark.parametrize("settings, flags", [
-    ({"dual_clip": 3.0, "loss": "cispo"}, ("--dual_clip", "--loss cispo")),
-    ({"dual_clip": 3.0, "loss": "sapo"}, ("--dual_clip", "--loss sapo")),
-    ({"loss": "sapo", "given": {"clip_eps_high"}}, ("--clip_eps_high", "--loss sapo")),
-    ({"kl_coef": 0.0, "given": {"kl_estimator"}}, ("--kl_estimator", "--kl_coef 0")),
-    ({"tis_mode": "sequence_mask"}, ("--tis_mode", "--tis_cap")),
-    ({"kl_coef": 0.1, "kl_in": "reward"}, ("--kl_in reward", "--kl_estimator k3")),
-    ({"kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1", "kl_correction": True},
-     ("--kl_correction", "--kl_in reward")),
-    ({"kl_coef": 0.1, "kl_estimator": "k1"}, ("--kl_estimator k1", "--kl_in loss")),
-])  # fmt: skip
-def test_settings_that_mean_nothing_together(settings, flags):
-    with pytest.raises(ValueError) as error:
-        check_loss(**settings)
-    assert all(flag in str(error.value) for flag in flags) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("settings", [
-    {}, {"loss": "gspo", "dual_clip": 3.0}, {"loss": "cispo", "given": {"clip_eps_high"}}, {"loss": "sapo"},
-    {"kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1"}, {"tis_cap": 2.0, "tis_mode": "sequence_mask"},
-    {"kl_coef": 0.1, "kl_estimator": "k1", "kl_correction": True, "given": {"kl_correction"}},
-])  # fmt: skip
-def test_settings_that_combine(settings):
-    check_loss(**settings)
