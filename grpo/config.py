@@ -246,7 +246,7 @@ def parse_config(arguments=None):
         values = {name: value for name, value in values.items() if name != "nframes"}
     config = Config(**{**values, **given})
     check(config)
-    check_combinations(config, {**values, **given})
+    check_combinations(config, given)
     config.freeze_vision |= config.lora_rank > 0  # adapters are the decoder's
     config.dynamic_filter |= config.dynamic_sampling > 0
     return config
@@ -304,6 +304,9 @@ def check(config):
         raise ConfigError("--prompt_template must hold {problem}, where the question goes")
     if config.sft_steps and not config.sft_data:
         raise ConfigError("--sft_steps needs --sft_data, whose rows have `completions`")
+    size, whole = config.mini_batch_size, config.prompts_per_step
+    if size > whole:
+        raise ConfigError(f"--mini_batch_size {size}: is above --prompts_per_step {whole}; lower it")
     for name in ("dynamic_filter", "dynamic_sampling", "temporal_bonus"):
         if getattr(config, name) and not any(spec.split(":")[0] == "accuracy" for spec in config.reward):
             raise ConfigError(f"--{name} looks at the accuracy; add accuracy:1 to --reward")
@@ -318,8 +321,8 @@ def check(config):
 
 
 def check_combinations(config, given):
-    """Raises ConfigError, naming both flags, for settings that mean nothing together. given: the flags of the user and
-    of the preset; a default never contradicts."""
+    """Raises ConfigError, naming both flags, for settings that mean nothing together. given: the user's own flags; a
+    default or a value of the preset never contradicts them, as nobody could leave it out."""
     clipped, kl, in_loss = config.loss in ("ppo", "gspo", "gspo_token"), config.kl_coef, config.kl_in == "loss"
     sigmoid = f"--loss {config.loss} has a sigmoid in place of the clip; leave it out"
     rules = [
@@ -337,8 +340,6 @@ def check_combinations(config, given):
         ("ref_sync_steps", config.lora_rank > 0, "with --lora_rank the reference is the model without adapters"),
         ("ref_mixup_alpha", not config.ref_sync_steps, "does nothing without --ref_sync_steps"),
         ("tis_mode", config.tis_cap is None, "weighs nothing without --tis_cap"),
-        ("mini_batch_size", config.mini_batch_size > config.prompts_per_step,
-         f"is above --prompts_per_step {config.prompts_per_step}; lower it"),
     ]  # fmt: skip
     for name, wrong, reason in rules:
         if wrong and given.get(name):

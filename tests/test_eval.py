@@ -21,9 +21,9 @@ import grpo.engine.evaluate
 from demo.synthetic import DemoSpec, make_demo_set
 from demo.tiny import build_tiny_model
 from evaluation.predictions import Predictions, checkpoint_identity
+from evaluation.significance import mcnemar, paired, wilson, with_intervals
 from grpo.config import Config, ConfigError, save_config
-from grpo.engine.distributed import Processes
-from grpo.engine.evaluate import NO_VIDEO, encode, mcnemar, paired, plan, predict, summarise, wilson
+from grpo.engine.evaluate import NO_VIDEO, EvalSettings, encode, plan, predict, summarise
 from grpo.engine.model import load_model, model_spec
 from grpo.policy import Policy
 from grpo.run.data import digest, draw
@@ -34,7 +34,7 @@ from video.loader import PromptLoader
 from video.prompt import PromptEncoder, Skipped
 
 ROOT = Path(__file__).parent.parent
-ALONE = Processes(0, 1, torch.device("cpu"), None)
+CPU = torch.device("cpu")
 TINY = ("--nframes", "4", "--min_pixels", "784", "--max_pixels", "784", "--max_new_tokens", "8", "--threads", "1",
         "--device", "cpu", "--prompt_template", "{problem}")  # fmt: skip
 
@@ -97,8 +97,8 @@ def test_wilson_and_mcnemar_against_literal_numbers():
 
 
 def test_summary_counts_the_unparsed_as_wrong_and_the_unreadable_not_at_all():
-    row = lambda key, kind, prediction, score: {
-        "key": key, "kind": kind, "prediction": prediction, "score": score, "opposite": None
+    row = lambda key, category, prediction, score: {
+        "key": key, "category": category, "prediction": prediction, "score": score, "opposite": None
     }  # fmt: skip
     records = [
         row("a", "x", "A", 1.0),
@@ -106,25 +106,25 @@ def test_summary_counts_the_unparsed_as_wrong_and_the_unreadable_not_at_all():
         row("c", "y", "7", 0.4),
         {"key": "d", "skipped": "bad"},
     ]
-    summary = summarise(records)
+    summary = with_intervals(summarise(records), records)
     assert summary["overall"] == pytest.approx(1.4 / 3)
-    assert summary["kinds"] == {"x": 0.5, "y": 0.4}
+    assert summary["categories"] == {"x": 0.5, "y": 0.4}
     assert (summary["count"], summary["skipped"], summary["counts"]) == (3, 1, {"x": 2, "y": 1})
     assert summary["unparsed"] == pytest.approx(1 / 3)
     assert summary["intervals"]["x"] == wilson(0.5, 2)
     other = [row("a", "x", "B", 0.0), row("b", "x", "A", 1.0), row("d", "y", "A", 1.0), row("c", "y", "7", 0.0)]
     gain = paired(records, other)
-    kinds = gain.pop("kinds")
+    categories = gain.pop("categories")
     assert gain == {"difference": pytest.approx(0.4 / 3), "better": 2, "worse": 1, "p": 1.0, "count": 3}
-    assert kinds == {
+    assert categories == {
         "x": {"difference": 0.0, "better": 1, "worse": 1, "p": 1.0, "count": 2},
         "y": {"difference": pytest.approx(0.4), "better": 1, "worse": 0, "p": 1.0, "count": 1},
     }
 
 
-def test_accuracy_is_of_the_kinds_trained_on_or_of_all_where_none_was_asked():
+def test_accuracy_is_of_the_categories_trained_on_or_of_all_if_none_was_asked():
     row = {"opposite": None, "prediction": "A"}
-    rows = [{"kind": "a", "score": 1.0, **row}, {"kind": "b", "score": 0.0, **row}]
+    rows = [{"category": "a", "score": 1.0, **row}, {"category": "b", "score": 0.0, **row}]
     assert summarise(rows, {"a", "c"})["trained"] == 1.0
     assert summarise(rows, {"c"})["trained"] == summarise(rows)["trained"] == summarise(rows)["overall"] == 0.5
 
@@ -135,7 +135,7 @@ def test_questions_about_one_video_share_its_frames_and_vision_pass(parts, demo,
     for sample in read_samples(demo):
         about.setdefault(sample.videos, []).append(sample)
     samples = [sample for questions in list(about.values())[:3] for sample in questions[:3]]
-    alone = predict(policy, loader, samples, tokenizer, ALONE, 8, batch=1)
+    alone = predict(policy, loader, samples, tokenizer, EvalSettings(8, 1))
     decoded, passes, encoder, tower = [], [], loader.encoder, policy.vision_features
     monkeypatch.setattr(
         loader, "encoder", lambda sample, control: decoded.append(sample.key) or encoder(sample, control)
@@ -143,7 +143,7 @@ def test_questions_about_one_video_share_its_frames_and_vision_pass(parts, demo,
     for name in ("text", "text_ids", "expand", "planned_tokens"):
         setattr(loader.encoder, name, getattr(encoder, name))
     monkeypatch.setattr(policy, "vision_features", lambda packed: passes.append(len(packed.grids)) or tower(packed))
-    together = predict(policy, loader, samples, tokenizer, ALONE, 8, batch=6)
+    together = predict(policy, loader, samples, tokenizer, EvalSettings(8, 6))
     assert together == alone, "an answer depends on what it was decoded with"
     assert len(decoded) == 3, f"3 videos, decoded {len(decoded)} times"
     assert passes == [2, 1], f"vision passes over {passes} videos, where the batches have 2 and 1 distinct ones"
@@ -177,7 +177,7 @@ def test_controls_change_the_video_and_no_video_leaves_it_out(parts, demo, monke
     samples = read_samples(demo)[:3]
     pixels = {}
     for control in (None, "reversed", "blank", NO_VIDEO):
-        predict(policy, loader, samples, tokenizer, ALONE, 8, 4, control=control)
+        predict(policy, loader, samples, tokenizer, EvalSettings(8, 4, control=control))
         pixels[control], placeholders = seen[samples[0].key]
         assert placeholders == (0 if control == NO_VIDEO else 2)
     assert pixels[NO_VIDEO] is None
@@ -211,7 +211,7 @@ def test_evaluation_gives_what_training_logged(tmp_path, demo, tiny_folder, part
     )  # fmt: skip
     save_config(config, tiny_folder / "run.json")
     try:
-        logged = summarise(predict(policy, loader, draw(read_samples(demo), 20), tokenizer, ALONE, 8, batch=8))
+        logged = summarise(predict(policy, loader, draw(read_samples(demo), 20), tokenizer, EvalSettings(8, 8)))
         code = eval_script.main(["--ckpt", str(tiny_folder), "--output", str(tmp_path), "--device", "cpu"])
     finally:
         (tiny_folder / "run.json").unlink()
@@ -223,7 +223,7 @@ def test_a_draw_is_over_the_whole_file_and_the_same_for_every_checkpoint(demo):
     samples = read_samples(demo)  # direction, colour and shape of one video after the other; then the places
     drawn = draw(samples, 12)
     assert drawn == sorted(drawn, key=samples.index)
-    assert [s.meta["kind"] for s in drawn].count("place") == 1, "the first 12 have none"
+    assert [s.meta["category"] for s in drawn].count("place") == 1, "the first 12 have none"
     assert drawn == draw(samples, 12) and {s.key for s in draw(samples, 5)} < {s.key for s in drawn}
     assert draw(samples, 1000) == samples
     arguments = SimpleNamespace(benchmark=None, data=str(demo), video_root=None, samples=12)
@@ -309,18 +309,18 @@ def test_answers_under_other_settings_are_not_mixed(tmp_path, capsys, demo, tiny
 
 
 def test_a_line_cut_short_is_dropped_and_weights_are_told_apart(tmp_path, tiny_folder, checkpoints):
-    predictions = Predictions(tmp_path, {"fps": 2.0}, ALONE)
+    predictions = Predictions(tmp_path, {"fps": 2.0})
     predictions.add(("m", "think", None), [{"key": "a", "score": 1.0}, {"key": "b", "score": 0.0}])
     path = tmp_path / "predictions-0.jsonl"  # as a kill leaves it: not merged
     path.write_text(path.read_text()[:-9])
-    again = Predictions(tmp_path, {"fps": 2.0}, ALONE)
+    again = Predictions(tmp_path, {"fps": 2.0})
     assert again.done == {("m", "think", None): {"a": {"key": "a", "score": 1.0}}}
     again.add(("m", "think", None), [{"key": "b", "score": 0.0}])
     again.merge()
     assert [row["key"] for row in answers(tmp_path)] == ["a", "b"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["predictions.jsonl", "settings.json"]
     with pytest.raises(ConfigError, match="fps was 2.0, is 1.0"):
-        Predictions(tmp_path, {"fps": 1.0}, ALONE)
+        Predictions(tmp_path, {"fps": 1.0})
     assert checkpoint_identity(tiny_folder) != checkpoint_identity(checkpoints["qwen2_vl"])
 
 
@@ -464,9 +464,9 @@ def test_three_times_faster_than_generate_one_sample_at_a_time(tmp_path, tiny_fo
     policy, loader, tokenizer = parts
     data = make_demo_set(tmp_path, DemoSpec(train=4, val=67, warmup=4))["val"]
     samples = read_samples(data)[:200]
-    predict(policy, loader, samples[:4], tokenizer, ALONE, 24, batch=4)
+    predict(policy, loader, samples[:4], tokenizer, EvalSettings(24, 4))
     clock = time.perf_counter()
-    predict(policy, loader, samples, tokenizer, ALONE, 24, batch=40)
+    predict(policy, loader, samples, tokenizer, EvalSettings(24, 40))
     own = time.perf_counter() - clock
 
     model = type(policy.model).from_pretrained(tiny_folder, attn_implementation="sdpa")

@@ -17,9 +17,8 @@ from grpo.config import parse_config
 from grpo.engine.build import build_policy, build_reference
 from grpo.engine.checkpoint import checkpoints
 from grpo.engine.lora import adapters, merge
-from grpo.engine.model import model_spec
+from grpo.engine.model import load_model, model_spec
 from grpo.engine.optimizer import make_optimizer, set_learning_rate
-from grpo.engine.weights import load_model
 from grpo.policy import Policy
 
 peft = pytest.importorskip("peft")

@@ -1,8 +1,72 @@
-"""Named presets."""
+"""Every preset: its values contradict nothing, --help shows them, and three steps train a tiny model."""
 
 import json
+import math
+import re
 
-from grpo.config import load_config, parse_config, save_config
+import pytest
+
+import train
+from demo.synthetic import DemoSpec, make_demo_set
+from demo.tiny import build_tiny_model
+from grpo.config import PRESETS, Config, as_typed, check, check_combinations, load_config, parse_config, save_config
+from grpo.errors import ConfigError
+
+PUBLISHED = [name for name in PRESETS if name != "demo"]
+SIZES = {  # the only values of a preset that a small run changes, beside paths and steps
+    "prompts_per_step": 4, "mini_batch_size": 1, "group_size": 4, "max_new_tokens": 16, "dynamic_sampling": 3,
+    "max_frames": 4, "min_pixels": 784, "max_pixels": 784, "total_pixels": 3136,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_contradicts_nothing(name):
+    config = parse_config(["--preset", name])
+    assert {flag: getattr(config, flag) for flag in PRESETS[name]} == PRESETS[name] and config.preset == name
+    check(Config(**PRESETS[name]))
+    check_combinations(Config(**PRESETS[name]), PRESETS[name])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_help_with_a_preset_shows_its_values(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # an entry is the flag's line and at most one more
+    with pytest.raises(SystemExit):
+        parse_config(["--preset", name, "--help"])
+    shown = capsys.readouterr().out
+    for flag, value in PRESETS[name].items():
+        entry = re.search(rf"^  --{flag}[ ,].*(\n {{20,}}.*)?", shown, re.MULTILINE)[0]
+        assert entry.endswith(f" [{' '.join(as_typed(value).split())}]"), flag
+
+
+def test_published_values_number_for_number():
+    """What the sources name; each is cited in presets.yaml."""
+    expected = {
+        "video-r1": dict(temporal_bonus=0.3, temporal_threshold=0.8, kl_coef=0.04, group_size=8, lr_schedule="cosine",
+                         weight_decay=0.01, grad_clip=5.0, max_new_tokens=768, max_prompt_tokens=16384, max_frames=16,
+                         learning_rate=1e-6, max_pixels=128 * 28**2, prompts_per_step=4, steps=1200),
+        "dapo": dict(clip_eps_low=0.2, clip_eps_high=0.28, loss_normaliser="token", kl_coef=0.0, learning_rate=1e-6,
+                     lr_schedule="constant", lr_warmup_steps=20, prompts_per_step=512, group_size=16,
+                     mini_batch_size=512 // 16, max_new_tokens=16384 + 4096, dynamic_filter=True, grad_clip=1.0),
+        "dr-grpo": dict(loss_normaliser="constant", advantage="none", kl_coef=0.0, group_size=8, prompts_per_step=128,
+                        mini_batch_size=128 // 8, max_new_tokens=3000, lr_schedule="constant", temperature=1.0),
+        "gspo": dict(loss="gspo", loss_normaliser="sequence", clip_eps_low=3e-4, clip_eps_high=4e-4, kl_coef=0.0,
+                     prompts_per_step=4 * 128, mini_batch_size=128),
+        "time-r1": dict(group_size=8, max_new_tokens=200, prompts_per_step=2, epochs=5.0, freeze_vision=True,
+                        total_pixels=3584 * 28**2, min_pixels=16 * 28**2),
+    }  # fmt: skip
+    assert {*expected, "open-r1-video"} == set(PUBLISHED)
+    for name, values in expected.items():
+        config = parse_config(["--preset", name])
+        assert {flag: getattr(config, flag) for flag in values} == values, name
+
+
+def test_a_flag_counts_more_than_a_preset_that_it_contradicts():
+    """Nobody could leave out what the preset sets."""
+    assert parse_config(["--preset", "dapo", "--loss", "sapo"]).loss == "sapo"
+    with pytest.raises(ConfigError, match="--clip_eps_high 0.3: --loss sapo has a sigmoid"):
+        parse_config(["--preset", "dapo", "--loss", "sapo", "--clip_eps_high", "0.3"])
+    with pytest.raises(ConfigError, match="--mini_batch_size 32: is above --prompts_per_step 4; lower it"):
+        parse_config(["--preset", "dapo", "--prompts_per_step", "4"])
 
 
 def test_a_run_json_that_names_the_default_preset_by_its_earlier_name_is_read(tmp_path):
@@ -10,3 +74,38 @@ def test_a_run_json_that_names_the_default_preset_by_its_earlier_name_is_read(tm
     saved = json.loads((tmp_path / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(saved | {"preset": "qwen2-vl-7b"}))
     assert load_config(tmp_path / "run.json") == parse_config([])
+
+
+def flags_of(name, **values):
+    """A command line: the preset, smaller wherever it sets a size, on one CPU thread."""
+    small = {flag: size for flag, size in SIZES.items() if getattr(parse_config(["--preset", name]), flag)}
+    run = {"preset": name, "eval_samples": 0, "workers": 0, "threads": 1, "device": "cpu", "prompts_per_forward": 8,
+           "prompts_per_rollout": 8}  # fmt: skip
+    words = [word for flag, value in {**run, **small, **values}.items() for word in (f"--{flag}", str(value))]
+    return [*words, "--no-gradient_checkpointing"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_demo_set(tmp_path_factory.mktemp("data"), DemoSpec(train=24, val=1, warmup=2))
+
+
+@pytest.fixture(scope="module")
+def warmed(data, tmp_path_factory):
+    """A tiny model that gives answers, some of them right, in the form that the prompt asks for."""
+    root = tmp_path_factory.mktemp("warmed")
+    paths = {"model": build_tiny_model(root / "model", seed=1), "data": data["train"], "output": root / "run"}
+    sft = {"sft_data": data["warmup"], "sft_steps": 40, "sft_learning_rate": 5e-3, "sft_prompts_per_step": 8}
+    assert train.main(flags_of("open-r1-video", **paths, **sft, steps=0)) == 0
+    return root / "run" / "warmup"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_trains_a_tiny_model_for_three_steps(name, warmed, data, tmp_path):
+    """video-r1 in two stages; the first also teaches the model to answer a prompt of other words."""
+    sft = {"sft_data": data["warmup"], "sft_steps": 15, "sft_learning_rate": 5e-3} if name == "video-r1" else {}
+    assert train.main(flags_of(name, model=warmed, data=data["train"], output=tmp_path, steps=3, **sft)) == 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["phase"] == "train"]
+    assert len(steps) == 3 and all(math.isfinite(row["loss"]) and row["updates_skipped"] == 0 for row in steps)
+    assert any(row["grad_norm"] > 0 for row in steps), [row["accuracy"] for row in steps]

@@ -12,15 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from grpo.show import completions_table, show_rollouts
-from grpo.types import Rollout
 from PIL import Image
 from video_helpers import SMALL, make_video
 
 from demo.tiny import build_tiny_model
 from evaluation import plot
 from evaluation.report import evaluation_table, summary_of, summary_table, verdict, write_report
+from grpo.batch import RolloutGroup
 from grpo.engine.evaluate import CONTROLS, paired, summarise
+from grpo.run.log import RunLog, completions_table
 from video.dataset import Sample
 from video.frames import read_image, read_video
 from video.loader import PromptLoader
@@ -171,19 +171,21 @@ def test_frames_are_those_that_the_model_saw(tmp_path, encoder):
 
 def test_completions_of_a_step_with_frames_for_tensorboard(tmp_path, encoder):
     prompt = encoder(Sample("k", "Q | <b>?", "A", (make_video(tmp_path / "v.mp4"),)))
-    rollout = Rollout([], [], ["<think>a|b\nc</think>", "x"], [True, True], rewards=[1.0, 0.5],
-                      parts={"accuracy": [1.0, 0.0]}, advantages=[0.7, -0.7])  # fmt: skip
+    group = RolloutGroup(prompt, [], [], ["<think>a|b\nc</think>", "x"], [True, True], rewards=[1.0, 0.5],
+                         parts={"accuracy": [1.0, 0.0]}, advantages=[0.7, -0.7])  # fmt: skip
     shown = []
-    board = SimpleNamespace(
+    log = RunLog(tmp_path / "run", keep=lambda phase, step: True)
+    log.board.close()
+    log.board = SimpleNamespace(
         add_image=lambda name, image, step: shown.append((name, tuple(image.shape), step)),
         add_text=lambda name, text, step: shown.append((name, text, step)),
     )
-    show_rollouts(board, 7, [prompt] * 3, [rollout] * 3, encoder.processor)
+    log.show_groups(7, [group] * 3, encoder.processor)
     assert [(name, step) for name, _, step in shown] == [
         ("rollouts/0", 7), ("rollouts/0", 7), ("rollouts/1", 7), ("rollouts/1", 7)
     ]  # fmt: skip
     assert shown[0][1] == (3, 28, 8 * 28)
-    assert completions_table(prompt.sample, rollout).splitlines() == [
+    assert completions_table(group).splitlines() == [
         "Q &#124; &lt;b&gt;? (answer: A)",
         "",
         "| reward | advantage | accuracy | completion |",

@@ -33,6 +33,11 @@ FORMATS = {
          "options": ["A) here", "B) there"], "solution": "<answer>A</answer>", "path": "./CLEVRER/v.mp4", "process": ""},
         "CLEVRER/v.mp4", {"problem": "Where?\nOptions:\nA) here\nB) there", "answer": "A", "options": ("A) here", "B) there")},
     ),
+    "video_r1_cot": (
+        {"problem_id": 9, "problem": "Is it red?", "data_type": "video", "problem_type": "free-form", "options": [],
+         "process": "<think>I see red.</think>", "solution": "<answer>yes</answer>", "path": "v.mp4"},
+        "v.mp4", {"answer": "yes", "problem_type": "free-form", "completions": ("<think>I see red.</think>\n<answer>yes</answer>",)},
+    ),
     "video_r1_number": (
         {"problem_id": 8, "problem": "How many?", "data_type": "video", "problem_type": "numerical", "options": [],
          "solution": "<answer>12.5</answer>", "path": "v.mp4"},

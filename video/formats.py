@@ -177,13 +177,18 @@ def _open_r1_video(row: Row) -> Sample:
 
 
 def _video_r1(row: Row) -> Sample:
-    """Video-R1: `path` is a video or an image by `data_type`, and the options are not in the question yet."""
+    """Video-R1: `path` is a video or an image by `data_type`, and the options are not in the question yet.
+
+    Rows of its CoT file also have `process`, a thought in its tags: with the solution after it, a completion.
+    """
     media, paths = row.text("data_type"), row.paths("path")
     if media not in ("video", "image"):
         raise row.error(f'data_type is {media!r:.200}; it must be "video" or "image"')
     problem = row.text("problem") + ("\nOptions:" if row.texts("options") else "")
-    files = {"videos": (), "images": (), f"{media}s": paths}
-    return _build(row, problem, _tagged(row.text("solution")), MULTIPLE_CHOICE, **files)
+    parts = {"videos": (), "images": (), f"{media}s": paths}
+    if row.get("process"):
+        parts["completions"] = (f"{row.text('process')}\n{row.text('solution')}",)
+    return _build(row, problem, _tagged(row.text("solution")), MULTIPLE_CHOICE, **parts)
 
 
 def _llava_video(row: Row) -> Sample:
