@@ -19,6 +19,7 @@ from grpo.batch import RolloutGroup
 from grpo.config import parse_config
 from grpo.engine import distributed
 from grpo.engine.build import build_policy, build_reference
+from grpo.engine.optimizer import make_optimizer
 
 RATE, SEED, MIX = 0.004, "42/7", 0.25
 REWARDS = [[1.0, 0.0, 0.5], [0.0, 0.0, 1.0], [0.2, 0.2, 0.2], [3.0, 1.0, 0.0], [0.0, 0.7, 0.1]]  # of slots 0 to 4
@@ -76,7 +77,7 @@ def one_update(name, folder, other, device, mesh=None):
     batches = [batch for batches in steps for batch in batches]
     update.add_reference(reference, batches, config.temperature)
     update.add_advantages(batches, config)
-    optimizer = update.make_optimizer(policy, config)
+    optimizer = make_optimizer(policy, config)
     for group in optimizer.param_groups:
         group |= {"eps": 1.0, "lr": RATE}  # so that a step is almost linear in the gradient, without its rounding
     order, step = [], update.optimizer_step

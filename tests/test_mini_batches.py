@@ -18,6 +18,7 @@ from demo.tiny import build_tiny_model
 from grpo import update
 from grpo.batch import MicroBatch, RolloutGroup, pack
 from grpo.config import parse_config
+from grpo.engine.optimizer import make_optimizer, set_learning_rate
 from grpo.update import mini_batches
 
 CPU, MOMENTS = torch.device("cpu"), ("exp_avg", "exp_avg_sq")
@@ -181,7 +182,7 @@ def test_old_log_probabilities_cost_a_forward_only_if_there_are_mini_batches(set
     steps = mini_batches(groups, policy, config)
     batches = [batch for batches in steps for batch in batches]
     update.add_advantages(batches, config)
-    update.update(policy, update.make_optimizer(policy, config), steps, config, SEED)
+    update.update(policy, make_optimizer(policy, config), steps, config, SEED)
     assert len(passes) == forwards
     assert passes == sorted(passes), "old log-probabilities first, of the weights that sampled"
 
@@ -195,7 +196,6 @@ def test_masked_completions_by_hand(setting):
     group.logprobs.append(torch.full((6,), -3.0))
     group.finished, group.advantages = [True, True, True, False], torch.tensor([1.0, -2.0, 0.5, 100.0])
     [[batch]] = mini_batches([group], policy, config)
-    batch.advantages = group.advantages[batch.completion]
     assert update.trained_completions(batch, config) == [True, True, True, False]
 
     class Keep:
@@ -227,8 +227,8 @@ def test_a_step_whose_completions_are_all_truncated_changes_nothing(setting):
     group.finished = [False] * 3
     steps = mini_batches([group], policy, config)
     update.add_advantages(steps[0], config)
-    optimizer, before = update.make_optimizer(policy, config), [p.detach().clone() for p in policy.parameters()]
-    update.set_learning_rate(optimizer, 1.0)
+    optimizer, before = make_optimizer(policy, config), [p.detach().clone() for p in policy.parameters()]
+    set_learning_rate(optimizer, 1.0)
     metrics = update.update(policy, optimizer, steps, config, SEED)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))
     assert metrics["loss"] == metrics["grad_norm"] == metrics["updates_skipped"] == 0
