@@ -329,6 +329,7 @@ def check_combinations(config, given):
         ("dual_clip", not clipped, f"bounds the clip of ppo, gspo and gspo_token; --loss {config.loss} has none"),
         ("clip_eps_low", config.loss.startswith("sapo"), sigmoid),
         ("clip_eps_high", config.loss.startswith("sapo"), sigmoid),
+        ("dynamic_sampling", given.get("dynamic_filter") is False, "replaces what --no-dynamic_filter keeps; drop one"),
         *((name, not kl, "there is no KL with --kl_coef 0; set --kl_coef or leave it out")
           for name in ("kl_estimator", "kl_in", "kl_correction", "ref_sync_steps")),
         ("kl_in", not in_loss and config.kl_estimator != "k1",

@@ -1,6 +1,7 @@
 """The command lines of train.py and of the scripts under bench/: what --help says, one-line errors, labels."""
 
 import builtins
+import dataclasses
 import importlib.util
 import json
 import re
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from grpo.config import METRICS, PRESETS, parse_config
+import train
+from grpo.advantage import ADVANTAGES
+from grpo.config import METRICS, PRESETS, Config, parse_config
+from grpo.loss import KL_ESTIMATORS, LOSSES, TIS_MODES, token_weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,6 +60,68 @@ def test_a_frame_flag_counts_more_than_the_presets_nframes(flag):
     assert parse_config(["--preset", "demo"]).nframes == 8
     assert parse_config(["--preset", "demo", f"--{flag}", "4"]).nframes is None
     assert parse_config(["--preset", "demo", f"--{flag}", "4", "--nframes", "6"]).nframes == 6
+
+
+@pytest.mark.parametrize("flags, both", [
+    ("--dual_clip 3 --loss cispo", ("--dual_clip 3", "--loss cispo")),
+    ("--dual_clip 3 --loss sapo", ("--dual_clip 3", "--loss sapo")),
+    ("--clip_eps_low 0.1 --loss sapo", ("--clip_eps_low 0.1", "--loss sapo")),
+    ("--clip_eps_high 0.1 --loss sapo_sequence", ("--clip_eps_high 0.1", "--loss sapo_sequence")),
+    ("--kl_estimator k2 --kl_coef 0", ("--kl_estimator k2", "--kl_coef 0")),
+    ("--kl_in reward --kl_coef 0", ("--kl_in reward", "--kl_coef 0")),
+    ("--kl_correction --kl_coef 0", ("--kl_correction", "--kl_coef 0")),
+    ("--ref_sync_steps 5 --kl_coef 0", ("--ref_sync_steps 5", "--kl_coef 0")),
+    ("--kl_in reward", ("--kl_in reward", "--kl_estimator k3")),
+    ("--kl_in reward --kl_estimator k2", ("--kl_in reward", "--kl_estimator k2")),
+    ("--kl_in reward --kl_estimator k1 --kl_correction", ("--kl_correction", "--kl_in reward")),
+    ("--kl_estimator k1", ("--kl_estimator k1", "--kl_in loss")),
+    ("--ref_sync_steps 5 --lora_rank 8", ("--ref_sync_steps 5", "--lora_rank")),
+    ("--ref_mixup_alpha 0.5", ("--ref_mixup_alpha 0.5", "--ref_sync_steps")),
+    ("--tis_mode sequence_mask", ("--tis_mode sequence_mask", "--tis_cap")),
+    ("--dynamic_sampling 3 --no-dynamic_filter", ("--dynamic_sampling 3", "--no-dynamic_filter")),
+    ("--dynamic_sampling 3 --reward format:1", ("--dynamic_sampling", "--reward")),
+    ("--dynamic_filter --reward format:1", ("--dynamic_filter", "--reward")),
+    ("--sft_steps 5", ("--sft_steps", "--sft_data")),
+])  # fmt: skip
+def test_settings_that_mean_nothing_together_are_one_line_that_names_both(flags, both, capsys):
+    assert train.main(flags.split()) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: error: ") and all(flag in line for flag in both)
+
+
+@pytest.mark.parametrize("flags", [
+    "--loss gspo --dual_clip 3", "--loss cispo --clip_eps_high 4", "--loss sapo", "--kl_coef 0",
+    "--kl_in reward --kl_estimator k1", "--kl_estimator k1 --kl_correction", "--kl_coef 0 --ref_sync_steps 0",
+    "--tis_cap 2 --tis_mode sequence_mask", "--ref_sync_steps 5 --ref_mixup_alpha 0.5", "--mini_batch_size 4",
+    "--kl_coef 0 --no-kl_correction", "--lora_rank 8 --kl_in reward --kl_estimator k1", "--dynamic_sampling 3",
+])  # fmt: skip
+def test_settings_that_combine(flags):
+    assert parse_config(flags.split()).preset
+
+
+def test_dynamic_sampling_filters():
+    assert parse_config(["--dynamic_sampling", "3"]).dynamic_filter and not parse_config([]).dynamic_filter
+
+
+@pytest.mark.parametrize("flag, table", [
+    ("loss", LOSSES), ("advantage", ADVANTAGES), ("kl_estimator", KL_ESTIMATORS), ("tis_mode", TIS_MODES),
+])  # fmt: skip
+def test_choices_of_a_flag_are_the_rows_of_its_table(flag, table):
+    """config.py names them once more, because the tables need torch, without which --help answers at once."""
+    assert choices_of(flag) == tuple(table)
+
+
+def test_choices_of_the_normaliser_are_those_that_weights_have():
+    totals = {"tokens": 3, "completions": 2}
+    weights = [token_weights([1, 2], name, totals, 4).tolist() for name in choices_of("loss_normaliser")]
+    expected = [[1 / 3] * 3, [1 / 2, 1 / 4, 1 / 4], [1 / 8] * 3]
+    assert all(ours == pytest.approx(theirs) for ours, theirs in zip(weights, expected, strict=True))
+    with pytest.raises(KeyError):
+        token_weights([1, 2], "another", totals, 4)
+
+
+def choices_of(flag):
+    return next(item.metadata["choices"] for item in dataclasses.fields(Config) if item.name == flag)
 
 
 def test_help_comes_in_sections(shown):

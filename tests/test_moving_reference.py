@@ -3,7 +3,15 @@
 import pytest
 import torch
 from processes import back_to, run_here, training_of
+from test_memory import one_process_mesh
+from torch.distributed.tensor import DTensor
+from transformers import AutoProcessor
 
+from grpo.config import parse_config
+from grpo.engine import distributed
+from grpo.engine.build import build_policy, build_reference
+from grpo.engine.checkpoint import Saver, load_training
+from grpo.engine.optimizer import make_optimizer
 from grpo.update import sync_reference
 
 
@@ -26,6 +34,30 @@ def test_a_reference_in_bf16_takes_weights_in_fp32():
     reference, policy = linear(1.0, -2.0).bfloat16(), linear(4.0, 3.0)
     sync_reference(reference, policy, 0.5)
     assert reference.weight.dtype == torch.bfloat16 and reference.weight.tolist() == [[2.5, 0.5]]
+
+
+def test_on_one_gpu_the_policy_is_sharded_and_the_reference_is_not(checkpoints, tmp_path):
+    """On the CPU in its place: mixed by hand, saved, and loaded into a reference that begins anew."""
+    folder, config = checkpoints["qwen2_vl"], parse_config(["--preset", "demo", "--output", str(tmp_path)])
+    config.model, config.ref_sync_steps = str(folder), 1
+    processor, (device, mesh) = AutoProcessor.from_pretrained(folder), one_process_mesh()
+    try:
+        policy = build_policy(folder, config, processor, device, mesh)
+        moving, anew = (build_reference(folder, policy, config, processor, device, mesh) for _ in range(2))
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.add_(1.0)
+        sync_reference(moving, policy, 0.25)
+        optimizer, saver = make_optimizer(policy, config), Saver(device, processor, config)
+        checkpoint = saver.save(1, policy, optimizer, {}, moving)
+        saver.wait()
+        for own, start, moved in zip(policy.parameters(), anew.parameters(), moving.parameters(), strict=True):
+            assert isinstance(own, DTensor) and not isinstance(moved, DTensor)
+            torch.testing.assert_close(moved, start + 0.25)
+        load_training(checkpoint, policy, optimizer, anew)
+        assert all(torch.equal(a, b) for a, b in zip(anew.parameters(), moving.parameters(), strict=True))
+    finally:
+        distributed.stop()
 
 
 def test_resumed_after_the_reference_moved_equals_uninterrupted(world, tmp_path):
