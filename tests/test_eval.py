@@ -26,8 +26,7 @@ from grpo.config import Config, ConfigError, save_config
 from grpo.engine.evaluate import NO_VIDEO, EvalSettings, encode, plan, predict, summarise
 from grpo.engine.model import load_model, model_spec
 from grpo.policy import Policy
-from grpo.run.data import digest, draw
-from grpo.run.folder import split_data
+from grpo.run.data import digest, draw, split_data
 from video.dataset import Sample, read_samples
 from video.frames import VideoSettings
 from video.loader import PromptLoader
@@ -173,7 +172,7 @@ def test_controls_change_the_video_and_no_video_leaves_it_out(parts, demo, monke
             seen[p.sample.key] = (p.pixel_values_videos, int((p.input_ids == policy.spec.video_token_id).sum()))
         return [SimpleNamespace(texts=[""]) for _ in prompts]
 
-    monkeypatch.setattr(grpo.engine.evaluate, "sample", look)
+    monkeypatch.setattr(grpo.engine.evaluate, "generate", look)
     samples = read_samples(demo)[:3]
     pixels = {}
     for control in (None, "reversed", "blank", NO_VIDEO):
@@ -211,12 +210,14 @@ def test_evaluation_gives_what_training_logged(tmp_path, demo, tiny_folder, part
     )  # fmt: skip
     save_config(config, tiny_folder / "run.json")
     try:
-        logged = summarise(predict(policy, loader, draw(read_samples(demo), 20), tokenizer, EvalSettings(8, 8)))
+        records = predict(policy, loader, draw(read_samples(demo), 20), tokenizer, EvalSettings(8, 8))
         code = eval_script.main(["--ckpt", str(tiny_folder), "--output", str(tmp_path), "--device", "cpu"])
     finally:
         (tiny_folder / "run.json").unlink()
     assert code == 0
-    assert json.loads((tmp_path / "results.json").read_text())["results"]["think"] == logged
+    assert json.loads((tmp_path / "results.json").read_text())["results"]["think"] == with_intervals(
+        summarise(records), records
+    )
 
 
 def test_a_draw_is_over_the_whole_file_and_the_same_for_every_checkpoint(demo):
@@ -339,7 +340,7 @@ def test_stopped_at_five_random_batches_and_resumed_gives_the_same_bytes(tmp_pat
             nonlocal left
             left -= 1
             if left == 0:  # half of a line is on the disk
-                with open(self.own, "a") as file:
+                with open(self.part_path, "a") as file:
                     file.write(json.dumps(records[0])[:20])
                 raise Killed
             add(self, variant, records)

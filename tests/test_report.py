@@ -18,8 +18,9 @@ from video_helpers import SMALL, make_video
 from demo.tiny import build_tiny_model
 from evaluation import plot
 from evaluation.report import evaluation_table, summary_of, summary_table, verdict, write_report
+from evaluation.significance import paired, with_intervals
 from grpo.batch import RolloutGroup
-from grpo.engine.evaluate import CONTROLS, paired, summarise
+from grpo.engine.evaluate import CONTROLS, summarise
 from grpo.run.log import RunLog, completions_table
 from video.dataset import Sample
 from video.frames import read_image, read_video
@@ -63,7 +64,7 @@ def report(tmp_path_factory, encoder):
     ]
     columns = {"think": rows, f"against {EVIL}": rows}
     result = {
-        "results": {name: summarise(column) for name, column in columns.items()},
+        "results": {name: with_intervals(summarise(column), column) for name, column in columns.items()},
         "paired": {"think": paired(rows, rows)},
     }
     picture = folder / "curve.png"
@@ -200,7 +201,10 @@ def test_the_table_of_an_evaluation():
     rows += [record(f"y{i}", "y", "", "A", float(i < 8)) for i in range(10)]
     others = [record("a", "x", "", "A", 0.0), record("b", "x", "", "B", 0.0)]
     others += [record(f"y{i}", "y", "", "A", float(i in (0, 9))) for i in range(10)]
-    results = {"think": summarise(rows), "think against": summarise(others)}
+    results = {
+        "think": with_intervals(summarise(rows), rows),
+        "think against": with_intervals(summarise(others), others),
+    }
     lines = evaluation_table({"results": results, "paired": {"think": paired(rows, others)}}).splitlines()
     assert lines[0].strip().split("  ") == ["think", "think against"]
     assert [line.split() for line in lines[1:4]] == [
@@ -222,7 +226,7 @@ def test_the_table_of_an_evaluation():
 def test_the_table_that_closes_a_run_names_controls_as_eval_does():
     rows = [record("a", "x", "", "A", 1.0), record("b", "x", "", None, 0.0)]
     controls = {control: summarise(rows[:1]) for control in CONTROLS}
-    summary = summary_of(summarise(rows), summarise(rows[:1]), controls, seconds=1.0)
+    summary = summary_of(with_intervals(summarise(rows), rows), summarise(rows[:1]), controls, seconds=1.0)
     head, category, *_ = summary_table(summary).splitlines()
     assert " ".join(head.split()) == "before after shuffled reversed blank no video"
     assert category.split() == ["x", "50.0%", *["100.0%"] * 5]

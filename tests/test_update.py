@@ -241,6 +241,7 @@ def test_a_frozen_tower_runs_once_a_step_for_sampler_reference_and_policy(checkp
         groups = rollout(policy, prompts, tokenizer, parse_rewards(("accuracy:1",)), config, 0)
         (batches,) = update.mini_batches(groups, policy, config)
         update.add_reference(policy, batches, 1.0)
+        update.add_advantages(batches, config)
         passes.clear()
         _, metrics = gradients(policy, groups, config)
         return torch.cat([batch.ref_logprobs for batch in batches]), len(passes)
