@@ -131,9 +131,9 @@ def test_help_comes_in_sections(shown):
     assert at[1] < shown.index("--prompts_per_step PROMPTS") < shown.index("--top_p TOP_P") < at[2]
 
 
-def test_the_readme_explains_every_metric_of_a_step():
-    readme = (ROOT / "README.md").read_text()
-    assert [name for name in sorted(METRICS) if f"`{name}`" not in readme] == []
+def test_the_page_of_metrics_explains_every_metric_of_a_step():
+    page = (ROOT / "docs/metrics.md").read_text()
+    assert [name for name in sorted(METRICS) if f"`{name}`" not in page] == []
 
 
 def run(*command):

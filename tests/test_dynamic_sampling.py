@@ -7,8 +7,9 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import make_prompt
-from processes import ROOT, assert_same_run, back_to, launch, run_here
+from processes import ROOT, assert_same_run, back_to, kill, launch, run_here, start, training_of, wait_for
 from scripted_train import has_signal, number_of, scripted
 
 import grpo.rollout
@@ -126,6 +127,20 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(world, flags, even
     again = [numbers for event, numbers in events if event == "decode"]
     ahead = next(i for i in range(len(drawn)) if sum(map(len, drawn[:i])) == whole[0]["prompts_drawn"])
     assert again == drawn[: ahead + 1] + drawn[ahead:], "the second step's first prompts were decoded, but not used"
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted(world, flags, events, tmp_path):
+    """With a worker that decodes ahead, whose work is lost."""
+    more = (*flags, "--save_every", "1", "--workers", "1")
+    process = start(1, tmp_path / "killed", world, *more, script="tests/scripted_train.py")
+    wait_for((tmp_path / "killed" / "checkpoint-2").exists, process)
+    kill(process)
+    process.communicate()
+    whole = run_here(tmp_path / "whole", world, *more)
+    assert run_here(tmp_path / "killed", world, *more) == whole
+    ours, theirs = training_of(tmp_path / "killed", 4), training_of(tmp_path / "whole", 4)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.slow
