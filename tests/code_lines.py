@@ -12,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ALGORITHM = ("advantage", "attention", "batch", "loss", "policy", "positions", "rollout", "sampler", "update")
 EVERYTHING = "all but tests and bench"
-LIMITS = {"ring 1": 700, "ring 2": 700, "ring 3": 900, EVERYTHING: 4600}
+# What there is, rounded up: a change that needs more says why here. The published variants took ring 1 from 677 to 817.
+LIMITS = {"ring 1": 820, "ring 2": 1090, "ring 3": 1250, EVERYTHING: 6000}
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

@@ -65,9 +65,12 @@ def test_ranks_end_with_code_0_while_the_watch_is_inside_the_store(tmp_path):
     """Python aborts a process ("terminate called") if it ends while a thread of its own is inside a call of torch."""
     (tmp_path / "script.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch.distributed as dist\n"
         "from grpo.engine import distributed\n"
-        "is_lost = distributed._is_lost\n"
-        "distributed._is_lost = lambda store: any(is_lost(store) for _ in range(3000))\n"
+        "class Busy(dist.TCPStore):\n"
+        "    def check(self, keys):\n"
+        "        return any(super(Busy, self).check(keys) for _ in range(3000))\n"
+        "dist.TCPStore = Busy\n"
         "distributed.start('cpu'); distributed.stop()\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

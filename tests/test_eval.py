@@ -78,7 +78,7 @@ def script(monkeypatch, completions):
     def say(policy, prompts, *_):
         return [SimpleNamespace(texts=[completions[p.sample.key]]) for p in prompts]
 
-    monkeypatch.setattr(grpo.engine.evaluate, "sample", say)
+    monkeypatch.setattr(grpo.engine.evaluate, "generate", say)
 
 
 def test_wilson_and_mcnemar_against_literal_numbers():

@@ -43,7 +43,7 @@ def mmmu(name, answer, options=("red", "green"), **more):
     return {"id": name, "question": "What?", "options": list(options), "answer": answer, **more}
 
 
-# files: {annotation file: rows}, videos, {key of a sample: what the model says}, score of each kind, the total
+# files: {annotation file: rows}, videos, {key of a sample: what the model says}, score of each category, the total
 CASES = {
     "mvbench": (
         {
@@ -183,7 +183,7 @@ def model(tmp_path_factory):
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_published_layout_scores_as_by_hand(tmp_path, monkeypatch, model, name):
-    files, videos, completions, kinds, total = CASES[name]
+    files, videos, completions, categories, total = CASES[name]
     for video in videos:
         (tmp_path / video).parent.mkdir(parents=True, exist_ok=True)
         make_video(tmp_path / video)
@@ -196,11 +196,11 @@ def test_published_layout_scores_as_by_hand(tmp_path, monkeypatch, model, name):
     assert code == 0
     summary = result["results"]["think"]
     assert (summary["count"], summary["skipped"]) == (len(completions), 0)
-    assert summary["kinds"] == pytest.approx(kinds)
+    assert summary["categories"] == pytest.approx(categories)
     assert result["score"]["think"] == pytest.approx(total)
 
 
 def test_the_total_of_questions_and_that_of_groups():
-    summary = {"overall": 0.9, "kinds": {"a": 0.5, "b": 1.0}}
+    summary = {"overall": 0.9, "categories": {"a": 0.5, "b": 1.0}}
     assert benchmark_score("videomme", summary) == 0.9
     assert benchmark_score("mvbench", summary) == 0.75

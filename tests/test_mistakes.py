@@ -291,11 +291,11 @@ MISTAKES = {
     "an endless cache": ("train", lambda b: ["--frame_cache_gb", "inf"], 2, ("--frame_cache_gb inf: must be finite",)),
     "a reward file that lacks a module": (
         "train", lambda b: reward(b, "import gone"), 2,
-        ("--reward mine.py:f: mine.py cannot be imported: ModuleNotFoundError: No module named 'gone'",),
+        ("--reward mine.py:f: ", "mine.py cannot be imported: ModuleNotFoundError: No module named 'gone'"),
     ),
     "a reward file that ends the program": (
         "train", lambda b: reward(b, "import os; os._exit(4)"), 2,
-        ("--reward mine.py:f: mine.py cannot be imported: its process ended with exit code 4",),
+        ("--reward mine.py:f: ", "mine.py cannot be imported: its process ended with exit code 4"),
     ),
     "a reward that ends the program": (
         "train", lambda b: reward(b, "import os\ndef f(completion, sample): os._exit(3)"), 0,

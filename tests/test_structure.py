@@ -13,6 +13,7 @@ from code_lines import LIMITS, ROOT, code_lines, counts, project_files, rings
 LONGEST_FUNCTION, MOST_PARAMETERS = 40, 7
 # A formula has as many inputs as it has.
 MATHEMATICS = {"grpo/loss.py policy_loss"}
+PRESCRIBED = {"grpo/attention.py batched_vision_attention"}  # transformers calls it so
 BASE = {"grpo/config.py", "grpo/errors.py"}  # the part of ring 3 that all may import
 ENGINE_OF_THE_ALGORITHM = {"grpo/engine/model.py", "grpo/engine/distributed.py", "grpo/engine/cuda_graph.py"}
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
@@ -146,7 +147,7 @@ def test_signatures_are_short():
     """self, cls, *args and **kwargs are not counted."""
     given = [(name, [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs]) for name, _, f in functions()]
     sizes = [(name, sum(a.arg not in ("self", "cls") for a in arguments)) for name, arguments in given]
-    assert not [(name, n) for name, n in sizes if n > MOST_PARAMETERS and name not in MATHEMATICS]
+    assert not [(name, n) for name, n in sizes if n > MOST_PARAMETERS and name not in MATHEMATICS | PRESCRIBED]
 
 
 def test_code_lines_by_hand():

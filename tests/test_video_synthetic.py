@@ -82,23 +82,23 @@ def test_a_set_stays_until_its_replacement_is_complete(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["set"], "nothing is left over"
 
 
-def test_parts_share_no_video_and_kinds_are_as_specified(demo):
+def test_parts_share_no_video_and_categories_are_as_specified(demo):
     samples = {part: read_samples(path) for part, path in demo.items()}
     videos = {part: {sample.videos[0] for sample in samples[part]} for part in samples}
     assert not (
         videos["train"] & videos["val"] or videos["train"] & videos["warmup"] or videos["val"] & videos["warmup"]
     )
-    kinds = {part: Counter(sample.meta["kind"] for sample in samples[part]) for part in samples}
-    assert kinds["train"] == {"direction": 64}
-    assert kinds["val"] == {"direction": 16, "colour": 16, "shape": 16, "place": 16}
-    assert kinds["warmup"] == {"direction": 32, "colour": 32, "place": 32}
+    categories = {part: Counter(sample.meta["category"] for sample in samples[part]) for part in samples}
+    assert categories["train"] == {"direction": 64}
+    assert categories["val"] == {"direction": 16, "colour": 16, "shape": 16, "place": 16}
+    assert categories["warmup"] == {"direction": 32, "colour": 32, "place": 32}
     contents = {part: {open(video, "rb").read() for video in videos[part]} for part in videos}
     assert not contents["train"] & contents["val"]
 
 
 def test_directions_and_letters_are_balanced_and_independent(demo):
     for part in ("train", "val"):
-        asked = [row for row in rows(demo[part]) if row["kind"] == "direction"]
+        asked = [row for row in rows(demo[part]) if row["category"] == "direction"]
         pairs = Counter((row["direction"], row["solution"]) for row in asked)
         assert len(pairs) == 16 and len(set(pairs.values())) == 1, part
 
@@ -111,18 +111,18 @@ def test_rows_are_consistent(demo):
             assert sorted(names) == list("ABCD") and len(set(names.values())) == 4
             assert row["original_answer"] == f"{letter}. {names[letter]}"
             assert row["problem"] == "\n".join((row["original_question"], *row["options"]))
-            if row["kind"] == "direction":
+            if row["category"] == "direction":
                 assert names[letter] == row["direction"] and names[row["opposite"]] == OPPOSITE[row["direction"]]
             else:
                 assert "opposite" not in row
             assert ("completions" in row) == (part == "warmup")
 
 
-def test_warmup_names_every_option_of_a_trained_kind_and_the_truth_of_others(demo):
+def test_warmup_names_every_option_of_a_trained_category_and_the_truth_of_others(demo):
     for row in rows(demo["warmup"]):
         bound = [f"<think>I see {option[3:]} .</think><answer>{option[0]}</answer>" for option in row["options"]]
         true = [text for text in bound if text.endswith(row["solution"])]
-        assert row["completions"] == (true if row["kind"] in ("colour", "place") else bound)
+        assert row["completions"] == (true if row["category"] in ("colour", "place") else bound)
 
 
 def test_shapes_stay_whole_inside_and_move_as_named():
@@ -182,7 +182,7 @@ def test_colours_survive_the_encoding(demo):
     """The nearest of the four colours, at the pixel under the centre, is the one drawn."""
     palette = np.array(list(COLOURS.values()))
     for sample in read_samples(demo["val"]):
-        if sample.meta["kind"] != "colour":
+        if sample.meta["category"] != "colour":
             continue
         frames, _ = read_video(sample.videos[0], VideoSettings(nframes=8, min_pixels=784, max_pixels=784), 28)
         assert frames.shape == (8, 3, 28, 28)
