@@ -209,13 +209,27 @@ def demo_makes(seed):
     return {own["model"], *own["data"], own["eval_data"], own["sft_data"]}
 
 
+# What other trainers call these flags.
+ELSEWHERE = {
+    "--lr": ["--learning_rate"],
+    "--beta": ["--kl_coef"],
+    "--num_generations": ["--group_size"],
+    "--max_completion_length": ["--max_new_tokens"],
+    "--max_prompt_length": ["--max_prompt_tokens"],
+    "--epsilon": ["--clip_eps_low", "--clip_eps_high"],
+    "--num_train_epochs": ["--epochs"],
+    "--max_steps": ["--steps"],
+    "--output_dir": ["--output"],
+}
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line, with the flags that a misspelt flag may mean."""
 
     def error(self, message):
         flags = [flag for action in self._actions for flag in action.option_strings]
         misspelt = re.findall(r"(?<!\S)--\w+", message) if message.startswith("unrecognized") else []
-        meant = [match for flag in misspelt for match in get_close_matches(flag, flags, n=1)]
+        meant = [match for flag in misspelt for match in ELSEWHERE.get(flag) or get_close_matches(flag, flags, 1, 0.7)]
         hint = f"did you mean {' '.join(meant)}?" if meant else "see --help"
         print(f"{self.prog}: error: {message} ({hint})", file=sys.stderr)
         raise SystemExit(2)

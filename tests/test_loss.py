@@ -1,12 +1,14 @@
 """Loss, KL, advantages and weights against numbers worked out by hand; `test_trl.py` compares them with TRL's own."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from grpo.advantage import batch_moments, batch_std, group_advantages, has_signal
-from grpo.loss import KL_ESTIMATORS, completion_kl, kl_k1, kl_k2, kl_k3, policy_loss, tis_weight, token_weights
+from grpo.loss import KL_ESTIMATORS, LOSSES, completion_kl, kl_k1, kl_k2, kl_k3, policy_loss, tis_weight, token_weights
 
 
 def t(*values):
@@ -402,3 +404,21 @@ def test_batch_deviation_of_equal_rewards_is_0():
     """0.1 is not exact: rounding must not make the variance negative."""
     assert batch_std(batch_moments([[0.1] * 7] * 3, "batch")) == pytest.approx(0, abs=1e-6)
     assert batch_std(batch_moments([], "batch")) == 0
+
+
+def test_the_loss_that_the_readme_adds_and_its_test():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    part = readme[readme.index("- **A loss**") : readme.index("- **An advantage**")]
+    code = [line.removeprefix("      ") for line in part.splitlines() if line.startswith("      ") or not line]
+    loss, row, its_test = re.fullmatch(
+        r'\n*(def capped.*?)\n+("capped".*?)\n+(def test.*)', "\n".join(code), re.S
+    ).groups()
+    names = {"torch": torch, "token_ratio": LOSSES["ppo"][0]}
+    exec(loss, names)
+    exec(f"row = {{{row}\n}}", names)
+    LOSSES.update(names["row"])
+    try:
+        exec(its_test, names)
+        names["test_capped"]()
+    finally:
+        del LOSSES["capped"]
