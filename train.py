@@ -59,6 +59,8 @@ def grpo(run, policy, reference, moving, optimizer):
             groups, drawn = resample(groups, lambda count: sample(run.draw(count, metrics), step), config)
             metrics["prompts_drawn"] = drawn
             run.begin_draws(step + 1, run.state["position"] + drawn)
+            if step + 1 == config.steps:
+                run.check_used("--data")
         metrics["seconds_sampling"] = time.perf_counter() - began
 
         steps = mini_batches(groups, policy, config)

@@ -229,7 +229,8 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         flags = [flag for action in self._actions for flag in action.option_strings]
         misspelt = re.findall(r"(?<!\S)--\w+", message) if message.startswith("unrecognized") else []
-        meant = [match for flag in misspelt for match in ELSEWHERE.get(flag) or get_close_matches(flag, flags, 1, 0.7)]
+        known = {**ELSEWHERE, **{f"--{old}": [f"--{new}"] for old, new in RENAMED.items()}}
+        meant = [match for flag in misspelt for match in known.get(flag) or get_close_matches(flag, flags, 1, 0.7)]
         hint = f"did you mean {' '.join(meant)}?" if meant else "see --help"
         print(f"{self.prog}: error: {message} ({hint})", file=sys.stderr)
         raise SystemExit(2)
@@ -258,6 +259,8 @@ def parse_config(arguments=None):
     values = preset_values(preset, given.get("seed", Config.seed))
     if given.keys() & {"fps", "min_frames", "max_frames"}:  # a flag counts more than the preset's --nframes
         values = {name: value for name, value in values.items() if name != "nframes"}
+    if given.get("dynamic_filter") is False and "dynamic_sampling" not in given:  # nor the preset's --dynamic_sampling
+        values = {name: value for name, value in values.items() if name != "dynamic_sampling"}
     config = Config(**{**values, **given})
     check(config)
     check_combinations(config, given)

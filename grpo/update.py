@@ -100,10 +100,12 @@ def update(policy, optimizer, steps, config, seed=0):
             norms.append(norm)
             tokens += totals.pop("tokens")
             sums = {name: sums.get(name, 0) + value for name, value in totals.items()}
-        means = {name: value / max(tokens, 1) for name, value in sums.items()}
+        means = (
+            {name: value / tokens for name, value in sums.items()} if tokens else {}
+        )  # nothing trained: absent, not 0
         if epoch == 0:
             metrics |= means | {"grad_norm": sum(norms) / len(norms)}
-        metrics["clip_low_frac"], metrics["clip_high_frac"] = means["clip_low_frac"], means["clip_high_frac"]
+        metrics |= {name: means[name] for name in ("clip_low_frac", "clip_high_frac") if name in means}
         metrics["updates_skipped"] += sum(not math.isfinite(norm) for norm in norms)
     return metrics
 

@@ -194,3 +194,20 @@ def test_the_gpu_check_shows_output_as_it_comes(gpu_check, monkeypatch, tmp_path
     child = (f"import pathlib, sys, time; print('first')\nfor _ in range(300):\n  time.sleep(0.1)\n"
              f"  if pathlib.Path({str(seen)!r}).exists(): print('second'); sys.exit(0)\nsys.exit(1)")  # fmt: skip
     assert gpu_check.run([sys.executable, "-c", child]) == (0, "first\nsecond\n")
+
+
+def test_a_flag_counts_more_than_the_dynamic_sampling_of_a_preset():
+    config = parse_config(["--preset", "dapo", "--no-dynamic_filter"])
+    assert (config.dynamic_sampling, config.dynamic_filter) == (0, False)
+    config = parse_config(["--preset", "dapo"])
+    assert config.dynamic_sampling > 0 and config.dynamic_filter
+
+
+@pytest.mark.parametrize("typed, meant", [
+    ("--lr", "--learning_rate"), ("--beta", "--kl_coef"), ("--num_generations", "--group_size"),
+    ("--importance_cap", "--tis_cap"), ("--filter_groups", "--dynamic_filter"), ("--grup_size", "--group_size"),
+])  # fmt: skip
+def test_flags_of_other_trainers_and_of_earlier_versions_are_answered(typed, meant, capsys):
+    with pytest.raises(SystemExit):
+        parse_config([typed, "1"])
+    assert f"did you mean {meant}?" in capsys.readouterr().err

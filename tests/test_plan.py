@@ -194,3 +194,11 @@ def test_both_families_are_planned_from_config_alone(checkpoints, family):
     counts = parameter_counts(config)
     assert counts["all"] == sum(p.numel() for p in load_model(checkpoints[family]).parameters())
     assert memory_plan(config, counts, Config(nframes=8, max_pixels=28 * 28 * 4, plan=2))["peak"] > 0
+
+
+def test_the_budget_of_a_whole_video_bounds_its_frames(monkeypatch):
+    """--preset time-r1: 768 frames share 2,809,856 pixels x 2, but none has less than 1.05 x 12,544 pixels."""
+    config = parse_config(["--preset", "time-r1", "--plan", "4"])
+    text = plan_text(config)
+    assert f"768 frames of {int(12544 * 1.05)} pixels" in text and " fits --gpu_memory 80" in text
+    assert "SKIPPED" not in text

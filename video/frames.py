@@ -163,14 +163,19 @@ def frame_indices(first: int, last: int, count: int) -> list[int]:
 
 
 def frame_size(height: int, width: int, count: int, settings: VideoSettings, factor: int) -> tuple[int, int]:
-    """The (height, width) of each of `count` frames after resizing, in pixels.
+    """The (height, width) of each of `count` frames after resizing, in pixels. See `frame_limit`."""
+    return smart_resize(height, width, factor, settings.min_pixels, frame_limit(count, settings, factor))
 
-    The budget of the whole video is shared by its frames, but never below 1.05 x min_pixels.
+
+def frame_limit(count: int, settings: VideoSettings, factor: int) -> float:
+    """The most pixels of each of `count` frames after resizing.
+
+    The frames share the budget of the whole video, but never below 1.05 x min_pixels.
     Source: qwen_vl_utils.vision_process.fetch_video.
     """
     total = CONTEXT_TOKENS * factor * factor * 0.9 if settings.total_pixels is None else settings.total_pixels
     limit = max(min(VIDEO_MAX_TOKENS * factor**2, total / count * FRAME_FACTOR), int(settings.min_pixels * 1.05))
-    return smart_resize(height, width, factor, settings.min_pixels, min(settings.max_pixels, limit))
+    return min(settings.max_pixels, limit)
 
 
 def check_file(path: str) -> None:

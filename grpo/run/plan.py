@@ -27,6 +27,7 @@ import yaml
 from grpo.engine.model_files import FAMILIES, read_config
 from grpo.errors import ConfigError, ModelError
 from grpo.policy import LOGITS_PER_CHUNK
+from video.frames import frame_limit
 
 GIB = 2**30
 OVERHEAD = 3 * GIB
@@ -50,6 +51,12 @@ def published_config(name):
 def frames_of(settings):
     """The most frames of one video of a run."""
     return settings.nframes or settings.max_frames
+
+
+def frame_pixels(config, settings):
+    """The most pixels of a frame: --max_pixels, or the frame's share of --total_pixels."""
+    factor = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+    return int(frame_limit(frames_of(settings), settings, factor))
 
 
 def copy_width(settings):
@@ -103,7 +110,7 @@ def memory_plan(config, counts, settings):
     config: the model's; counts: its `parameter_counts`; settings: the run's Config.
     """
     width, lora = copy_width(settings), settings.lora_rank > 0
-    patches, merged = vision_tokens(config, frames_of(settings), settings.max_pixels)
+    patches, merged = vision_tokens(config, frames_of(settings), frame_pixels(config, settings))
     prompt = merged + TEXT_TOKENS
     packed = prompt + settings.group_size * settings.max_new_tokens
     tokens = {"patches": patches, "video tokens": merged, "prompt tokens": prompt, "packed tokens": packed}
@@ -249,7 +256,7 @@ def plan_text(config):
         [
             f"{config.model}: {counts['all'] / 1e9:.2f}B parameters on {config.plan} GPUs, "
             f"{copy_width(config)} to a copy",
-            f"{frames_of(config)} frames of {config.max_pixels} pixels, G {config.group_size}, "
+            f"{frames_of(config)} frames of {frame_pixels(model, config)} pixels, G {config.group_size}, "
             f"C {config.max_new_tokens}: " + ", ".join(f"{count} {name}" for name, count in plan["tokens"].items()),
             row("GiB on each GPU", plan["phases"]),
             *(row(name, [part(phase, name) for phase in plan["phases"]]) for name in names),

@@ -166,10 +166,15 @@ class Run:
                 raise Stopped(step, max(gather(self.signalled())))
             self.prompts = prompts
             used[flag] = used.get(flag, 0) + sums["used"]
-            if step == steps[-1] and not used[flag]:
-                raise DataError(f"{flag}: every sample was skipped, for the reasons above: nothing was trained")
+            if step == steps[-1] and not (flag == "--data" and self.config.dynamic_sampling):
+                self.check_used(flag)
             yield prompts, {"skipped": int(sums["skipped"]), "seconds_waiting": waited}
             asked = time.perf_counter()
+
+    def check_used(self, flag):
+        """Raises DataError if no sample of all steps could be used."""
+        if not self.state["used"][flag]:
+            raise DataError(f"{flag}: every sample was skipped, for the reasons above: nothing was trained")
 
     def readable(self, batch):
         """The prompts of a batch; names the samples that could not be read."""
