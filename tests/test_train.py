@@ -165,7 +165,7 @@ def test_other_settings_do_not_go_on_in_the_same_folder(flags, capsys):
     run(flags)
     assert train.main([*flags, "--learning_rate", "1", "--reward", "accuracy:1", "format:2", "--dynamic_filter"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "--learning_rate was 0.0005, is 1.0" in error and "--output" in error
+    assert "--learning_rate was 0.0008, is 1.0" in error and "--output" in error
     assert (
         "--reward was accuracy:1 format:0.5, is accuracy:1 format:2" in error
         and "--dynamic_filter was off, is on" in error
