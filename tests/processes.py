@@ -24,7 +24,7 @@ import video.files
 from grpo.engine.checkpoint import checkpoints as checkpoints_of
 
 ROOT = Path(__file__).parent.parent
-WATCHDOG = 150  # seconds after which a hang fails its own test
+WATCHDOG = 400  # seconds after which a hang fails its own test
 TIMES = ("seconds", "seconds_waiting", "seconds_sampling")
 COMPARED = ("loss", "grad_norm", "kl", "entropy", "reward", "length", "sampler_logprob_diff")
 
