@@ -174,7 +174,7 @@ def test_a_step_that_waits_is_caught(decoder, gpu, monkeypatch):
 def fault_of_graphs(decoder, monkeypatch):
     """What the self-check finds in decoding by graphs, with no regard to time."""
     always_faster(monkeypatch)
-    config = parse_config(["--preset", "demo", "--max_new_tokens", "40"])
+    config = parse_config(["--preset", "demo", "--group_size", "8", "--max_new_tokens", "40"])
     model, prompt, tokenizer = decoder
     return find_faults([PATHS["decoding graph"]], model, prompt, config, tokenizer)[0]
 
