@@ -25,7 +25,7 @@ def test_several_processes_equal_one(world, tmp_path, tie, counts):
         assert_same_run(together, alone, tmp_path / str(count), tmp_path / "1")
 
 
-@pytest.mark.parametrize("frozen", ["--no-freeze_vision", "--freeze_vision"])
+@pytest.mark.parametrize("frozen", ["--no-freeze_vision", pytest.param("--freeze_vision", marks=pytest.mark.slow)])
 def test_a_sample_skipped_in_one_process_does_not_hang(world, tmp_path, frozen):
     data, _ = world
     rows = [json.loads(line) for line in open(data["train"])]
