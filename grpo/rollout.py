@@ -57,8 +57,7 @@ def resample(groups, more, config):
 def sample_groups(policy, prompts, group_size, tokenizer, config, step, shuffle=False):
     """One `RolloutGroup` for each prompt; shuffle: with the frames out of order. The run's seed, the step and the
     prompt's key fix both draws."""
-    settings = SamplingSettings(config.temperature, config.top_k, config.top_p, config.max_new_tokens)
-    groups = []
+    settings, groups = SamplingSettings.of(config), []
     for batch in chunked(prompts, config.prompts_per_rollout):
         seeds = [prompt_seed(config.seed, step, prompt.sample.key + "/shuffled" * shuffle) for prompt in batch]
         if shuffle:

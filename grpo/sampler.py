@@ -27,6 +27,11 @@ class SamplingSettings:
     top_p: float = 1.0  # 1 is off
     max_new_tokens: int = 256
 
+    @classmethod
+    def of(cls, config):
+        """The settings that the flags of a run ask for."""
+        return cls(config.temperature, config.top_k, config.top_p, config.max_new_tokens)
+
 
 def prompt_seed(run_seed, step, key):
     """Returns a 63-bit seed that depends on the run's seed, the step and the prompt's key alone."""
