@@ -45,6 +45,11 @@ class DemoSpec:
     val: int = 200  # held-out videos that move (asked for direction, colour, shape), and as many still ones (place)
     warmup: int = 768  # videos of the warm-up that move (direction, colour), and as many still ones (place)
 
+    def clips(self, rng: np.random.Generator, part: str) -> Iterator[tuple[np.ndarray, list[dict]]]:
+        """Yields the frames of each video of a part, with its rows."""
+        for scene, rows in scenes_and_questions(rng, part, getattr(self, part)):
+            yield draw(scene), rows
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -91,9 +96,9 @@ def make_demo_set(folder: str | Path, spec: DemoSpec = DemoSpec()) -> dict[str, 
 def write_part(folder: Path, part: str, number: int, spec: DemoSpec) -> None:
     """Writes the videos and the .jsonl file of one part; `number` tells its random numbers from other parts'."""
     rows, rng = [], np.random.default_rng([spec.seed, number])
-    for index, (scene, questions) in enumerate(scenes_and_questions(rng, part, getattr(spec, part))):
+    for index, (frames, questions) in enumerate(spec.clips(rng, part)):
         video = f"videos/{part}_{index:05d}.mp4"
-        write_video(folder / video, draw(scene), FPS)
+        write_video(folder / video, frames, FPS)
         rows += [{**row, "video": video} for row in questions]
     (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
