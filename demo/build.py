@@ -13,6 +13,7 @@ from video.dataset import split_spec
 
 SPECS = {"demo": DemoSpec, "demo-grounding": GroundingSpec}  # by preset
 MARK = "demo.json"  # in a model folder that this file made and may make again
+VISION = {"patch_std": 0.03}
 
 
 def build_demo(config: Config) -> None:
@@ -27,7 +28,7 @@ def build_demo(config: Config) -> None:
     name = demo_of(config.preset)
     paths = preset_values(name, config.seed)
     data = make_demo_set(Path(paths["eval_data"]).parent, SPECS[name](seed=config.seed))
-    model, mark = Path(paths["model"]), json.dumps({"seed": config.seed})
+    model, mark = Path(paths["model"]), json.dumps({"seed": config.seed, "vision": VISION})
     if config.model != str(model) or model.exists() and not (model / MARK).exists():
         return
     if model.exists() and (model / MARK).read_text() == mark:
@@ -36,8 +37,7 @@ def build_demo(config: Config) -> None:
     texts = sorted({text for row in rows for text in (row["problem"], *row["completions"])})
     corpus = " ".join((CHAT_WORDS, *texts, config.prompt_template))
     with tempfile.TemporaryDirectory(prefix=f"{model.name}-", dir=model.parent) as aside:  # a kill leaves no half model
-        vision = {"patch_std": 0.03}
-        made = build_tiny_model(Path(aside) / model.name, seed=config.seed, corpus=corpus, vision=vision)
+        made = build_tiny_model(Path(aside) / model.name, seed=config.seed, corpus=corpus, vision=VISION)
         (made / MARK).write_text(mark)
         if model.exists():
             os.replace(model, Path(aside) / "replaced")

@@ -10,7 +10,9 @@ of the direction from the shape's position), a middle frame 34%: the path is sho
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,7 +34,13 @@ QUESTIONS = {  # by category: what is asked, and the four options
     "colour": ("What colour is the shape?", tuple(COLOURS)),
     "shape": ("What shape is it?", SHAPES),
 }
-ASKED = {"train": ("direction",), "val": ("direction", "colour", "shape"), "warmup": ("direction", "colour")}  # by part
+# What is asked about the videos of a part, in turn; a shape stands still if its place is asked. Of 16 training
+# questions 14 are for the direction; two ask what the warm-up has taught, so that it stays known.
+ASKED = {
+    "train": (("colour",), *[("direction",)] * 7, ("place",), *[("direction",)] * 7),
+    "val": (("direction", "colour", "shape"), ("place",)),
+    "warmup": (("direction", "colour"), ("place",)),
+}
 MANIFEST = "demo.json"  # written last: a folder that has it is complete
 
 
@@ -41,9 +49,9 @@ class DemoSpec:
     """What determines a demo set, byte for byte (with one version of the encoder)."""
 
     seed: int = 0
-    train: int = 2048  # videos to train on, each with a question for the direction
-    val: int = 200  # held-out videos that move (asked for direction, colour, shape), and as many still ones (place)
-    warmup: int = 768  # videos of the warm-up that move (direction, colour), and as many still ones (place)
+    train: int = 2048  # videos to train on, each with one question
+    val: int = 400  # held-out videos, half of which move
+    warmup: int = 1536  # videos of the warm-up, half of which move
 
     def clips(self, rng: np.random.Generator, part: str) -> Iterator[tuple[np.ndarray, list[dict]]]:
         """Yields the frames of each video of a part, with its rows."""
@@ -67,8 +75,8 @@ def make_demo_set(folder: str | Path, spec: DemoSpec = DemoSpec()) -> dict[str, 
 
     No two parts share a video. If the folder already holds a complete set of the same `spec`, it is used again; else
     the new set replaces the old one, folder `videos` included, once it is complete. Rows have the fields of
-    open-r1-video-4k, plus `category`, `direction` and `opposite` (letter of the answer if time ran backwards) of
-    questions for the direction and, in the warm-up, `completions`.
+    open-r1-video-4k, plus `category`; `opposite`, the letter of the answer if time ran backwards, if that is another;
+    and, in the warm-up, `completions`.
     """
     folder = Path(folder)
     paths = {part: folder / f"{part}.jsonl" for part in ASKED}
@@ -95,21 +103,26 @@ def make_demo_set(folder: str | Path, spec: DemoSpec = DemoSpec()) -> dict[str, 
 
 def write_part(folder: Path, part: str, number: int, spec: DemoSpec) -> None:
     """Writes the videos and the .jsonl file of one part; `number` tells its random numbers from other parts'."""
-    rows, rng = [], np.random.default_rng([spec.seed, number])
-    for index, (frames, questions) in enumerate(spec.clips(rng, part)):
-        video = f"videos/{part}_{index:05d}.mp4"
-        write_video(folder / video, frames, FPS)
-        rows += [{**row, "video": video} for row in questions]
+    rows, written, rng = [], [], np.random.default_rng([spec.seed, number])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the encoder runs outside Python's lock
+        for index, (frames, questions) in enumerate(spec.clips(rng, part)):
+            video = f"videos/{part}_{index:05d}.mp4"
+            written.append(pool.submit(write_video, folder / video, frames, FPS))
+            rows += [{**row, "video": video} for row in questions]
+    for video in written:
+        video.result()
     (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def scenes_and_questions(rng: np.random.Generator, part: str, count: int) -> Iterator[tuple[Scene, list[dict]]]:
-    """Yields each scene of a part with its rows: `count` shapes that move and, but in "train", as many still ones."""
-    moving, still = ([(moves, index) for index in range(count)] for moves in (True, False))
-    mixed = [each for pair in zip(moving, still) for each in pair]
-    for moves, index in {"train": moving, "val": moving + still, "warmup": mixed}[part]:
-        scene = random_scene(rng, moves, index)
-        rows = [question(rng, scene, category, index // 4) for category in (ASKED[part] if moves else ("place",))]
+    """Yields each of `count` scenes of a part with its rows. Directions, places and letters take turns, so that all are
+    asked equally often."""
+    drawn = Counter()  # how often each entry of ASKED has had its turn
+    for index in range(count):
+        categories = ASKED[part][index % len(ASKED[part])]
+        scene = random_scene(rng, categories != ("place",), drawn[categories])
+        rows = [question(rng, scene, category, drawn[categories] // 4) for category in categories]
+        drawn[categories] += 1
         yield scene, [{**row, "completions": completions(row)} for row in rows] if part == "warmup" else rows
 
 
@@ -141,7 +154,7 @@ def question(rng: np.random.Generator, scene: Scene, category: str, turn: int) -
         "category": category,
     }
     if category == "direction":
-        row |= {"direction": answer, "opposite": letter[OPPOSITE[answer]]}
+        row["opposite"] = letter[OPPOSITE[answer]]
     return row
 
 

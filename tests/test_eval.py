@@ -133,7 +133,7 @@ def test_questions_about_one_video_share_its_frames_and_vision_pass(parts, demo,
     about = {}
     for sample in read_samples(demo):
         about.setdefault(sample.videos, []).append(sample)
-    samples = [sample for questions in list(about.values())[:3] for sample in questions[:3]]
+    samples = [sample for questions in about.values() if len(questions) == 3 for sample in questions][:9]
     alone = predict(policy, loader, samples, tokenizer, EvalSettings(8, 1))
     decoded, passes, encoder, tower = [], [], loader.encoder, policy.vision_features
     monkeypatch.setattr(
@@ -221,10 +221,10 @@ def test_evaluation_gives_what_training_logged(tmp_path, demo, tiny_folder, part
 
 
 def test_a_draw_is_over_the_whole_file_and_the_same_for_every_checkpoint(demo):
-    samples = read_samples(demo)  # direction, colour and shape of one video after the other; then the places
+    samples = read_samples(demo)
     drawn = draw(samples, 12)
     assert drawn == sorted(drawn, key=samples.index)
-    assert [s.meta["category"] for s in drawn].count("place") == 1, "the first 12 have none"
+    assert len(samples) == 24 and max(map(samples.index, drawn)) >= 12, "these are the first 12"
     assert drawn == draw(samples, 12) and {s.key for s in draw(samples, 5)} < {s.key for s in drawn}
     assert draw(samples, 1000) == samples
     arguments = SimpleNamespace(benchmark=None, data=str(demo), video_root=None, samples=12)
@@ -463,7 +463,7 @@ def test_three_times_faster_than_generate_one_sample_at_a_time(tmp_path, tiny_fo
     """200 questions of the demo, batches of 40, against transformers' own generate in a loop; same greedy settings."""
     torch.set_num_threads(1)
     policy, loader, tokenizer = parts
-    data = make_demo_set(tmp_path, DemoSpec(train=4, val=67, warmup=4))["val"]
+    data = make_demo_set(tmp_path, DemoSpec(train=4, val=100, warmup=4))["val"]
     samples = read_samples(data)[:200]
     predict(policy, loader, samples[:4], tokenizer, EvalSettings(24, 4))
     clock = time.perf_counter()
