@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from demo.synthetic import COLOURS, FPS, RADIUS, SHAPES, SIDE, DemoSpec, inside
+from demo.synthetic import COLOURS, FPS, SHAPES, SIDE, DemoSpec, inside
 
 FRAMES = 16  # of a video, which lasts 8 s
+RADIUS = 0.25  # of the shape, relative to the side
 LENGTHS = (3, 6)  # frames that show the shape: from 1.5 s to 3 s
 GUESSES = 4  # completions of a question of the warm-up
 
