@@ -132,7 +132,7 @@ def _temporal(prediction: str, answer: str) -> dict[str, float]:
     return {"tIoU": span_iou(got, want) if got else 0.0}
 
 
-def _tracking(prediction: str, answer: str) -> dict[str, float]:
+def _boxes(prediction: str, answer: str) -> dict[str, float]:
     """The mean over the moments of the truth; a moment that is missing counts 0: OneThinker's `mean_iou_over_gt_frames`
     and VideoChat-R1's `tracking_iou`. A single box is one moment: OneThinker's `iou_2d` of spatial grounding."""
     want, got = true_boxes(answer), read_boxes(prediction)
@@ -149,9 +149,9 @@ def _spatial_temporal(prediction: str, answer: str) -> dict[str, float]:
 
 OVERLAPS = {
     "temporal grounding": _temporal,
-    "spatial grounding": _tracking,
+    "spatial grounding": _boxes,
     "spatial-temporal grounding": _spatial_temporal,
-    "tracking": _tracking,
+    "tracking": _boxes,
 }
 
 

@@ -5,10 +5,12 @@ import time
 
 import pytest
 
+from grpo.config import parse_config
 from grpo.engine.evaluate import recalls
+from grpo.run.data import read_questions
 from rewards import REWARDS, accuracy, check_sample, score_prediction
 from rewards.grounding import overlaps, read_boxes, read_span
-from video.formats import Sample
+from video.formats import DataError, Sample
 
 TIME, PLACE, BOTH, TRACK = "temporal grounding", "spatial grounding", "spatial-temporal grounding", "tracking"
 SPAN, BOX = "2 to 6", '{"boxes": [0, 0, 100, 100]}'
@@ -168,6 +170,14 @@ def test_time_r1_s_reward_also_counts_the_distance_of_both_ends(prediction, rewa
 def test_time_r1_s_reward_needs_the_duration():
     with pytest.raises(ValueError, match="sample 'rows.jsonl:1': timestamp_iou needs the field `duration`"):
         REWARDS["timestamp_iou"]("<answer>2 to 6</answer>", sample(TIME, SPAN))
+
+
+def test_a_run_that_needs_the_duration_says_so_before_it_starts(tmp_path):
+    row = {"problem": "When?", "solution": "1 to 2", "video": "v.mp4", "problem_type": TIME}
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row | more) + "\n" for more in ({"duration": 3}, {}, {})))
+    config = parse_config(["--data", str(tmp_path / "d.jsonl"), "--eval_samples", "0", "--reward", "timestamp_iou:1"])
+    with pytest.raises(DataError, match=r"2 of 3 rows cannot be used: .*d.jsonl:2.* needs the field `duration`"):
+        read_questions(config, print)
 
 
 def test_recalls_count_overlaps_from_the_threshold_on():

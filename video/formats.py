@@ -345,7 +345,8 @@ def _located(row: Row, video: str, sentence: str, times: list[float]) -> Sample:
     row.fields = {name: value for name, value in row.fields.items() if name not in CLIP_FIELDS}
     path = _find(row, video, VIDEO_FOLDERS)
     if not os.path.exists(path) and "/" in video:
-        path = next(filter(os.path.exists, [reroot(f"/{video.lstrip('./')}", row.root)]), path)
+        moved = reroot("/" + video.removeprefix("./"), row.root)
+        path = moved if os.path.exists(moved) else path
     problem = f'When does this happen in the video: "{sentence.strip().rstrip(".")}"?'
     return _build(row, problem, f"{times[0]} to {times[1]}", "temporal grounding", videos=(path,), images=())
 
@@ -376,7 +377,7 @@ def _next_qa(row: Row) -> Sample:
     video = _find(row, name, ("NExTVideo",))
     if not os.path.exists(video):
         video = _files_below(row.root).get(name, video)
-    return _choice(row, options, LETTERS[int(answer)] if answer in "01234" else answer, video)
+    return _choice(row, options, LETTERS[int(answer)] if answer in tuple("01234") else answer, video)
 
 
 @functools.lru_cache(maxsize=4)
