@@ -50,15 +50,17 @@ from grpo.run.data import check_answers, draw, say_text_only, split_data
 from grpo.run.folder import sole_use
 from grpo.run.log import quiet_libraries
 from grpo.run.stops import exit_code
+from rewards.grounding import OVERLAPS
 from video.dataset import read_samples
 from video.files import write_text
 from video.formats import DataError, Sample
 from video.loader import PromptLoader
 from video.prompt import PromptEncoder
+from video.settings import answer_form, parse_forms
 
 DIRECT = "Answer with the letter of the option only."
 DIRECT_BY_TYPE = dict.fromkeys(("numerical", "mra", "regression", "math"), "Answer with a number only.")
-DIRECT_BY_TYPE |= dict.fromkeys(("OCR", "free-form"), "Answer with a word or a short phrase only.")
+DIRECT_BY_TYPE |= dict.fromkeys(("OCR", "free-form", "open-ended"), "Answer with a word or a short phrase only.")
 
 
 @dataclass(frozen=True)
@@ -222,13 +224,21 @@ def ask(samples: list[Sample], mode: str) -> list[Sample]:
     """The samples with the questions of a mode: "direct" adds which form the answer must have."""
     if mode == "think":
         return samples
-    return [replace(s, problem=f"{s.problem}\n{DIRECT_BY_TYPE.get(s.problem_type, DIRECT)}") for s in samples]
+    return [replace(s, problem=f"{s.problem}\n{direct_form(s)}") for s in samples]
+
+
+def direct_form(sample: Sample) -> str:
+    """The sentence that asks for the answer alone."""
+    if sample.problem_type in OVERLAPS:
+        return f"Answer with {answer_form(sample)} only."
+    return DIRECT_BY_TYPE.get(sample.problem_type, DIRECT)
 
 
 def open_loader(folder: Path, mode: str, config: Config) -> PromptLoader:
     """Encodes questions for a checkpoint: in the template of training, or, in the mode "direct", as they are."""
     template = config.prompt_template if mode == "think" else "{problem}"
-    encoder = PromptEncoder(folder, config.video_settings(), template, config.max_prompt_tokens)
+    forms = parse_forms(config.answer_form)
+    encoder = PromptEncoder(folder, config.video_settings(), template, config.max_prompt_tokens, forms=forms)
     return PromptLoader(encoder, config.workers, config.decode_timeout)
 
 

@@ -1,6 +1,8 @@
 """Published benchmarks as lists of samples: which files hold the questions, how these are grouped, what the total is.
 
 The same code as for all other data (video.formats, rewards) reads the rows, finds the videos and scores the answers.
+Charades-STA, ActivityNet-Captions (its val_2.json, which Time-R1 and VideoChat-R1 also test on) and TVGBench total the
+mean overlap in time; R@0.3, R@0.5 and R@0.7 are in the table and in results.json.
 MMVU lets a language model judge answers in free text, Video-MMMU looks for the right answer in them; here both are
 scored by ROUGE. So only the multiple-choice part of those two compares with published numbers.
 """
@@ -15,11 +17,22 @@ from video.formats import DataError, Sample
 
 @dataclass(frozen=True)
 class Benchmark:
-    source: str  # its name on the hub
+    source: str  # its name on the hub, or the address of its annotations
     files: tuple[tuple[str, ...], ...]  # alternative layouts, each the globs (without suffix) of its annotation files
     category: str  # the field that groups its questions; or "file", "folder", or "type" (of problem)
     macro: bool = False  # its total is the mean over categories, not over questions
 
+
+# Of temporal grounding: the files as their authors, lmms-eval, Time-R1 and VideoChat-R1 lay them out.
+CHARADES_STA = (
+    ("charades_sta_test",), ("data/test-*",), ("test-*",), ("Charades_anno/Charades_sta_test",),
+    ("charades_annotation/charades_test",),
+)  # fmt: skip
+DENSEVID = "https://cs.stanford.edu/people/ranjaykrishna/densevid"
+ACTIVITYNET_CAPTIONS = (
+    ("val_2",), ("annotations/sentence_temporal_grounding/test",), ("activitynet_annotation/test",),
+)  # fmt: skip
+TVGBENCH = (("tvgbench",), ("annotations/tvgbench",), ("timer1/annotations/tvgbench",))
 
 BENCHMARKS = {
     "mvbench": Benchmark("OpenGVLab/MVBench", (("json/*",),), "file", macro=True),
@@ -29,8 +42,11 @@ BENCHMARKS = {
     "vsibench": Benchmark("nyu-visionx/VSI-Bench", (("test",), ("test-*",)), "question_type", macro=True),
     "longvideobench": Benchmark("longvideobench/LongVideoBench", (("lvb_val",), ("validation-*",)), "duration_group"),
     "videommmu": Benchmark("lmms-lab/VideoMMMU", (("Perception/*", "Comprehension/*", "Adaptation/*"),), "folder"),
+    "charades-sta": Benchmark("lmms-lab/charades_sta", CHARADES_STA, "type"),
+    "activitynet-captions": Benchmark(DENSEVID, ACTIVITYNET_CAPTIONS, "type"),
+    "tvgbench": Benchmark("Boshenxx/TimeR1-Dataset", TVGBENCH, "qsemtype"),
 }
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 
 
 def read_benchmark(name: str, folder: str | Path) -> list[Sample]:
@@ -42,9 +58,8 @@ def read_benchmark(name: str, folder: str | Path) -> list[Sample]:
     paths = next(filter(None, (_annotations(folder, globs) for globs in benchmark.files)), None)
     if paths is None:
         wanted = " or ".join(f"{glob}{{{','.join(SUFFIXES)}}}" for globs in benchmark.files for glob in globs)
-        raise DataError(
-            f"--benchmark_dir {folder}: has no {wanted}; give the folder of `hf download {benchmark.source}`"
-        )
+        source = benchmark.source if "://" in benchmark.source else f"`hf download {benchmark.source}`"
+        raise DataError(f"--benchmark_dir {folder}: has no {wanted}; give the folder of {source}")
     samples = []
     for path in paths:
         for sample in read_samples(path, folder, path.relative_to(folder).as_posix()):

@@ -73,7 +73,7 @@ def check_settings(path: Path, settings: dict) -> None:
 
 def settings_of(config: Config, samples: list[Sample], temperature: float, device: str) -> dict:
     """What answers depend on, besides checkpoint, mode and control: plain values under the names of their flags."""
-    names = ("prompt_template", "max_prompt_tokens", "max_new_tokens", "eval_batch")
+    names = ("prompt_template", "answer_form", "max_prompt_tokens", "max_new_tokens", "eval_batch")
     return {
         **dataclasses.asdict(config.video_settings()),
         **{name: getattr(config, name) for name in names},

@@ -14,7 +14,7 @@ import jinja2
 import torch
 from PIL import Image
 
-from grpo.engine.evaluate import CONTROLS
+from grpo.engine.evaluate import CONTROLS, RECALL_AT
 from video.dataset import Sample
 from video.files import write_text
 from video.loader import PromptLoader
@@ -28,12 +28,13 @@ def summary_of(before: dict, after: dict, controls: dict[str, dict], seconds: fl
     """One flat record of a run's evaluations, each a summary; None stands for what was not evaluated.
 
     `accuracy_*` are over the categories of question that the run trains on, `overall` over all,
-    `categories` by category;
+    `categories` by category; `grounding` has {evaluation: its `recalls`}, if answers are times or boxes;
     `opposite_when_reversed` is the share of questions with an opposite answer that got it when the video ran backwards.
     """
     evaluated = {"before": before or None, "after": after or None}
     evaluated |= {name.replace(" ", "_"): controls.get(name) for name in CONTROLS}
     shares = lambda share: {name: summary and share(summary) for name, summary in evaluated.items()}
+    found = {name: summary["grounding"] for name, summary in evaluated.items() if summary and "grounding" in summary}
     return {
         **{f"accuracy_{name}": share for name, share in shares(lambda summary: summary["trained"]).items()},
         "opposite_when_reversed": controls["reversed"]["opposite"] if "reversed" in controls else None,
@@ -46,6 +47,7 @@ def summary_of(before: dict, after: dict, controls: dict[str, dict], seconds: fl
         "questions": after.get("count", 0),
         "skipped": after.get("skipped", 0),
         "unparsed": after.get("unparsed"),
+        **({"grounding": found} if found else {}),
     }
 
 
@@ -65,7 +67,16 @@ def summary_table(summary: dict) -> str:
     text = text_table(columns, rows)
     if summary["opposite_when_reversed"] is not None:
         text += f"\nopposite answer when the video is reversed: {summary['opposite_when_reversed']:.1%}"
-    return text
+    return "\n".join(
+        [text, *grounding_tables({n.replace("_", " "): r for n, r in summary.get("grounding", {}).items()})]
+    )
+
+
+def grounding_tables(columns: dict[str, dict]) -> list[str]:
+    """{column: `grpo.engine.evaluate.recalls`} as a table for each kind of overlap, with a title."""
+    kinds = dict.fromkeys(kind for recalls in columns.values() for kind in recalls)
+    rows = lambda kind: {name: recalls.get(kind, {}) for name, recalls in columns.items()}
+    return [f"{kind}\n{text_table(rows(kind), ['mIoU', *(f'R@{least}' for least in RECALL_AT)])}" for kind in kinds]
 
 
 def evaluation_table(result: dict) -> str:
@@ -92,6 +103,7 @@ def evaluation_table(result: dict) -> str:
                 f"{category:24}{gain['difference']:+10.1%} of {gain['count']} questions ({gain['better']} better, "
                 f"{gain['worse']} worse, exact McNemar p = {gain['p']:.2g})"
             )
+    lines += grounding_tables({name: summary.get("grounding", {}) for name, summary in results.items()})
     for name, score in result.get("score", {}).items():
         lines.append(f"the benchmark's own total, {name}: {score:.1%}")
     return "\n".join([*lines, f"{first['count']} questions; {first['skipped']} unreadable, counted neither way"])

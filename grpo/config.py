@@ -17,7 +17,7 @@ from grpo.errors import ConfigError
 from rewards import parse_rewards
 from video.files import write_text
 from video.formats import printable
-from video.settings import TEMPLATE, VideoSettings
+from video.settings import TEMPLATE, VideoSettings, parse_forms
 
 
 def flag(default, sentence, **limits):
@@ -126,7 +126,12 @@ class Config:
     total_pixels: int | None = flag(None, "Bound on frames x pixels / 2 of one video.", ge=1)
     image_min_pixels: int = flag(4 * 28 * 28, "Fewest pixels of an image after resizing.", ge=1)
     image_max_pixels: int = flag(1280 * 28 * 28, "Most pixels of an image after resizing.", ge=1)
-    prompt_template: str = flag(TEMPLATE, "What is asked; {problem} is replaced by the question.")
+    prompt_template: str = flag(
+        TEMPLATE, "What is asked; {problem} is replaced by the question, {answer_form} by the form of its answer."
+    )
+    answer_form: tuple = flag(
+        (), 'That form for a type of problem, as TYPE=WORDS: "temporal grounding=two times in seconds".'
+    )
     workers: int = flag(2, "Processes that decode videos ahead, for each trainer; 0 decodes in the trainer.", ge=0)
     decode_timeout: float = flag(60.0, "Seconds after which a video counts as unreadable.", gt=0.0)
 
@@ -194,18 +199,25 @@ with open(Path(__file__).with_name("presets.yaml"), encoding="utf-8") as file:
 
 
 def preset_values(preset, seed):
-    """{flag: value} of a preset. Each seed of the demo has a folder of its own, so that no demo touches the videos of
+    """{flag: value} of a preset. Each seed of a demo has a folder of its own, so that no demo touches the videos of
     another: runs/demo for the default seed, else runs/demo-seed-N."""
     values = PRESETS[preset]
-    if preset != "demo" or seed == Config.seed:
+    if "demo" not in values or seed == Config.seed:
         return values
-    move = lambda path: path.replace("runs/demo/", f"runs/demo-seed-{seed}/") if isinstance(path, str) else path
+    move = lambda path: (
+        path.replace(f"runs/{preset}/", f"runs/{preset}-seed-{seed}/") if isinstance(path, str) else path
+    )
     return {n: tuple(map(move, v)) if isinstance(v, tuple) else move(v) for n, v in values.items()}
 
 
-def demo_makes(seed):
-    """The paths of the model and the data that --demo makes. What other paths hold is the user's."""
-    own = preset_values("demo", seed)
+def demo_of(preset):
+    """The name of the demo that --demo builds with a preset: the preset itself, or "demo"."""
+    return preset if "demo" in PRESETS.get(preset, {}) else "demo"
+
+
+def demo_makes(preset, seed):
+    """The paths of the model and the data that --demo makes with a preset. What other paths hold is the user's."""
+    own = preset_values(demo_of(preset), seed)
     return {own["model"], *own["data"], own["eval_data"], own["sft_data"]}
 
 
@@ -329,6 +341,7 @@ def check(config):
             raise ConfigError(f"--{name} looks at the accuracy; add accuracy:1 to --reward")
     try:
         config.video_settings()
+        parse_forms(config.answer_form)
         rewards = parse_rewards(config.reward)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -357,6 +370,8 @@ def check_combinations(config, given):
         ("ref_sync_steps", config.lora_rank > 0, "with --lora_rank the reference is the model without adapters"),
         ("ref_mixup_alpha", not config.ref_sync_steps, "does nothing without --ref_sync_steps"),
         ("tis_mode", config.tis_cap is None, "weighs nothing without --tis_cap"),
+        ("answer_form", "{answer_form}" not in config.prompt_template, "does nothing without {answer_form} in "
+         "--prompt_template"),
     ]  # fmt: skip
     for name, wrong, reason in rules:
         if wrong and given.get(name):

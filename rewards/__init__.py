@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rewards.answer import answer_text
+from rewards.grounding import timestamp_iou
 from rewards.length import length_cosine, length_window, repetition, soft_overlong
 from rewards.problem_types import ACCURACY
 from rewards.think_format import tag_count, think_format
@@ -81,6 +82,7 @@ REWARDS: dict[str, Callable] = {
     "length_window": length_window,
     "length_cosine": length_cosine,
     "soft_overlong": soft_overlong,
+    "timestamp_iou": timestamp_iou,
 }
 NEED_ACCURACY = ("length_window", "length_cosine")
 

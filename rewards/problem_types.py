@@ -12,6 +12,7 @@ from collections.abc import Callable
 from rapidfuzz.distance import LCSseq, Levenshtein
 
 from rewards.answer import choice_letter
+from rewards.grounding import OVERLAPS, grounding
 from rewards.symbolic import symbolic
 from video.formats import Sample
 
@@ -123,6 +124,8 @@ ACCURACY: dict[str, Callable] = {
     "mra": mean_relative_accuracy,
     "OCR": ocr,
     "free-form": rouge,
+    "open-ended": rouge,  # OneThinker's name for it
     "regression": regression,
     "math": symbolic,
+    **dict.fromkeys(OVERLAPS, grounding),
 }

@@ -82,6 +82,10 @@ def test_a_frame_flag_counts_more_than_the_presets_nframes(flag):
     ("--dynamic_sampling 3 --reward format:1", ("--dynamic_sampling", "--reward")),
     ("--dynamic_filter --reward format:1", ("--dynamic_filter", "--reward")),
     ("--sft_steps 5", ("--sft_steps", "--sft_data")),
+    ("--prompt_template {problem} --answer_form math=x", ("--answer_form math=x", "--prompt_template")),
+    ("--answer_form x", ("--answer_form x", "TYPE=WORDS")),
+    ("--answer_form math=", ("--answer_form math=", "TYPE=WORDS")),
+    ("--answer_form numerica=x", ("--answer_form numerica=x", "did you mean numerical?")),
 ])  # fmt: skip
 def test_settings_that_mean_nothing_together_are_one_line_that_names_both(flags, both, capsys):
     assert train.main(flags.split()) == 2
@@ -94,6 +98,7 @@ def test_settings_that_mean_nothing_together_are_one_line_that_names_both(flags,
     "--kl_in reward --kl_estimator k1", "--kl_estimator k1 --kl_correction", "--kl_coef 0 --ref_sync_steps 0",
     "--tis_cap 2 --tis_mode sequence_mask", "--ref_sync_steps 5 --ref_mixup_alpha 0.5", "--mini_batch_size 4",
     "--kl_coef 0 --no-kl_correction", "--lora_rank 8 --kl_in reward --kl_estimator k1", "--dynamic_sampling 3",
+    "--answer_form math=x=1 mine=y",
 ])  # fmt: skip
 def test_settings_that_combine(flags):
     assert parse_config(flags.split()).preset

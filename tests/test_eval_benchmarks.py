@@ -1,6 +1,7 @@
 """Each published benchmark from a folder in its own layout: made here, evaluated, and scored as worked out by hand."""
 
 import json
+import re
 
 import pytest
 from test_eval import run, script
@@ -43,7 +44,15 @@ def mmmu(name, answer, options=("red", "green"), **more):
     return {"id": name, "question": "What?", "options": list(options), "answer": answer, **more}
 
 
-# files: {annotation file: rows}, videos, {key of a sample: what the model says}, score of each category, the total
+def tvg(name, span, kind):
+    return {
+        "path": f"./dataset/timer1/videos/tvgbench_data/{name}.mp4", "question": "person sits down.", "answer": span,
+        "start": 1.5, "end": 32.0, "duration": 30.5, "question_type": "video temporal grounding", "qsemtype": kind,
+    }  # fmt: skip
+
+
+# files: {annotation file: rows, or its text}, videos, {key of a sample: what the model says}, score of each category,
+# the total
 CASES = {
     "mvbench": (
         {
@@ -173,6 +182,36 @@ CASES = {
         {"Perception": 1.0, "Comprehension": 1 / 2, "Adaptation": 1.0},
         3 / 4,
     ),
+    "charades-sta": (
+        {"charades_sta_test.txt": "3MSZA 24.0 30.0##a light on.\nAMT7R 4.0 12.0##a picture.\n"},
+        ["Charades_v1/3MSZA.mp4", "Charades_v1_480/AMT7R.mp4"],
+        {"charades_sta_test.txt:1": "<answer>24.00 to 30.00</answer>", "charades_sta_test.txt:2": "from 6 to 8 s"},
+        {"temporal grounding": (1 + 1 / 4) / 2},
+        (1 + 1 / 4) / 2,
+    ),
+    "activitynet-captions": (
+        {
+            "activitynet_annotation/test.json": {
+                "v_one": {"duration": 20, "timestamps": [[0, 10], [5, 15]], "sentences": ["He runs.", " He sits. "]},
+                "v_two": {"duration": 30.5, "timestamps": [[10.0, 30]], "sentences": ["She swims."]},
+            }
+        },
+        ["videos/v_one.mkv", "v_two.mp4"],
+        {
+            "activitynet_annotation/test.json:1": '<answer>{"time": [0, 10]}</answer>',
+            "activitynet_annotation/test.json:2": "<answer>0 to 10</answer>",
+            "activitynet_annotation/test.json:3": "<answer>never</answer>",
+        },
+        {"temporal grounding": (1 + 1 / 3 + 0) / 3},
+        (1 + 1 / 3 + 0) / 3,
+    ),
+    "tvgbench": (
+        {"annotations/tvgbench.json": [tvg("a", "10.5-20.5", "Human Pose"), tvg("b", "0-4", "Object Counting")]},
+        ["videos/tvgbench_data/a.mp4", "videos/tvgbench_data/b.mp4"],
+        {"annotations/tvgbench.json:1": "<answer>10.5 to 20.5</answer>", "annotations/tvgbench.json:2": "1 to 4"},
+        {"Human Pose": 1.0, "Object Counting": 3 / 4},
+        (1 + 3 / 4) / 2,
+    ),
 }
 
 
@@ -189,7 +228,8 @@ def test_published_layout_scores_as_by_hand(tmp_path, monkeypatch, model, name):
         make_video(tmp_path / video)
     for file, rows in files.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        lines = json.dumps(rows) if file.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows)
+        lines = json.dumps(rows) if file.endswith(".json") else rows
+        lines = lines if isinstance(lines, str) else "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / file).write_text(lines)
     script(monkeypatch, completions)
     code, result = run(model, tmp_path / "out", "--benchmark", name, "--benchmark_dir", str(tmp_path))
@@ -204,3 +244,20 @@ def test_the_total_of_questions_and_that_of_groups():
     summary = {"overall": 0.9, "categories": {"a": 0.5, "b": 1.0}}
     assert benchmark_score("videomme", summary) == 0.9
     assert benchmark_score("mvbench", summary) == 0.75
+
+
+def test_recalls_of_temporal_grounding_are_in_results_and_table(tmp_path, monkeypatch, model, capsys):
+    files, videos, completions, *_ = CASES["charades-sta"]
+    for video in videos:
+        (tmp_path / video).parent.mkdir(parents=True)
+        make_video(tmp_path / video)
+    (tmp_path / "charades_sta_test.txt").write_text(files["charades_sta_test.txt"])
+    script(monkeypatch, completions)
+    code, result = run(model, tmp_path / "out", "--benchmark", "charades-sta", "--benchmark_dir", str(tmp_path))
+    assert code == 0
+    assert result["results"]["think"]["grounding"] == {
+        "temporal grounding: tIoU": {"mIoU": 0.625, "R@0.3": 0.5, "R@0.5": 0.5, "R@0.7": 0.5}
+    }
+    shown = capsys.readouterr().out
+    assert re.search(r"temporal grounding: tIoU\n +think\nmIoU +62.5%\nR@0.3 +50.0%\nR@0.5 +50.0%\n", shown), shown
+    assert "R@0.7" in (tmp_path / "out" / "report.html").read_text()

@@ -1,5 +1,7 @@
 """Rows to samples, and the errors that name the line and the fix."""
 
+import csv
+import gzip
 import json
 
 import pytest
@@ -174,3 +176,87 @@ def test_a_skip_list_leaves_out_the_rows_of_its_files(tmp_path, monkeypatch):
         read_skip_list(write(tmp_path / "bad.jsonl", bad, "{"))
     with pytest.raises(DataError, match="--skip_list bad.jsonl:1: must be"):
         read_skip_list(write(tmp_path / "bad.jsonl", "[]"))
+
+
+TABLE = [
+    ["problem", "solution", "video", "options", "video_start", "note"],
+    ["What?\nA. x, B. y", "<answer>B</answer>", "clips/a.mp4", "", "1.5", ""],
+    ["Which?", "A", "b.mp4", '["red", "blue"]', "", '[laughs] a "quote"'],
+]
+
+
+@pytest.mark.parametrize("suffix,separator", [("csv", ","), ("tsv", "\t")])
+def test_rows_of_a_table(tmp_path, suffix, separator):
+    with open(tmp_path / f"t.{suffix}", "w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter=separator).writerows(TABLE)
+    first, second = read_samples(tmp_path / f"t.{suffix}")
+    assert (first.key, second.key) == (f"t.{suffix}:2", f"t.{suffix}:4"), "the line where a row begins"
+    assert first.problem == "What?\nA. x, B. y" and first.clips[0].start == 1.5 and first.options == ()
+    assert second.options == ("A. red", "B. blue") and second.clips == ()
+    assert second.videos == (str(tmp_path / "b.mp4"),) and second.meta == {"note": '[laughs] a "quote"'}
+
+
+def test_a_jsonl_that_is_gzipped_has_the_same_rows(tmp_path):
+    plain = write(tmp_path / "d.jsonl", ROW, "", ROW | {"video": "b.mp4"})
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    samples = read_samples(tmp_path / "d.jsonl.gz")
+    assert [sample.key for sample in samples] == ["d.jsonl.gz:1", "d.jsonl.gz:3"]
+    assert [(s.problem, s.videos) for s in samples] == [(s.problem, s.videos) for s in read_samples(plain)]
+    assert read_mixture([f"{tmp_path}/d.jsonl.gz:2"])[2].key == "d.jsonl.gz:1"
+
+
+def test_rows_of_moments_by_video(tmp_path):
+    """ActivityNet-Captions, and Charades-STA as VideoChat-R1 and Time-R1 have it; and Charades-STA's own lines."""
+    videos = {
+        "v_uqiMw7tQ1Cc": {"duration": 55.15, "timestamps": [[0, 4.14], [33.36, 55.15]],
+                          "sentences": ["Two men stand.", " One lifts. "]},
+        "AMT7R": {"duration": 30.08, "timestamps": [[4.3, 12.5]], "sentences": ["a picture"], "phrases": [["x"]]},
+    }  # fmt: skip
+    (tmp_path / "val_2.json").write_text(json.dumps(videos))
+    (tmp_path / "v_uqiMw7tQ1Cc.mkv").touch()
+    lines = "3MSZA 24.3 30.4##person turn a light on.\nAMT7R 4.3 12.5##it's # odd.\n"
+    (tmp_path / "charades_sta_test.txt").write_text(lines)
+    one, two, three = read_samples(tmp_path / "val_2.json")
+    assert (one.key, two.key, three.key) == ("val_2.json:1", "val_2.json:2", "val_2.json:3")
+    assert one.videos == two.videos == (str(tmp_path / "v_uqiMw7tQ1Cc.mkv"),)
+    assert (two.answer, two.meta, two.problem_type) == ("33.36 to 55.15", {"duration": 55.15}, "temporal grounding")
+    assert two.problem == 'When does this happen in the video: "One lifts"?'
+    light, odd = read_samples(tmp_path / "charades_sta_test.txt")
+    assert (light.key, light.answer) == ("charades_sta_test.txt:1", "24.3 to 30.4")
+    assert light.videos == (str(tmp_path / "3MSZA.mp4"),)
+    assert odd.problem == 'When does this happen in the video: "it\'s # odd"?'
+
+
+BAD_FILES = {  # name: (content, message)
+    "d.txt": (b"3MSZA 24.3 30.4 person", r"d.txt:1: a line of a .txt file must be VIDEO START END##SENTENCE"),
+    "v.json": (b'{"v": {"sentences": ["a"], "timestamps": []}}', "v.json: 'v' must have as many timestamps as"),
+    "o.json": (b'{"v": {"a": 1}}', "o.json: holds no array"),
+    "d.xlsx": (b"PK", "d.xlsx: unsupported file type; use one of .jsonl, .jsonl.gz, .json, .parquet, .csv, .tsv"),
+    "rows": (b"{}", r"rows: unsupported file type"),
+    "a.csv": (b"problem,solution,video\nWhat, now?,A,v.mp4\n", "a.csv:2: has 4 cells for 3 columns; quote a cell"),
+    "b.csv": (b"problem,solution,video\nWhat?,A\n", "b.csv:2: has 2 cells for 3 columns"),
+    "c.csv": (b"problem,,video\nWhat?,A,v.mp4\n", "c.csv:1: the first row must name each column"),
+    "d.csv": (b"problem,problem\nWhat?,A\n", "d.csv:1: the first row must name each column"),
+    "e.csv": (b"problem,solution\n\xff\xfe,A\n", "e.csv:2: is not UTF-8"),
+    "f.csv": (b"problem,solution,video\n", "f.csv: is empty"),
+    "g.csv": (b"problem,solution,video\n,A,v.mp4\n", "g.csv:2: field 'problem' must be a text that is not empty"),
+    "h.csv": (b'problem,solution\n"' + b"a" * 200_000 + b'",A\n', r"h.csv:2: is no table \(field larger than"),
+    "d.jsonl.gz": (b'{"problem": 1}', "d.jsonl.gz: cannot be read .*[Nn]ot a gzipped file"),
+    "e.jsonl.gz": (gzip.compress(b'{"problem": 1}\n' * 999)[:-9], "e.jsonl.gz: is a damaged gzip file"),
+    "f.jsonl.gz": (gzip.compress(b"{\n"), "f.jsonl.gz:1: is not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_of_each_type_is_named_with_the_fix(name, tmp_path):
+    content, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_samples(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_bad_rows_of_a_table_are_named_at_once(tmp_path):
+    (tmp_path / "t.csv").write_text("problem,solution,video\nWhat?,A,v.mp4,more\nWhat?,A,v.mp4\n,A,v.mp4\n")
+    with pytest.raises(DataError, match="2 of 3 rows cannot be used: t.csv:2: has 4 cells .*; t.csv:4: field"):
+        read_samples(tmp_path / "t.csv")

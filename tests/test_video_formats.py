@@ -120,6 +120,96 @@ FORMATS = {
          "videos": ["v.mp4"]},
         "v.mp4", {"problem": "<video>How many?", "answer": "3", "problem_type": "numerical"},
     ),
+    # Time-R1's train_2k5.json at 7f2b594; the file is cut from its source already
+    "time_r1": (
+        {"video": "./dataset/timer1/videos/timerft_data/4jujhM5qhEc_00:00:39:000_00:01:24:700.mp4", "duration": 45.7,
+         "timestamp": [34.9, 41.9], "sentence": "the statue of a man on horseback", "qid": "my|internvid-vtime|4jujhM5qhEc",
+         "video_start": 39.0, "video_end": 84.7, "difficulty": 41.04, "pred": [37.82, 44.84]},
+        "timerft_data/4jujhM5qhEc_00:00:39:000_00:01:24:700.mp4",
+        {"problem": 'When does this happen in the video: "the statue of a man on horseback"?', "answer": "34.9 to 41.9",
+         "problem_type": "temporal grounding",
+         "meta": {"duration": 45.7, "qid": "my|internvid-vtime|4jujhM5qhEc", "difficulty": 41.04, "pred": [37.82, 44.84]}},
+    ),
+    "time_r1_whole_path": (
+        {"video": "./dataset/timer1/videos/timerft_data/a.mp4", "duration": 9.0, "timestamp": [1.0, 4.0], "sentence": "It falls.",
+         "qid": "q", "video_start": None, "video_end": None, "difficulty": 50.0, "pred": [0.0, 3.0]},
+        "dataset/timer1/videos/timerft_data/a.mp4",
+        {"problem": 'When does this happen in the video: "It falls"?', "answer": "1.0 to 4.0", "problem_type": "temporal grounding"},
+    ),
+    "tvgbench": (
+        {"path": "./dataset/timer1/videos/tvgbench_data/aHDGMOQgHUE.mp4", "question": "check the gas",
+         "answer": "9.944375536211354-45.94437553621135", "start": 53.05562446378865, "end": 152.42562446378867, "duration": 99.37,
+         "question_type": "video temporal grounding", "source": "./dataset/x.json", "dataset_name": "hirest",
+         "qsemtype": "Object Transition", "bins": {"videolen": 4}},
+        "videos/tvgbench_data/aHDGMOQgHUE.mp4",
+        {"problem": 'When does this happen in the video: "check the gas"?', "answer": "9.944375536211354 to 45.94437553621135",
+         "problem_type": "temporal grounding"},
+    ),
+    "charades_sta_of_the_hub": (
+        {"video": "3MSZA.mp4", "caption": "person turn a light on.", "timestamp": [24.3, 30.4]},
+        "Charades_v1_480/3MSZA.mp4",
+        {"problem": 'When does this happen in the video: "person turn a light on"?', "answer": "24.3 to 30.4",
+         "problem_type": "temporal grounding"},
+    ),
+    # OneThinker at 768b20f: rows as EasyR1/verl/utils/dataset.py and Evaluation/Eval/eval_bench.py read them
+    "one_thinker_time": (
+        {"problem_id": 1, "problem": "<video>When does he jump?", "data_type": "video", "problem_type": "temporal grounding",
+         "options": [], "answer": '<answer>{"time": [3.2, 7.5]}</answer>', "videos": ["v.mp4"], "images": []},
+        "v.mp4", {"answer": '{"time": [3.2, 7.5]}', "problem_type": "temporal grounding"},
+    ),
+    "one_thinker_time_as_an_object": (
+        {"problem": "When does he jump?", "problem_type": "temporal grounding", "answer": {"time": [3.2, 7.5]}, "videos": ["v.mp4"]},
+        "v.mp4", {"answer": '{"time": [3.2, 7.5]}', "problem_type": "temporal grounding"},
+    ),
+    "one_thinker_tube": (
+        {"problem_id": 2, "problem": "Where and when?", "data_type": "video", "problem_type": "spatial-temporal grounding",
+         "options": [], "solution": '<answer>{"time": [8.1, 10.4], "boxes": {"9": [317, 422, 582, 997]}}</answer>', "path": "./v.mp4"},
+        "v.mp4", {"problem": "Where and when?", "answer": '{"time": [8.1, 10.4], "boxes": {"9": [317, 422, 582, 997]}}',
+                  "problem_type": "spatial-temporal grounding"},
+    ),
+    "one_thinker_tracking": (
+        {"problem_id": 3, "problem": "Track it.", "data_type": "video", "problem_type": "tracking", "options": [],
+         "solution": '<answer>{"boxes": {"1": [405, 230, 654, 463], "2": [435, 223, 678, 446]}}</answer>', "path": "./v.mp4"},
+        "v.mp4", {"answer": '{"boxes": {"1": [405, 230, 654, 463], "2": [435, 223, 678, 446]}}', "problem_type": "tracking"},
+    ),
+    "one_thinker_open": (
+        {"problem_id": 4, "problem": "Why?", "data_type": "video", "problem_type": "open-ended", "options": [],
+         "solution": "<answer>He is tired.</answer>", "path": "./v.mp4"},
+        "v.mp4", {"answer": "He is tired.", "problem_type": "open-ended"},
+    ),
+    "boxes_in_pixels": (
+        {"problem": "Where is it?", "solution": '{"boxes": [32, 48, 320, 240]}', "problem_type": "spatial grounding", "video": "v.mp4",
+         "box_size": [640, 480]},
+        "v.mp4", {"answer": '{"boxes": [50.0, 100.0, 500.0, 500.0]}', "problem_type": "spatial grounding"},
+    ),
+    # VideoChat-R1 at 73b2ea9, Annotations/
+    "got": (
+        {"path": "/mnt/share/GOT-10k/val/GOT-10k_Val_000010", "object": "sloth", "gt": [[0.093, 0.0, 0.8, 0.797], [0.095, 0.0, 0.8, 0.79]]},
+        "val/GOT-10k_Val_000010",
+        {"problem": "Track the sloth. Its box in the first frame is [0.093, 0.0, 0.8, 0.797].", "problem_type": "tracking",
+         "answer": "[[0.093, 0.0, 0.8, 0.797], [0.095, 0.0, 0.8, 0.79]]",
+         "meta": {"answer_form": "a list of its 2 boxes [x1, y1, x2, y2] at even distances in time, with coordinates from 0 to 1"}},
+    ),
+    "next_gqa": (
+        {"id": "2574374895_8", "video": "1101/2574374895.mp4", "question": "what did the baby do", "options": ["(A) clap", "(B) crawl"],
+         "duration": 30, "glue": [[23.0, 27.7]], "type": "TN", "answer": "(B)"},
+        "1101/2574374895.mp4",
+        {"problem": "what did the baby do\n(A) clap\n(B) crawl", "answer": "B", "meta": {"id": "2574374895_8", "duration": 30,
+         "glue": [[23.0, 27.7]], "type": "TN"}},
+    ),
+    # NExT-QA at f2dafbf, dataset/nextqa/val.csv: cells are text; a video lies in a folder that the row does not name
+    "next_qa": (
+        {"video": "4010069381", "frame_count": "369", "width": "640", "height": "480", "question": "how do the two man play",
+         "answer": "2", "qid": "6", "type": "CH", "a0": "roll", "a1": "tap", "a2": "strum", "a3": "hit", "a4": "pat"},
+        "NExTVideo/1164/4010069381.mp4",
+        {"problem": "how do the two man play\nA. roll\nB. tap\nC. strum\nD. hit\nE. pat", "answer": "C",
+         "meta": {"frame_count": "369", "width": "640", "height": "480", "qid": "6", "type": "CH"}},
+    ),
+    "next_gqa_csv": (
+        {"video": "4010069381", "question": "how?", "answer": "hit", "qid": "6", "type": "CH", "a0": "roll", "a1": "tap",
+         "a2": "strum", "a3": "hit", "a4": "pat"},
+        "4010069381.mp4", {"answer": "D"},
+    ),
 }  # fmt: skip
 FILE_NAMES = {"mvbench": "action_sequence.json"}
 
@@ -247,6 +337,14 @@ def test_formats_mix_row_by_row_with_images_and_text(tmp_path):
         ({"messages": [{"role": "user", "content": [{"type": "video", "video": ["f"]}]}, {"role": "assistant", "content": "A"}]},
          "give frames as a folder"),
         ({"problem": "p", "answer": "A", "images": [{"bytes": "x"}]}, "field 'images' must be a text or a list of texts"),
+        ({"video": "v", "sentence": "s", "timestamp": [1]}, r"field 'timestamp' must be \[start, end\] in seconds, got \[1\]"),
+        ({"video": "v", "sentence": "s", "timestamp": [1, "2"]}, "must be numbers of 0 or more, got '2'"),
+        ({"path": "v", "question": "q", "answer": "soon", "qsemtype": "t"}, "the answer 'soon' must be START-END in seconds"),
+        ({"path": "v", "object": "o", "gt": {"1": [0, 0, 1, 1]}}, "field 'gt' must be a list of boxes"),
+        ({"problem": "p", "solution": '{"boxes": [1, 2, 3, 4]}', "problem_type": "tracking", "video": "v", "box_size": [640]},
+         r"box_size \[640\] must be \[width, height\] of boxes in pixels"),
+        ({"problem": "p", "solution": "left", "problem_type": "tracking", "video": "v", "box_size": [4, 4]}, "box_size .* not of 'left'"),
+        ({"video": "v", "question": "q", "answer": "7", **{f"a{n}": "x" for n in range(5)}}, "the answer '7' is none of the options"),
     ],
 )  # fmt: skip
 def test_bad_rows_name_the_line(row, message, tmp_path):

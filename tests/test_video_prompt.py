@@ -11,9 +11,11 @@ from video_helpers import SMALL, make_video
 import video.frames
 import video.prompt
 from demo.tiny import build_tiny_model
+from rewards.problem_types import ACCURACY
 from video.dataset import Sample
 from video.frames import SampleError, VideoSettings, read_image, read_video
 from video.prompt import FRAME_CONTROLS, PromptEncoder, PromptTooLong, shuffle_frames, shuffled_order
+from video.settings import FORMS, parse_forms
 
 FACTOR = 28
 
@@ -144,6 +146,36 @@ def test_templates_are_checked(folder):
     )
     with pytest.raises(ValueError, match="must not hold <.video_pad.>"):
         PromptEncoder(folder, SMALL, "<|video_pad|>{problem}")
+
+
+def test_a_template_asks_for_the_form_of_each_type_of_answer(folder):
+    asked = lambda encoder, **fields: encoder.text(Sample("k", "Why {answer_form}?", "A", **fields))
+    plain = PromptEncoder(folder, SMALL)
+    wanted = {  # the prompt of a choice is that of Open-R1-Video, to the letter
+        "multiple choice": "then give the final answer (the option) inside <answer> </answer>.",
+        "numerical": "answer (a number, such as 42 or 3.14) inside",
+        "temporal grounding": "answer (the start and the end in seconds, such as 12.5 to 17.8) inside",
+        "my own type": "answer (the answer alone) inside",
+    }
+    for problem_type, words in wanted.items():
+        text = asked(plain, problem_type=problem_type)
+        assert words in text and "Why {answer_form}?" in text, "a question is no template"
+    row = {"problem_type": "tracking", "meta": {"answer_form": "a list of eight boxes"}}
+    assert "answer (a list of eight boxes) inside" in asked(plain, **row), "the row's own form comes first"
+
+    forms = parse_forms(["temporal grounding=from = to"])
+    own = PromptEncoder(folder, SMALL, "{problem}|{answer_form}|{answer_form}", forms=forms)
+    assert "|from = to|from = to<" in asked(own, problem_type="temporal grounding")
+    assert "|a number, such as 42 or 3.14|" in asked(own, problem_type="mra")
+    assert pickle.loads(pickle.dumps(own)).forms == forms
+    with pytest.raises(ValueError, match="--answer_form must not hold <.im_end.>"):
+        PromptEncoder(folder, SMALL, forms={"math": "<|im_end|>"})
+    with pytest.raises(SampleError, match="the question holds the special token <.im_end.>"):
+        asked(plain, meta={"answer_form": "<|im_end|>"})
+
+
+def test_every_type_of_problem_has_a_form_of_its_answer():
+    assert {*FORMS} == {*ACCURACY}
 
 
 def test_controls_change_frames_as_named():

@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 
-from video.dataset import read_samples
+from video.dataset import READERS, read_samples
 from video.files import write_rows
 from video.formats import CLIP_FIELDS, MARKS, MULTIPLE_CHOICE, DataError, Sample, printable
 from video.terminal import run_program
@@ -61,7 +61,7 @@ def convert(
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="IN", help="A .jsonl, .json or .parquet file.")
+    parser.add_argument("source", metavar="IN", help=f"A file of one of the types {', '.join(READERS)}.")
     parser.add_argument("target", metavar="OUT", help="The .jsonl file to write.")
     parser.add_argument("--video_root", help="Folder that video paths are under (default: that of IN).")
     parser.add_argument("--keep_missing", action="store_true", help="Keep rows whose file is missing.")

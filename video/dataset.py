@@ -1,15 +1,21 @@
 """Files of questions as lists of `Sample`s: several files with their weights, without the rows of known bad videos."""
 
+import csv
+import gzip
 import hashlib
 import json
 import os
 import random
+import re
 import uuid
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from video.files import write_bytes
-from video.formats import DataError, Sample, each_row, parse_row, printable
+from video.formats import CLIP_FIELDS, DataError, Sample, each_row, parse_row, printable
 
 MEDIA = ("image", "images", "video", "videos", "path")  # fields whose bytes are files
 PARQUET_ROWS = 64  # read at a time: rows may hold images
@@ -53,7 +59,7 @@ def read_samples(
     flag: str = "--data",
     text_only: bool = False,
 ) -> list[Sample]:
-    """The samples of a .jsonl or .parquet file, or of a .json file that holds an array of rows.
+    """The samples of a file of one of the types in READERS.
 
     Videos lie under `video_root` (default: the folder of the file), as `formats.reroot` says. Keys begin with `name`
     (default: that of the file), errors with `flag`, which gave the file. Images and videos that a parquet file holds as
@@ -70,7 +76,7 @@ def read_samples(
 
     def parse(numbered):
         key, row = f"{name}:{numbered[0]}", numbered[1]
-        row = _json(row, key) if isinstance(row, bytes) else row
+        row = _json(row, key) if isinstance(row, bytes) else _cells(row, key) if isinstance(row, tuple) else row
         if not isinstance(row, dict):
             raise DataError(f'{key}: is a {type(row).__name__}, not an object; write a row as {{"problem": ...}}')
         if _is_deeper(row, DEEPEST):
@@ -78,8 +84,7 @@ def read_samples(
         fields.update(row)
         return parse_row(row, key, root, path.stem)
 
-    reader = {".parquet": _parquet, ".json": _array}.get(path.suffix, _lines)
-    samples = each_row(reader(path, flag), parse)
+    samples = each_row(_reader(path, flag)(path, flag), parse)
     if not samples:
         raise DataError(f"{flag} {path}: is empty; give a file with one JSON row a line")
     if not (text_only or any(sample.media for sample in samples)):
@@ -148,16 +153,80 @@ def split_spec(spec: str) -> tuple[str, float]:
 
 def _lines(path: Path, flag: str) -> Iterator[tuple[int, bytes]]:
     """(number, text) of each line. Blank lines are passed over but counted."""
-    for number, line in enumerate(_content(path, flag).split(b"\n"), start=1):
-        if line.strip():
-            yield number, line
+    with _open(path, flag) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line.removesuffix(b"\n")
 
 
 def _array(path: Path, flag: str) -> Iterator[tuple[int, object]]:
-    rows = _json(_content(path, flag), f"{flag} {path}")
+    """The items of an array; or, of ActivityNet-Captions' {video: {"timestamps": [...], "sentences": [...], ...}}, a
+    row for each sentence."""
+    with _open(path, flag) as file:
+        rows = _json(file.read(), f"{flag} {path}")
+    if isinstance(rows, dict) and rows and all(isinstance(v, dict) and "sentences" in v for v in rows.values()):
+        rows = [moment for name, video in rows.items() for moment in _moments(name, video, f"{flag} {path}")]
     if not isinstance(rows, list):
         raise DataError(f"{flag} {path}: holds no array; write rows as [{{...}}, ...], or one a line in a .jsonl")
     return enumerate(rows, start=1)
+
+
+def _moments(name: str, video: dict, place: str) -> list[dict]:
+    sentences, times = video["sentences"], video.get("timestamps")
+    if not isinstance(sentences, list) or not isinstance(times, list) or len(sentences) != len(times):
+        raise DataError(f"{place}: {name!r:.100} must have as many timestamps as sentences")
+    return [
+        {"vid": name, "sentence": sentence, "timestamp": time, "duration": video.get("duration")}
+        for sentence, time in zip(sentences, times)
+    ]
+
+
+def _charades_sta(path: Path, flag: str) -> Iterator[tuple[int, dict]]:
+    """Charades-STA's own lines: "3MSZA 24.3 30.4##person turn a light on." """
+    for number, line in _lines(path, flag):
+        found = re.fullmatch(r"(\S+) ([\d.]+) ([\d.]+)##(.*\S)\s*", line.decode(errors="replace"))
+        if not found:
+            raise DataError(f"{flag} {path}:{number}: a line of a .txt file must be VIDEO START END##SENTENCE")
+        yield number, {"vid": found[1], "timestamp": [float(found[2]), float(found[3])], "sentence": found[4]}
+
+
+def _table(path: Path, flag: str) -> Iterator[tuple[int, tuple[list[str], list[str]]]]:
+    """(number of its first line, (names of the columns, cells)) of each row of a .csv or .tsv file. The first row has
+    the names."""
+    number, names = 1, None
+    with _open(path, flag) as file:
+        lines = (line.decode("utf-8-sig" if n == 0 else "utf-8") for n, line in enumerate(file))
+        reader = csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
+        try:
+            for cells in reader:
+                if names is None:
+                    names = cells
+                    if "" in names or len({*names}) < len(names):
+                        raise DataError(f"{flag} {path}:1: the first row must name each column, got {names!r:.200}")
+                elif cells:
+                    yield number, (names, cells)
+                number = reader.line_num + 1
+        except UnicodeDecodeError as error:
+            raise DataError(f"{flag} {path}:{number}: is not UTF-8 text; save the file as UTF-8") from error
+        except csv.Error as error:
+            raise DataError(f"{flag} {path}:{number}: is no table ({error}); fix the quotes of its cells") from error
+
+
+def _cells(row: tuple[list[str], list[str]], key: str) -> dict:
+    """A row of a table by the names of its columns. An empty cell is null, a JSON list or object is read as one, and
+    the seconds of a clip are numbers; all else is text."""
+    names, cells = row
+    if len(cells) != len(names):
+        raise DataError(f"{key}: has {len(cells)} cells for {len(names)} columns; quote a cell that holds a separator")
+    fields = {}
+    for name, cell in zip(names, cells):
+        fields[name] = cell or None
+        if cell[:1] in ("[", "{") or name in CLIP_FIELDS and cell:
+            try:
+                fields[name] = json.loads(cell)
+            except (ValueError, RecursionError):
+                pass  # a text such as "[laughs] Why?"
+    return fields
 
 
 def _parquet(path: Path, flag: str) -> Iterator[tuple[int, dict]]:
@@ -174,11 +243,35 @@ def _parquet(path: Path, flag: str) -> Iterator[tuple[int, dict]]:
         raise DataError(f"{flag} {path}: is not a parquet file ({str(error).splitlines()[0]})") from error
 
 
-def _content(path: Path, flag: str) -> bytes:
+# the end of a file's name -> what reads its rows
+READERS = {
+    ".jsonl": _lines,
+    ".jsonl.gz": _lines,
+    ".json": _array,
+    ".parquet": _parquet,
+    ".csv": _table,
+    ".tsv": _table,
+    ".txt": _charades_sta,
+}
+
+
+def _reader(path: Path, flag: str) -> Callable:
+    for suffix, reader in READERS.items():
+        if path.name.endswith(suffix):
+            return reader
+    raise DataError(f"{flag} {path}: unsupported file type; use one of {', '.join(READERS)} (of Charades-STA)")
+
+
+@contextmanager
+def _open(path: Path, flag: str) -> Iterator[BinaryIO]:
+    """The file's bytes, unpacked if its name ends with .gz."""
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{flag} {path}: cannot be read ({error.strerror})") from error
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            yield file
+    except OSError as error:  # also for what is no gzip file
+        raise DataError(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{flag} {path}: is a damaged gzip file ({error}); download it again") from error
 
 
 def _is_deeper(value, most: int) -> bool:

@@ -2,15 +2,17 @@
 
 FORMATS lists one small function for each format; a new format is one more function. A mistake in a row raises
 DataError. A missing or broken video does not: its sample is skipped later, when it is encoded. A row of any format may
-also have `problem_type`, `options`, `completions`, `video_start` and `video_end`.
+also have `problem_type`, `options`, `completions`, `video_start`, `video_end`, `box_size` and `answer_form`.
 """
 
+import functools
 import itertools
+import json
 import os
 import re
 import string
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -42,6 +44,7 @@ MVBENCH_FOLDERS = {
     "tvqa/frames_fps3_hq": "episodic_reasoning",
 }
 
+VIDEO_FOLDERS = ("Charades_v1", "Charades_v1_480", "timerft_data", "tvgbench_data")  # of temporal grounding
 VIDEO_MMMU_FOLDERS = ("Art", "Business", "Engineering", "Humanities", "Medicine", "Science")
 
 
@@ -177,15 +180,17 @@ def _open_r1_video(row: Row) -> Sample:
 
 
 def _video_r1(row: Row) -> Sample:
-    """Video-R1: `path` is a video or an image by `data_type`, and the options are not in the question yet.
+    """Video-R1 and OneThinker: `path` is a video or an image by `data_type`, or a video with the image
+    `additional_path`. The options are not in the question yet.
 
-    Rows of its CoT file also have `process`, a thought in its tags: with the solution after it, a completion.
+    Rows of Video-R1's CoT file also have `process`, a thought in its tags: with the solution after it, a completion.
     """
     media, paths = row.text("data_type"), row.paths("path")
-    if media not in ("video", "image"):
-        raise row.error(f'data_type is {media!r:.200}; it must be "video" or "image"')
+    if media not in ("video", "image", "video-image"):
+        raise row.error(f'data_type is {media!r:.200}; it must be "video", "image" or "video-image"')
     problem = row.text("problem") + ("\nOptions:" if row.texts("options") else "")
-    parts = {"videos": (), "images": (), f"{media}s": paths}
+    parts = {"videos": (), "images": row.paths("additional_path") if media == "video-image" else ()}
+    parts["images" if media == "image" else "videos"] = paths
     if row.get("process"):
         parts["completions"] = (f"{row.text('process')}\n{row.text('solution')}",)
     return _build(row, problem, _tagged(row.text("solution")), MULTIPLE_CHOICE, **parts)
@@ -202,8 +207,11 @@ def _llava_video(row: Row) -> Sample:
 
 
 def _easy_r1(row: Row) -> Sample:
-    """EasyR1 and LongVideo-Reason: problem with <video> and <image> marks; answer bare or tagged, of any type."""
-    return _build(row, row.text("problem"), _tagged(str(row.get("answer"))))
+    """EasyR1, LongVideo-Reason and OneThinker: problem with <video> and <image> marks; answer bare or tagged, of any
+    type. Times and boxes may also be an object instead of its text: {"time": [3.2, 7.5]}."""
+    answer = row.get("answer")
+    answer = json.dumps(answer) if isinstance(answer, (dict, list)) else str(answer)
+    return _build(row, row.text("problem"), _tagged(answer))
 
 
 def _messages(row: Row) -> Sample:
@@ -310,6 +318,74 @@ def _video_mmmu(row: Row) -> Sample:
     return _build(row, row.text("question"), answer, videos=(video,), images=())
 
 
+def _moment(row: Row) -> Sample:
+    """When a sentence holds, in seconds: Time-R1, Charades-STA, ActivityNet-Captions and VideoChat-R1's files of both.
+
+    Time-R1's `video_start` and `video_end` say where the file was cut from its source, and times count from there: its
+    trainer reads the whole file, and so does this.
+    """
+    name = next(name for name in ("video", "vid") if row.fields.get(name) is not None)
+    field = "sentence" if row.fields.get("sentence") is not None else "caption"
+    times = row.get("timestamp")
+    if not isinstance(times, list) or len(times) != 2:
+        raise row.error(f"field 'timestamp' must be [start, end] in seconds, got {times!r:.200}")
+    return _located(row, row.text(name), row.text(field), [_seconds(row, time) for time in times])
+
+
+def _tvgbench(row: Row) -> Sample:
+    """TVGBench: the answer is "13.4-28.1". `start` and `end` are as `video_start` and `video_end` in `_moment`."""
+    times = re.fullmatch(r"([\d.]+)-([\d.]+)", row.text("answer"))
+    if not times:
+        raise row.error(f"the answer {row.text('answer')!r:.200} must be START-END in seconds")
+    return _located(row, row.text("path"), row.text("question"), [float(time) for time in times.groups()])
+
+
+def _located(row: Row, video: str, sentence: str, times: list[float]) -> Sample:
+    """The sample of `_moment` and `_tvgbench`. `video` is an id, a file name, or a path in the publisher's folders."""
+    row.fields = {name: value for name, value in row.fields.items() if name not in CLIP_FIELDS}
+    path = _find(row, video, VIDEO_FOLDERS)
+    if not os.path.exists(path) and "/" in video:
+        moved = reroot("/" + video.removeprefix("./"), row.root)
+        path = moved if os.path.exists(moved) else path
+    problem = f'When does this happen in the video: "{sentence.strip().rstrip(".")}"?'
+    return _build(row, problem, f"{times[0]} to {times[1]}", "temporal grounding", videos=(path,), images=())
+
+
+def _got(row: Row) -> Sample:
+    """GOT-10k as VideoChat-R1 has it: a folder of frames, and an object's box at eight moments, from 0 to 1."""
+    boxes = row.get("gt")
+    if not isinstance(boxes, list) or not boxes:
+        raise row.error(f"field 'gt' must be a list of boxes [x1, y1, x2, y2], got {boxes!r:.200}")
+    problem = f"Track the {row.text('object')}. Its box in the first frame is {json.dumps(boxes[0])}."
+    sample = _build(row, problem, json.dumps(boxes), "tracking", videos=row.paths("path"), images=())
+    form = f"a list of its {len(boxes)} boxes [x1, y1, x2, y2] at even distances in time, with coordinates from 0 to 1"
+    return replace(sample, meta={**sample.meta, "answer_form": form})
+
+
+def _next_gqa(row: Row) -> Sample:
+    """NExT-GQA as VideoChat-R1 has it. The stretches of time in `glue`, which it also asks for, stay in `meta`."""
+    return _choice(row, row.texts("options"), row.text("answer"), *row.paths("video"))
+
+
+def _next_qa(row: Row) -> Sample:
+    """NExT-QA's .csv: the number of the right option; NExT-GQA's: its number or its text.
+
+    VidOR keeps a video in a folder that the row does not name: 1164/4010069381.mp4.
+    """
+    options = tuple(row.text(f"a{number}") for number in range(5))
+    answer, name = row.text("answer"), row.text("video")
+    video = _find(row, name, ("NExTVideo",))
+    if not os.path.exists(video):
+        video = _files_below(row.root).get(name, video)
+    return _choice(row, options, LETTERS[int(answer)] if answer in tuple("01234") else answer, video)
+
+
+@functools.lru_cache(maxsize=4)
+def _files_below(root: Path) -> dict[str, str]:
+    """{name of an .mp4 without its suffix: path} of all folders below."""
+    return {path.stem: str(path) for path in sorted(root.rglob("*.mp4"))}
+
+
 # the fields of a format -> its function. Tried in this order, so a format comes before those whose fields it includes
 FORMATS = {
     "problem solution path data_type": _video_r1,
@@ -324,7 +400,14 @@ FORMATS = {
     "dataset scene_name question ground_truth": _vsi_bench,
     "question question_type choices answer": _mmvu,
     "video_id question answer dim": _tempcompass,
+    "video question options answer glue": _next_gqa,
     "id question options answer": _video_mmmu,
+    "video sentence timestamp": _moment,
+    "video caption timestamp": _moment,
+    "vid sentence timestamp": _moment,
+    "path question answer qsemtype": _tvgbench,
+    "path object gt": _got,
+    "video question answer a0 a1 a2 a3 a4": _next_qa,
 }
 
 
@@ -343,7 +426,8 @@ def _choice(row: Row, options: tuple[str, ...], answer: str, *videos: str, clips
 
 def _build(row: Row, problem: str, answer: str, problem_type: str | None = None, **parts: tuple) -> Sample:
     """A sample of a row. A part that is not given (videos, images, options, clips, completions) is read from the row's
-    field of that name; fields that nobody reads are `meta`. The row's own problem_type and completions come first.
+    field of that name; fields that nobody reads are `meta`. The row's own problem_type and completions come first. If
+    the row has `box_size`, [width, height], its boxes are in pixels, and become thousandths of the width and height.
 
     Options that are not in the question yet are added to it, a lettered line each.
     """
@@ -351,6 +435,8 @@ def _build(row: Row, problem: str, answer: str, problem_type: str | None = None,
     if row.get("problem_type") is not None:
         problem_type = row.text("problem_type")
     problem_type = problem_type or guess_type(answer)
+    if row.get("box_size") is not None:
+        answer = _thousandths(row, answer)
     if problem_type == MULTIPLE_CHOICE and not LETTER.match(answer):
         raise row.error(
             f"solution {answer!r:.200} has no option letter; write e.g. <answer>B</answer>, or set problem_type"
@@ -384,6 +470,25 @@ def _build(row: Row, problem: str, answer: str, problem_type: str | None = None,
         clips=parts.get("clips") or _clips(row, len(videos)),
         meta={name: value for name, value in row.fields.items() if name not in row.used},
     )
+
+
+def _thousandths(row: Row, answer: str) -> str:
+    """in: box_size [640, 480], {"boxes": [32, 48, 320, 240]}; out: {"boxes": [50.0, 100.0, 500.0, 500.0]}"""
+    size = row.get("box_size")
+
+    def scaled(value):
+        if isinstance(value, dict):
+            return {name: item if name == "time" else scaled(item) for name, item in value.items()}
+        if isinstance(value[0], list):
+            return [scaled(item) for item in value]
+        return [round(1000 * number / size[i % 2], 2) for i, number in enumerate(value)]
+
+    try:
+        return json.dumps(scaled(json.loads(answer)))
+    except (IndexError, RecursionError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise row.error(
+            f"box_size {size!r:.200} must be [width, height] of boxes in pixels, not of {answer!r:.200}"
+        ) from error
 
 
 def lettered(options: tuple[str, ...]) -> tuple[str, ...]:

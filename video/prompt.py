@@ -15,7 +15,7 @@ from transformers import AutoProcessor, ProcessorMixin
 from video.cache import FrameCache
 from video.formats import MARKS, WHOLE, Clip, Sample
 from video.frames import FRAME_FACTOR, SampleError, image_size, plan_frames, read_image, read_video
-from video.settings import TEMPLATE, VideoSettings
+from video.settings import FORMS, TEMPLATE, VideoSettings, answer_form
 
 GREY = 128  # a blank frame: the middle of the range, so near the mean after normalising
 
@@ -126,7 +126,8 @@ class PromptEncoder:
     """Turns a Sample into a Prompt when called, or raises SampleError with the file and the reason.
 
     It is pickled into worker processes, and each of them loads the processor again from `processor_path`, a folder or
-    hub name. `template` holds "{problem}", where the question goes. `cache` keeps the frames of videos on disk.
+    hub name. `template` holds "{problem}", where the question goes, and may hold "{answer_form}", which becomes that of
+    the question's type in `forms`. `cache` keeps the frames of videos on disk.
     """
 
     def __init__(
@@ -136,9 +137,10 @@ class PromptEncoder:
         template: str = TEMPLATE,
         max_prompt_tokens: int = 8192,
         cache: FrameCache | None = None,
+        forms: dict[str, str] = FORMS,
     ):
-        self._arguments = str(processor_path), settings, template, max_prompt_tokens, cache
-        self.settings, self.template, self.max_prompt_tokens = settings, template, max_prompt_tokens
+        self._arguments = str(processor_path), settings, template, max_prompt_tokens, cache, forms
+        self.settings, self.template, self.max_prompt_tokens, self.forms = settings, template, max_prompt_tokens, forms
         self.read_video = cache.read if cache else read_video
         self.processor = load_processor(str(processor_path))
         self.video_processor = self.processor.video_processor
@@ -148,8 +150,9 @@ class PromptEncoder:
         added = self.processor.tokenizer.added_tokens_decoder.values()
         self.special_tokens = sorted({token.content for token in added if token.special})
         for token in self.special_tokens:
-            if token in template:
-                raise ValueError(f"--prompt_template must not hold {token}: the chat template adds special tokens")
+            if any(token in text for text in (template, *forms.values())):
+                flags = "--prompt_template and --answer_form"
+                raise ValueError(f"{flags} must not hold {token}: the chat template adds special tokens")
 
     def __reduce__(self) -> tuple:
         return type(self), self._arguments
@@ -217,11 +220,11 @@ class PromptEncoder:
 
     def text(self, sample: Sample) -> str:
         """The `chat_text` of `sample`: its question in the template. Raises SampleError."""
-        problem = MARKS.sub("", sample.problem).strip()
+        problem, form = MARKS.sub("", sample.problem).strip(), answer_form(sample, self.forms)
         for token in self.special_tokens:
-            if token in problem:
+            if token in problem or token in form:
                 raise SampleError("", f"the question holds the special token {token}; remove it from {sample.key}")
-        question = self.template.replace("{problem}", problem)
+        question = self.template.replace("{answer_form}", form).replace("{problem}", problem)
         return chat_text(self.processor, question, len(sample.images), len(sample.videos))
 
     def planned_tokens(self, sample: Sample) -> int:

@@ -20,6 +20,7 @@ from grpo.policy import Policy, features_of
 from grpo.sampler import SamplingSettings, generate, prompt_seed
 from rewards import score_prediction
 from rewards.answer import answer_text, choice_letter
+from rewards.grounding import OVERLAPS, overlaps
 from video.formats import Sample, printable
 from video.frames import SampleError
 from video.loader import PromptLoader
@@ -27,6 +28,7 @@ from video.prompt import FRAME_CONTROLS, Prompt, PromptEncoder, Skipped
 
 NO_VIDEO = "no video"
 CONTROLS = (*FRAME_CONTROLS, NO_VIDEO)
+RECALL_AT = (0.3, 0.5, 0.7)  # overlaps from which an answer counts as found
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def predict(
     """Returns one record for each sample, in their order, on every rank.
 
     A record holds key, category, completion, prediction (None if no answer could be parsed), score in [0, 1], opposite
-    (whether the prediction is the row's `opposite`); or key and `skipped`, the reason, if the video could not be read.
+    (whether the prediction is the row's `opposite`) and, of times and boxes, `overlaps` ({"temporal grounding: tIoU":
+    overlap}); or key and `skipped`, the reason, if the video could not be read.
     All ranks plan the same batches over all samples, and each rank takes whole batches. So what decodes together, and
     with it every bit of an answer, depends neither on the world size nor on an interruption.
 
@@ -181,6 +184,7 @@ def _record(sample, completion):
     prediction = answer_text(completion, strict=False)
     letter = choice_letter(prediction or "", sample.options)
     opposite = sample.meta.get("opposite")
+    located = overlaps(prediction or "", sample) if sample.problem_type in OVERLAPS else {}
     return {
         "key": sample.key,
         "category": category_of(sample),
@@ -188,12 +192,13 @@ def _record(sample, completion):
         "prediction": prediction,
         "score": score_prediction(prediction, sample),
         "opposite": None if opposite is None else letter == opposite,
+        **({"overlaps": {f"{sample.problem_type}: {name}": o for name, o in located.items()}} if located else {}),
     }
 
 
 def summarise(records: list[dict], trained: Collection[str] | None = None) -> dict:
     """{"overall": share, "trained": share, "categories": {category: share}, "opposite": share or None,
-    "unparsed": share, "count", "skipped"}.
+    "unparsed": share, "count", "skipped"}; and "grounding", the `recalls`, if answers are times or boxes.
 
     "trained" is over the questions of the categories `trained`, those that the run trains on; over all questions if
     `trained` is None or no question is of these. Shares are of the readable samples; an answer that could not be parsed
@@ -211,7 +216,23 @@ def summarise(records: list[dict], trained: Collection[str] | None = None) -> di
         "unparsed": mean([r["prediction"] is None for r in read]),
         "count": len(read),
         "skipped": len(records) - len(read),
+        **({"grounding": found} if (found := recalls(read)) else {}),
     }
+
+
+def recalls(records: list[dict]) -> dict[str, dict[str, float]]:
+    """{"temporal grounding: tIoU": {"mIoU": mean overlap, "R@0.3": share of overlaps of 0.3 or more, "R@0.5", "R@0.7"}}
+    of the readable records that have `overlaps`.
+
+    VideoChat-R1 (src_eval/evaluate_grounding.py) and OneThinker (eval_bench.py) count an overlap of exactly 0.3 too;
+    Time-R1 (eval_all.py) wants more than 0.3.
+    """
+    columns = defaultdict(list)
+    for record in records:
+        for name, overlap in record.get("overlaps", {}).items():
+            columns[name].append(overlap)
+    at = lambda values: {f"R@{least}": mean([value >= least for value in values]) for least in RECALL_AT}
+    return {name: {"mIoU": mean(values), **at(values)} for name, values in columns.items()}
 
 
 def scores_by_category(records: list[dict]) -> dict[str, list[float]]:

@@ -6,11 +6,12 @@ import math
 import os
 from collections import Counter
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
 from rewards import check_sample
+from rewards.grounding import timestamp_iou
 from video.dataset import leave_out, read_mixture, read_samples, read_skip_list
 from video.formats import DataError, each_row, printable
 
@@ -84,6 +85,8 @@ def read_questions(config, say):
         sft = read_samples(config.sft_data, config.video_root, flag="--sft_data", text_only=config.text_only)
     each_row(sft, check_completions)
     check_answers([*train, *held_out])
+    if any(spec.split(":")[0] == "timestamp_iou" for spec in config.reward):
+        check_answers(train, partial(timestamp_iou, ""))
     for name, samples in (("to train on", train), ("held out", held_out), ("of --sft_data", sft)):
         say_text_only(samples, name, say)
     return train, held_out, sft
@@ -103,12 +106,12 @@ def split_data(config, say):
     return hold_out(train, config.eval_samples, config.seed)
 
 
-def check_answers(samples):
-    """Raises DataError, naming the rows, if no reward can score the answer of some samples."""
+def check_answers(samples, check=check_sample):
+    """Raises DataError, naming the rows, if `check`, which stands for a reward, raises for some samples."""
 
     def checked(sample):
         try:
-            check_sample(sample)
+            check(sample)
         except (ValueError, ImportError) as error:
             raise DataError(printable(error, 300)) from error
 

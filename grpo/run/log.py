@@ -87,7 +87,9 @@ class RunLog:
         if summary:
             categories = {f"accuracy_{category}": value for category, value in summary["categories"].items()}
             totals = {"accuracy": summary["trained"], "accuracy_overall": summary["overall"]}
-            self.write("eval", step, {**totals, **categories, "unparsed": summary["unparsed"]})
+            located = summary.get("grounding", {})
+            found = {f"{kind} {at}": value for kind, row in located.items() for at, value in row.items()}
+            self.write("eval", step, {**totals, **categories, **found, "unparsed": summary["unparsed"]})
             self.say(
                 f"step {step}: held-out accuracy {summary['trained']:.1%} of the categories trained on, "
                 f"{summary['overall']:.1%} of all {summary['count']} questions; {summary['skipped']} unreadable"

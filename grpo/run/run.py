@@ -25,6 +25,7 @@ from video.formats import DataError
 from video.loader import PromptLoader
 from video.pool import WorkersDoNotStart
 from video.prompt import PromptEncoder, Skipped
+from video.settings import parse_forms
 
 
 def make_encoder(config, template=None, path=None):
@@ -36,7 +37,8 @@ def make_encoder(config, template=None, path=None):
     template = template or config.prompt_template
     try:
         return PromptEncoder(
-            path or config.model, config.video_settings(), template, config.max_prompt_tokens, cache
+            path or config.model, config.video_settings(), template, config.max_prompt_tokens, cache,
+            parse_forms(config.answer_form),
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(str(error)) from error
