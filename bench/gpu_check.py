@@ -39,9 +39,10 @@ from grpo.config import parse_config
 from grpo.engine import distributed
 from grpo.engine.fast_paths import using
 from grpo.engine.model import ModelSpec, checkpoint_activations, use_own_kernels
-from grpo.engine.model_files import FAMILIES, read_config
+from grpo.engine.model_files import read_config
 from grpo.engine.optimizer import make_optimizer
 from grpo.engine.weights import materialise
+from grpo.families import load_family
 from grpo.policy import Policy
 from grpo.run.plan import GIB, memory_plan, parameter_counts, published_config, vision_tokens
 from video.dataset import Sample
@@ -55,7 +56,7 @@ TEXT_TOKENS = 256
 def build(config, device, mesh, master, compute):
     """A Policy of random weights, sharded if there is a mesh; no file is read."""
     with torch.device("meta"):
-        model = FAMILIES[config.model_type]._from_config(copy.deepcopy(config), dtype=master)
+        model = load_family(config.model_type).model_class._from_config(copy.deepcopy(config), dtype=master)
     use_own_kernels(model).eval()
     if master is torch.float32:
         checkpoint_activations(model)

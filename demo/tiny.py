@@ -1,4 +1,4 @@
-"""Builds a tiny Qwen2-VL or Qwen2.5-VL checkpoint folder from a config and random weights: for the demo and the tests.
+"""Builds a tiny checkpoint folder of any family from a config and random weights: for the demo and the tests.
 
 The folder has the same files as a real checkpoint (config, safetensors, tokenizer, processor, chat template). So the
 code that loads real weights with `from_pretrained` loads it as well.
@@ -7,14 +7,11 @@ code that loads real weights with `from_pretrained` loads it as well.
 from pathlib import Path
 
 import torch
-import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+from transformers import PreTrainedTokenizerFast
 
 from grpo.engine.model import save_model
-from grpo.engine.model_files import FAMILIES
-
-PROCESSORS = {"qwen2_vl": transformers.Qwen2VLProcessor, "qwen2_5_vl": transformers.Qwen2_5_VLProcessor}
+from grpo.families import load_family
 
 END, PAD = "<|im_end|>", "<|endoftext|>"
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -43,21 +40,10 @@ CORPUS = CHAT_WORDS + (
 # Small enough to train on one CPU core. At this size the usual initializer_range of 0.02 does not train.
 TEXT = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.15, "use_sliding_window": False,
+    "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.15,
     "rope_parameters": {"rope_type": "default", "type": "mrope", "rope_theta": 100.0, "mrope_section": [2, 3, 3]},
     "bos_token_id": None,
 }  # fmt: skip
-PATCHES = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
-VISION = {
-    "qwen2_vl": PATCHES | {
-        "depth": 1, "num_heads": 4, "embed_dim": 32, "mlp_ratio": 2, "initializer_range": 0.15,
-    },
-    "qwen2_5_vl": PATCHES | {
-        "depth": 2, "num_heads": 4, "hidden_size": 32, "intermediate_size": 64, "initializer_range": 0.15,
-        "fullatt_block_indexes": [1], "window_size": 56, "tokens_per_second": 2,
-    },
-}  # fmt: skip
-OUTPUT_SIZE = {"qwen2_vl": "hidden_size", "qwen2_5_vl": "out_hidden_size"}  # of the tower: the decoder's hidden_size
 TOKEN_IDS = {
     "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
     "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
@@ -96,22 +82,22 @@ def build_tiny_model(
     embedding's weight. `vision` may also have patch_std, the standard deviation of the patch projection's weights:
     raw pixels have a larger norm than hidden states, so the projection may need smaller weights than the rest.
     """
-    tokenizer, vision = build_tokenizer(corpus), dict(vision or {})
+    family, vision = load_family(family), dict(vision or {})
+    tokenizer = build_tokenizer(corpus + family.tiny_corpus)
     patch_std = vision.pop("patch_std", None)
-    text = TEXT | {"vocab_size": len(tokenizer), "tie_word_embeddings": tie} | (text or {})
+    text = TEXT | family.tiny_text | {"vocab_size": len(tokenizer), "tie_word_embeddings": tie} | (text or {})
     text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = FAMILIES[family].config_class(
+    config = family.model_class.config_class(
         text_config=text,
-        vision_config=VISION[family] | {OUTPUT_SIZE[family]: text["hidden_size"]} | vision,
+        vision_config=family.tiny_sizes(text["hidden_size"]) | vision,
         tie_word_embeddings=tie,
         **{name: tokenizer.convert_tokens_to_ids(token) for name, token in TOKEN_IDS.items()},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = FAMILIES[family](config)
+        model = family.model_class(config)
         if patch_std is not None:
             torch.nn.init.normal_(model.model.visual.patch_embed.proj.weight, std=patch_std)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
-    processor = PROCESSORS[family](Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), CHAT_TEMPLATE)
-    save_model(model, processor, folder)
+    save_model(model, family.tiny_processor(tokenizer, CHAT_TEMPLATE), folder)
     return Path(folder)

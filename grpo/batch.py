@@ -124,7 +124,7 @@ def _pack_media(prompts, starts, spec):
         media = {True: (prompt.pixel_values, prompt.image_grid_thw), False: videos}
         split = {is_image: p.split(g.prod(-1).tolist()) for is_image, (p, g) in media.items() if p is not None}
         for span in media_spans(prompt, spec):
-            placeholders.append(torch.arange(start + span.start, start + span.stop))
+            placeholders += [torch.arange(start + first, start + stop) for first, stop, _ in span.runs]
             pixels.append(split[span.is_image][span.index])
             grids.append(span.grid)
     if not grids:

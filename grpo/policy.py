@@ -18,7 +18,7 @@ LOGITS_PER_CHUNK = 2**26
 
 
 class Policy(nn.Module):
-    """Wraps a transformers Qwen2-VL or Qwen2.5-VL.
+    """Wraps a transformers model of one of `grpo.families`.
 
     `forward(batch, temperature)` -> (logprobs (N,), entropy (N,)) of the completion tokens, one prompt pass a group;
     the entropy is (0,) if it is not asked for, and has no gradient unless that is asked for.
@@ -42,35 +42,37 @@ class Policy(nn.Module):
         return [*models.vision_tower(self.model).blocks, *models.decoder(self.model).layers]
 
     def vision_features(self, batch):
-        """(merged tokens, hidden) features of the batch's images and videos, None for text alone.
+        """(merged tokens, spec.feature_width) features of the batch's images and videos, None for text alone.
 
         A sharded tower must run on every rank at every forward. So a sharded policy computes the features of one blank
         patch group for text alone, and `_hidden` adds them with weight 0.
         """
         if batch.grids is not None:
-            return models.vision_features(self.model, batch.pixels, batch.grids)
+            return self.spec.family.vision_features(self.model, batch.pixels, batch.grids)
         if not self.sharded:
             return None
         merge = self.spec.merge_size
         blank = batch.position_ids.new_zeros(merge * merge, self.spec.patch_values, dtype=torch.float32)
-        return models.vision_features(self.model, blank, batch.position_ids.new_tensor([[1, merge, merge]]))
+        return self.spec.family.vision_features(self.model, blank, batch.position_ids.new_tensor([[1, merge, merge]]))
 
     def _hidden(self, batch, layout):
         embeds = models.decoder(self.model).embed_tokens(batch.input_ids)
         features = self.vision_features(batch) if batch.features is None else batch.features
+        more = {}
         if batch.grids is not None:
-            embeds = embeds.index_copy(1, batch.placeholders, features[None].to(embeds.dtype))
+            embeds, more = self.spec.family.decoder_inputs(embeds, batch.placeholders, features)
         elif features is not None:
             embeds = embeds + 0 * features.sum()
-        return self._decoder(embeds, batch.position_ids, layout)
+        return self._decoder(embeds, batch.position_ids, layout, **more)
 
-    def _decoder(self, embeds, position_ids, layout):
+    def _decoder(self, embeds, position_ids, layout, **more):
         out = models.decoder(self.model)(
             inputs_embeds=embeds,
             position_ids=position_ids,
-            attention_mask={"full_attention": None},
+            attention_mask=self.spec.family.no_mask,
             use_cache=False,
             layout=layout,
+            **more,
         )
         return out.last_hidden_state
 
@@ -112,11 +114,11 @@ class Policy(nn.Module):
 
 @torch.no_grad()
 def features_of(policy, prompts):
-    """[(merged tokens, hidden)] vision features of each prompt, from one vision pass; (0, hidden) for text alone."""
+    """[(merged tokens, spec.feature_width)] vision features of each prompt, from one vision pass; 0 tokens for text."""
     batch = pack(prompts, [[] for _ in prompts], policy.spec).to(policy.device)
     if batch.grids is None:
         weight = policy.model.get_input_embeddings().weight
-        return [weight.new_zeros(0, weight.shape[1])] * len(prompts)
+        return [weight.new_zeros(0, policy.spec.feature_width)] * len(prompts)
     vision = torch.tensor([policy.spec.image_token_id, policy.spec.video_token_id])
     counts = [int(torch.isin(p.input_ids, vision).sum()) for p in prompts]
     return list(policy.vision_features(batch).split(counts))

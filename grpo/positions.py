@@ -1,37 +1,35 @@
-"""Multimodal rotary positions, by the rule that Qwen2-VL's and Qwen2.5-VL's weights were trained with.
+"""Multimodal rotary positions, by the rule that the families' weights were trained with.
 
-Text counts up by one on all three axes (time, height, width). A video or image starts one after the largest position so
-far and lays its merged grid on the three axes; the text after it starts one after the largest position of the *whole*
-grid, time included. transformers >= 5 instead continues from max(height, width), so that on a video with more time
-steps than merged rows or columns text overlaps time; transformers <= 4.57 and vLLM follow the rule below.
+Text counts up by one on all three axes (time, height, width). A run of placeholders (an image, a video, or with
+Qwen3-VL one time step of a video) starts one after the largest position so far and lays its merged grid on the three
+axes; the text after it starts one after the largest position of the *whole* grid, time included. transformers >= 5
+instead continues from max(height, width), so that on a video with more time steps than merged rows or columns text
+overlaps time; transformers <= 4.57 and vLLM follow the rule below.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 
-def vision_grid_positions(grid, merge_size, seconds_per_grid, tokens_per_second):
-    """Returns the (3, t·h·w / merge²) positions of one image or video, counted from zero.
+def grid_positions(grid, seconds, spec):
+    """Returns the (3, t·h·w / merge²) positions of one run of placeholders, counted from zero.
 
-    grid: (t, h, w) in patches. Time steps are `int(step · seconds_per_grid · tokens_per_second)` apart for Qwen2.5-VL
-    (both given; an image has 0 seconds) and 1 apart for Qwen2-VL (tokens_per_second None). transformers 4.57.1 cuts
-    seconds_per_grid to an integer before it multiplies (0.5 becomes 0); transformers 5 and this function do not.
+    grid: (t, h, w) in patches; seconds: between two of its time steps, 0 for an image.
     """
-    t, h, w = int(grid[0]), int(grid[1]) // merge_size, int(grid[2]) // merge_size
-    time = torch.arange(t)
-    if tokens_per_second is not None:
-        time = (time * seconds_per_grid * tokens_per_second).long()
+    t, h, w = grid[0], grid[1] // spec.merge_size, grid[2] // spec.merge_size
+    time = spec.family.time_positions(t, seconds, spec.vision)
     axes = torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")
     return torch.stack([axis.flatten() for axis in axes])
 
 
 @dataclass(frozen=True)
 class MediaSpan:
-    """Where one image or video stands in a prompt: tokens start to stop, the index among its kind, grid in patches."""
+    """Where one image or video stands in a prompt: its runs of placeholders, each (start, stop, grid in patches), its
+    index among the images or the videos, and its grid."""
 
-    start: int
-    stop: int
+    runs: tuple
     is_image: bool
     index: int
     grid: tuple
@@ -53,20 +51,30 @@ def media_spans(prompt, spec):
         if index == counts[is_image]:
             raise ValueError(f"{prompt.sample.key}: more vision placeholders than images and videos")
         grid = tuple(grids[is_image][index].tolist())
-        stop = at + grid[0] * grid[1] * grid[2] // spec.merge_size**2
-        if ids[at:stop] != [ids[at]] * (stop - at):
-            raise ValueError(f"{prompt.sample.key}: grid {grid} needs {stop - at} placeholders in a row")
-        spans.append(MediaSpan(at, stop, is_image, index, grid))
-        seen[is_image], at = index + 1, stop
+        runs = _runs(prompt, ids, at, [grid] if is_image else spec.family.span_grids(grid), spec)
+        spans.append(MediaSpan(runs, is_image, index, grid))
+        seen[is_image], at = index + 1, runs[-1][1]
     if seen != counts:
         raise ValueError(f"{prompt.sample.key}: fewer vision placeholders than images and videos")
     return spans
 
 
+def _runs(prompt, ids, at, grids, spec):
+    """((start, stop, grid), ...) of the runs of one image or video, whose first placeholder is at `at`."""
+    runs, placeholder = [], ids[at]
+    for grid in grids:
+        start = next((place for place in range(at, len(ids)) if ids[place] == placeholder), len(ids))
+        at = start + math.prod(grid) // spec.merge_size**2
+        if ids[start:at] != [placeholder] * (at - start):
+            raise ValueError(f"{prompt.sample.key}: grid {grid} needs {at - start} placeholders in a row")
+        runs.append((start, at, grid))
+    return tuple(runs)
+
+
 def prompt_positions(prompt, spec):
     """Returns ((3, P) int64 positions, first position after the prompt) of one `video.prompt.Prompt`.
 
-    spec: `grpo.engine.model.ModelSpec` (placeholder ids, merge size, tokens per second). Raises as `media_spans`.
+    spec: `grpo.engine.model.ModelSpec` (family, placeholder ids, merge size). Raises as `media_spans`.
     """
     parts, at, position = [], 0, 0
 
@@ -77,9 +85,10 @@ def prompt_positions(prompt, spec):
             position = int(parts[-1].max()) + 1
 
     for span in media_spans(prompt, spec):
-        add(torch.arange(span.start - at).expand(3, -1))
         seconds = 0.0 if span.is_image else prompt.seconds_per_grid[span.index]
-        add(vision_grid_positions(span.grid, spec.merge_size, seconds, spec.tokens_per_second))
-        at = span.stop
+        for start, stop, grid in span.runs:
+            add(torch.arange(start - at).expand(3, -1))
+            add(grid_positions(grid, seconds, spec))
+            at = stop
     add(torch.arange(len(prompt.input_ids) - at).expand(3, -1))
     return torch.cat(parts, dim=1), position

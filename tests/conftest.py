@@ -9,6 +9,7 @@ from transformers import AutoProcessor
 from demo.synthetic import DemoSpec, make_demo_set
 from demo.tiny import build_tiny_model
 from grpo.engine.model import load_model, model_spec
+from grpo.families import family_names
 from grpo.policy import Policy
 from grpo.positions import prompt_positions
 from video.dataset import Sample
@@ -17,7 +18,7 @@ from video.prompt import Prompt
 if "softgpu" in sys.modules:  # the GPU that is not there
     import null_train  # noqa: F401
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+FAMILIES = family_names()
 PIXEL_FIELDS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 

@@ -15,14 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import Qwen2VLForConditionalGeneration
 
 from grpo.attention import DecodeLayout, PackedLayout
 from grpo.batch import MicroBatch
 from grpo.config import Config
 from grpo.engine.distributed import shard, unsharded
 from grpo.engine.model import ModelSpec, checkpoint_activations, use_own_kernels
-from grpo.engine.model_files import FAMILIES
 from grpo.engine.weights import materialise
+from grpo.families import load_family
 from grpo.policy import Policy
 from grpo.sampler import SamplingSettings, sample_next_token
 
@@ -56,7 +57,7 @@ def seven():
 
 
 def build(config, dtype=torch.float32):
-    model = use_own_kernels(FAMILIES["qwen2_vl"]._from_config(config, dtype=dtype))
+    model = use_own_kernels(Qwen2VLForConditionalGeneration._from_config(config, dtype=dtype))
     checkpoint_activations(model)
     return model
 
@@ -198,7 +199,7 @@ def test_bytes_of_a_logit_as_operators_move_them():
     model.lm_head = torch.nn.Linear(32, 4096, bias=False, dtype=torch.bfloat16)
     model.model = torch.nn.Module()
     model.model.language_model = Decoder()
-    policy = Policy(model, SimpleNamespace(never_sampled=(1, 2)))
+    policy = Policy(model, SimpleNamespace(never_sampled=(1, 2), family=load_family("qwen2_vl")))
     at = torch.arange(64)  # 64 prompts of one token
     ids = torch.zeros(1, 64, dtype=torch.long)
     batch = MicroBatch(ids, at.expand(3, 1, -1), at, at, torch.randint(4096, (64,)), [(1, ())] * 64)

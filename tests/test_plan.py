@@ -14,7 +14,6 @@ from grpo.attention import PackedLayout
 from grpo.batch import pack
 from grpo.config import Config, parse_config
 from grpo.engine.model import decoder, load_model, model_spec, use_own_kernels
-from grpo.engine.model_files import FAMILIES as CLASSES
 from grpo.engine.model_files import read_config
 from grpo.engine.optimizer import make_optimizer
 from grpo.policy import Policy
@@ -132,7 +131,7 @@ def test_layer_bytes_against_what_autograd_keeps(name):
     config = published_config(name)
     text, tokens = config.text_config, 1000
     with torch.device("meta"):
-        model = use_own_kernels(CLASSES["qwen2_vl"]._from_config(config, dtype=torch.bfloat16))
+        model = use_own_kernels(Qwen2VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16))
         hidden = torch.empty(1, tokens, text.hidden_size, dtype=torch.bfloat16, requires_grad=True)
         rotation = torch.empty(1, tokens, head_size(text), dtype=torch.bfloat16)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}

@@ -5,13 +5,21 @@ import torch
 from conftest import load_pair, make_prompt
 
 from grpo.engine.model import ModelSpec
+from grpo.families import load_family
 from grpo.positions import prompt_positions
 from video.dataset import Sample
 from video.prompt import Prompt
 
 IMAGE, VIDEO = 7, 8
-SPEC = ModelSpec(IMAGE, VIDEO, merge_size=2, patch_values=1176, tokens_per_second=None, eos_ids=(0,), never_sampled=())
-SPEC_2_5 = ModelSpec(IMAGE, VIDEO, merge_size=2, patch_values=1176, tokens_per_second=2, eos_ids=(0,), never_sampled=())
+
+
+def spec_of(name, **vision):
+    family = load_family(name)
+    config = family.model_class.config_class(image_token_id=IMAGE, video_token_id=VIDEO, vision_config=vision)
+    return ModelSpec.of(config, [0], None)
+
+
+SPEC, SPEC_2_5 = spec_of("qwen2_vl"), spec_of("qwen2_5_vl", tokens_per_second=2)
 
 
 def prompt_of(ids, images=None, videos=None, seconds=()):

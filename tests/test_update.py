@@ -12,9 +12,9 @@ from transformers.trainer_pt_utils import get_parameter_names
 from grpo import update
 from grpo.batch import pack
 from grpo.config import parse_config
-from grpo.engine import model as models
 from grpo.engine.optimizer import learning_rate, make_optimizer, set_learning_rate
 from grpo.engine.warmup import supervised_step, target_groups, target_tokens
+from grpo.families.base import Family
 from grpo.policy import Policy
 from grpo.rollout import rollout
 from grpo.sampler import SamplingSettings, generate
@@ -233,8 +233,8 @@ def test_a_frozen_tower_runs_once_a_step_for_sampler_reference_and_policy(checkp
     policy, _, tokenizer = load_pair(checkpoints["qwen2_vl"])
     kinds = [PROMPT_KINDS["video"], PROMPT_KINDS["text"], PROMPT_KINDS["video"]]
     prompts = [make_prompt(tokenizer, kind, seed=i) for i, kind in enumerate(kinds)]
-    passes, tower = [], models.vision_features
-    monkeypatch.setattr(models, "vision_features", lambda model, *given: passes.append(1) or tower(model, *given))
+    passes, tower = [], Family.vision_features
+    monkeypatch.setattr(Family, "vision_features", lambda *given: passes.append(1) or tower(*given))
 
     def step(*flags):
         config = config_of("--prompts_per_rollout", "3", "--prompts_per_forward", "1", *flags)

@@ -89,6 +89,22 @@ def shuffle_frames(prompt: Prompt, key: str) -> Prompt:
     return replace(prompt, pixel_values_videos=torch.cat(shuffled))
 
 
+class VideoText:
+    """How a prompt holds a video. Here as Qwen2-VL has it: one run of placeholders for the whole video.
+
+    `grpo.families.base.Family` is one, so that a family of another form is handed in, not imported.
+    """
+
+    def mark_videos(self, text: str, times: list[list[float]]) -> str:
+        """`text` of `chat_text` with one placeholder for each run of each video; times: of each video the seconds at
+        which its frames are shown."""
+        return text
+
+    def span_grids(self, grid: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+        """The grid of each run of a video: time, rows, columns, in patches, as `grid` of the whole video."""
+        return [grid]
+
+
 def with_clips(sample: Sample) -> list[tuple[str, Clip]]:
     """(path, the part asked about) of each of its videos."""
     return list(zip(sample.videos, sample.clips or [WHOLE] * len(sample.videos), strict=True))

@@ -11,20 +11,24 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from grpo import attention
-from grpo.engine.model_files import FAMILIES, eos_ids, read_config, read_generation_config, reading
+from grpo.engine.model_files import eos_ids, read_config, read_generation_config, reading
 from grpo.engine.weights import load_weights, materialise
 from grpo.errors import ModelError
+from grpo.families import load_family
+from grpo.families.base import Family
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """What the loop must know of a model."""
 
+    family: Family
+    vision: PreTrainedConfig  # its vision_config
     image_token_id: int
     video_token_id: int
     merge_size: int  # the tower merges squares of merge_size x merge_size patches into one token
     patch_values: int  # numbers of one flattened patch, 1176
-    tokens_per_second: float | None  # Qwen2.5-VL's time scale; None for Qwen2-VL
+    feature_width: int  # numbers that the tower makes of a merged token
     eos_ids: tuple[int, ...]
     # Vision ids, masked alike in sampler and scorer: with a sampled placeholder the next forward would have more
     # placeholders than features.
@@ -32,15 +36,17 @@ class ModelSpec:
 
     @classmethod
     def of(cls, config: PreTrainedConfig, eos_ids: list[int], vision_pad_id: int | None) -> "ModelSpec":
-        vision = config.vision_config
+        family, vision = load_family(config.model_type), config.vision_config
         vision_ids = {config.image_token_id, config.video_token_id, vision_pad_id}
         vision_ids |= {config.vision_start_token_id, config.vision_end_token_id}
         return cls(
+            family=family,
+            vision=vision,
             image_token_id=config.image_token_id,
             video_token_id=config.video_token_id,
             merge_size=vision.spatial_merge_size,
             patch_values=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-            tokens_per_second=getattr(vision, "tokens_per_second", None),
+            feature_width=family.feature_width(config),
             eos_ids=tuple(sorted(set(eos_ids))),
             never_sampled=tuple(sorted(vision_ids - {None})),
         )
@@ -62,7 +68,7 @@ def empty_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrai
     device: it takes no memory until `materialise`. Raises as `read_config`."""
     config = read_config(path)
     with reading("--model", path, "config.json"), torch.device("meta"):
-        model = FAMILIES[config.model_type]._from_config(config, dtype=dtype)
+        model = load_family(config.model_type).model_class._from_config(config, dtype=dtype)
     model.generation_config = read_generation_config(path, config)
     return use_own_kernels(model).eval()
 
@@ -96,7 +102,7 @@ def use_own_kernels(model: PreTrainedModel) -> PreTrainedModel:
 def embed_patches(proj: nn.Conv3d, patches: torch.Tensor) -> torch.Tensor:
     """patches (n, 1176) -> (n, width), as a matrix product: the kernel of `proj` is as large as its stride, so that it
     sees each patch once, and torch's Conv3d takes ten times as long."""
-    return F.linear(patches.to(proj.weight.dtype), proj.weight.flatten(1))
+    return F.linear(patches.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
 
 
 def rms_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -116,12 +122,6 @@ def vision_tower(model: PreTrainedModel) -> nn.Module:
 
 def decoder(model: PreTrainedModel) -> nn.Module:
     return model.model.language_model
-
-
-def vision_features(model: PreTrainedModel, pixels: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
-    """pixels (patches, 1176), grids (n, 3) of images and videos, which the tower does not tell apart -> (merged tokens,
-    hidden)."""
-    return torch.cat(model.get_image_features(pixels, grids, return_dict=True).pooler_output)
 
 
 def checkpoint_activations(model: PreTrainedModel, vision: bool = True) -> None:

@@ -10,31 +10,18 @@ from functools import reduce
 from operator import attrgetter
 from pathlib import Path
 
-import transformers
 from huggingface_hub import snapshot_download
 from transformers import GenerationConfig, PreTrainedConfig, ProcessorMixin
-from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from grpo.errors import ModelError
+from grpo.families import family_names, load_family
+from grpo.families.base import Family
 from video.prompt import load_processor
-
-FAMILIES = {
-    "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
-    "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
-}
 
 # What is downloaded of a hub name: enough for `read_config`, for `read_processor`, and for `load_weights`.
 CONFIGS = ("*config.json",)
 TEXTS = ("*.json", "*.jinja", "*.txt")
 EVERYTHING = (*TEXTS, "*.safetensors")
-
-SIZES = (
-    "text_config.hidden_size text_config.intermediate_size text_config.vocab_size text_config.num_attention_heads "
-    "text_config.num_key_value_heads text_config.rms_norm_eps vision_config.num_heads vision_config.in_channels "
-    "vision_config.patch_size vision_config.spatial_merge_size vision_config.temporal_patch_size"
-)
-TOKENS = "image_token_id video_token_id vision_start_token_id vision_end_token_id"
 
 
 def find_model(path: str | Path, flag: str = "--model", files: tuple[str, ...] = EVERYTHING) -> Path:
@@ -93,10 +80,12 @@ def read_config(path: str | Path, flag: str = "--model") -> PreTrainedConfig:
     """
     folder = find_model(path, flag, CONFIGS)
     with reading(flag, folder, "config.json"):
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if config.model_type not in FAMILIES:
-            raise ModelError(f"{flag} {path}: family {config.model_type!r}; supported are {', '.join(FAMILIES)}")
-        for fields, must, is_right in _rules(config):
+        name = json.loads((folder / "config.json").read_bytes())["model_type"]
+        if name not in family_names():
+            raise ModelError(f"{flag} {path}: family {name!r}; supported are {', '.join(family_names())}")
+        family = load_family(name)
+        config = family.model_class.config_class.from_pretrained(folder)
+        for fields, must, is_right in family.rules(config):
             for field in fields.split():
                 value = reduce(lambda part, name: getattr(part, name, None), field.split("."), config)
                 if not is_right(value):
@@ -105,35 +94,9 @@ def read_config(path: str | Path, flag: str = "--model") -> PreTrainedConfig:
     return config
 
 
-def _rules(config):
-    """Yields (fields of config.json, what each must be, whether a value is). A rule may rely on those before it."""
-    positive = lambda value: type(value) in (int, float) and value > 0
-    yield SIZES, "a number above 0", positive
-    # More layers are a slip, and would be built for hours.
-    yield "text_config.num_hidden_layers vision_config.depth", "from 1 to 1000", lambda n: 1 <= n <= 1000
-    text, vision = config.text_config, config.vision_config
-    size, heads, width = text.hidden_size, text.num_attention_heads, getattr(vision, "embed_dim", vision.hidden_size)
-    yield "text_config.num_attention_heads", "a divisor of hidden_size / 2", lambda n: size % (2 * n) == 0
-    yield "text_config.num_key_value_heads", "a divisor of num_attention_heads", lambda n: heads % n == 0
-    yield "vision_config.num_heads", f"a divisor of {width} / 4", lambda n: width % (4 * n) == 0
-    acts = "text_config.hidden_act vision_config.hidden_act"
-    yield acts, "an activation that transformers has", lambda name: name in ACT2FN
-    rope, types, half = "text_config.rope_parameters", ("default", *ROPE_INIT_FUNCTIONS), size // heads // 2
-
-    def has_sections(value):
-        sections = value.get("mrope_section", [16, 24, 24])  # the models' default
-        whole = isinstance(sections, list) and all(type(n) is int and n >= 0 for n in sections)
-        return whole and len(sections) == 3 and sum(sections) == half
-
-    yield rope, "of a type that transformers has", lambda value: value.get("rope_type") in types
-    yield rope, "of a rope_theta above 0", lambda value: positive(value.get("rope_theta"))
-    yield rope, f"of three mrope_section that add up to {half}", has_sections
-    yield TOKENS, f"from 0 to {text.vocab_size - 1}", lambda token: 0 <= token < text.vocab_size
-    # What follows could be built, but not trained: with dropout, say, the scorer would disagree with the sampler.
-    yield "text_config.attention_dropout", "0", lambda share: share == 0
-    yield "text_config.use_sliding_window", "false", lambda _: "sliding_attention" not in text.layer_types
-    quantised = "quantization_config text_config.quantization_config"
-    yield quantised, "absent (take the model in bf16, not a quantised one)", lambda value: value is None
+def read_family(path: str | Path, flag: str = "--model") -> Family:
+    """The family of a model. Raises as `read_config`."""
+    return load_family(read_config(path, flag).model_type)
 
 
 def read_processor(path: str | Path, flag: str = "--model") -> ProcessorMixin:

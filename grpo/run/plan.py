@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from grpo.engine.model_files import FAMILIES, read_config
+from grpo.engine.model_files import read_config
 from grpo.errors import ConfigError, ModelError
+from grpo.families import load_family
 from grpo.policy import LOGITS_PER_CHUNK
 from video.frames import frame_limit
 
@@ -43,7 +44,7 @@ def published_config(name):
     if name not in published:
         return read_config(name)
     model = published[name]
-    return FAMILIES[model["family"]].config_class(
+    return load_family(model["family"]).model_class.config_class(
         text_config=model["text"], vision_config=model["vision"], tie_word_embeddings=model["tie_word_embeddings"]
     )
 
@@ -76,7 +77,7 @@ def parameter_counts(config):
     """{"block": one vision block, "layer": one decoder layer, "root": the rest, "vision", "all"}: numbers of weights,
     counted on the meta device; tied embeddings count once."""
     with torch.device("meta"):
-        model = FAMILIES[config.model_type](config)
+        model = load_family(config.model_type).model_class(config)
     count = lambda module: sum(p.numel() for p in module.parameters())
     visual, text = model.model.visual, model.model.language_model
     block, layer, everything = count(visual.blocks[0]), count(text.layers[0]), count(model)
@@ -111,7 +112,8 @@ def memory_plan(config, counts, settings):
     """
     width, lora = copy_width(settings), settings.lora_rank > 0
     patches, merged = vision_tokens(config, frames_of(settings), frame_pixels(config, settings))
-    prompt = merged + TEXT_TOKENS
+    steps = -(-frames_of(settings) // config.vision_config.temporal_patch_size)
+    prompt = merged + TEXT_TOKENS + steps * load_family(config.model_type).step_tokens
     packed = prompt + settings.group_size * settings.max_new_tokens
     tokens = {"patches": patches, "video tokens": merged, "prompt tokens": prompt, "packed tokens": packed}
     trained = counts["all"] - (counts["vision"] if settings.freeze_vision else 0)
@@ -150,12 +152,12 @@ class Sizes:
         patches, self.prompt, self.packed = tokens["patches"], tokens["prompt tokens"], tokens["packed tokens"]
         self.rows, self.frozen = settings.prompts_per_forward, settings.freeze_vision or self.lora
         hidden, inner = text.hidden_size, text.intermediate_size
-        wide = getattr(vision, "embed_dim", vision.hidden_size)
-        tall = getattr(vision, "intermediate_size", None) or wide * vision.mlp_ratio
+        family = load_family(config.model_type)
+        wide, tall = family.tower_sizes(vision)
         kv = text.num_key_value_heads * head_size(text)
         self.whole, self.root, self.layer, self.block = (2 * counts[n] for n in ("all", "root", "layer", "block"))
         self.pixels = 4 * patches * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        self.features = 2 * hidden * tokens["video tokens"]
+        self.features = 2 * family.feature_width(config) * tokens["video tokens"]
         # What one block holds at its peak, 2 bytes a bf16 number: read off the lists of blocks that torch's allocator
         # had out. The tower rotates queries and keys in fp32.
         self.see, self.see_backward = 2 * 17 * wide * patches, 2 * max(6 * tall + 5 * wide, 17 * wide) * patches

@@ -1,0 +1,118 @@
+"""What differs from family to family. A method here does what most families need; a family overrides the others.
+
+A family keeps no state: each hook is a function of its arguments. It is pickled into the processes that decode videos.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from video.prompt import VideoText
+
+Rule = tuple[str, str, Callable[[object], bool]]  # fields of config.json, what each must be, whether a value is
+
+SIZES = (
+    "text_config.hidden_size text_config.intermediate_size text_config.vocab_size text_config.num_attention_heads "
+    "text_config.num_key_value_heads text_config.rms_norm_eps vision_config.num_heads vision_config.in_channels "
+    "vision_config.patch_size vision_config.spatial_merge_size vision_config.temporal_patch_size"
+)
+TOKENS = "image_token_id video_token_id vision_start_token_id vision_end_token_id"
+
+
+def is_positive(value: object) -> bool:
+    return type(value) in (int, float) and value > 0
+
+
+class Family(VideoText):
+    """A family. The model has `model.visual` (the tower: `blocks`, `patch_embed.proj`), `model.language_model` (the
+    decoder: `layers`, `embed_tokens`) and `lm_head`, as transformers' Qwen2-VL has them."""
+
+    # What the decoder takes as attention_mask and then builds no mask: `grpo.attention` needs none.
+    no_mask: dict | None = {"full_attention": None}
+    step_tokens = 0  # tokens of a prompt beside the placeholders, for each time step of a video; for --plan
+    # A model that one CPU core trains, for demo and tests: fields of config.json that differ from `demo.tiny`'s.
+    tiny_text: dict = {"use_sliding_window": False}
+    tiny_vision: dict = {}
+    tiny_corpus = ""  # what its prompts hold beside questions, for the tokenizer to learn
+
+    @property
+    def model_class(self) -> type[PreTrainedModel]:
+        """transformers' class. A property, so that the processes that decode videos need not import it."""
+        raise NotImplementedError
+
+    # The tower, the decoder and what goes from one to the other
+
+    def vision_features(self, model: PreTrainedModel, pixels: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+        """pixels (patches, values of a patch), grids (n, 3) of images and videos, which the tower does not tell apart
+        -> (merged tokens, `feature_width`)."""
+        return torch.cat(model.get_image_features(pixels, grids, return_dict=True).pooler_output)
+
+    def feature_width(self, config: PreTrainedConfig) -> int:
+        """Numbers that the tower makes of a merged token."""
+        return config.text_config.hidden_size
+
+    def decoder_inputs(
+        self, embeds: torch.Tensor, placeholders: torch.Tensor, features: torch.Tensor
+    ) -> tuple[torch.Tensor, dict]:
+        """embeds (1, L, hidden), placeholders (merged tokens,) their places in the row, features of `vision_features`
+        -> (embeds with the features in place, what else the decoder's forward is handed)."""
+        return embeds.index_copy(1, placeholders, features[None].to(embeds.dtype)), {}
+
+    def time_positions(self, steps: int, seconds: float, vision: PreTrainedConfig) -> torch.Tensor:
+        """(steps,) int64 positions on the time axis of one run of placeholders, from zero. seconds: between two time
+        steps, 0 for an image; vision: the model's vision_config."""
+        return torch.arange(steps)
+
+    # Counts for --plan
+
+    def tower_sizes(self, vision: PreTrainedConfig) -> tuple[int, int]:
+        """(width of a block of the tower, width inside its MLP)."""
+        return vision.hidden_size, vision.intermediate_size
+
+    # What config.json must say
+
+    def rules(self, config: PreTrainedConfig) -> Iterator[Rule]:
+        """Yields the rules for a config. A rule may rely on those before it."""
+        yield SIZES, "a number above 0", is_positive
+        # More layers are a slip, and would be built for hours.
+        yield "text_config.num_hidden_layers vision_config.depth", "from 1 to 1000", lambda n: 1 <= n <= 1000
+        text, vision = config.text_config, config.vision_config
+        size, heads, width = text.hidden_size, text.num_attention_heads, self.tower_sizes(vision)[0]
+        yield "text_config.num_attention_heads", "a divisor of hidden_size / 2", lambda n: size % (2 * n) == 0
+        yield "text_config.num_key_value_heads", "a divisor of num_attention_heads", lambda n: heads % n == 0
+        yield "vision_config.num_heads", f"a divisor of {width} / 4", lambda n: width % (4 * n) == 0
+        acts = "text_config.hidden_act vision_config.hidden_act"
+        yield acts, "an activation that transformers has", lambda name: name in ACT2FN
+        yield from self.rope_rules(size // heads // 2, [16, 24, 24])
+        yield TOKENS, f"from 0 to {text.vocab_size - 1}", lambda token: 0 <= token < text.vocab_size
+        # What follows could be built, but not trained: with dropout, say, the scorer would disagree with the sampler.
+        yield "text_config.attention_dropout", "0", lambda share: share == 0
+        yield "text_config.use_sliding_window", "false", lambda _: "sliding_attention" not in text.layer_types
+        quantised = "quantization_config text_config.quantization_config"
+        yield quantised, "absent (take the model in bf16, not a quantised one)", lambda value: value is None
+
+    def rope_rules(self, half: int, default: list[int]) -> Iterator[Rule]:
+        """The rules for rotary positions; half: of a head's size; default: mrope_section if config.json has none."""
+        rope, types = "text_config.rope_parameters", ("default", *ROPE_INIT_FUNCTIONS)
+
+        def has_sections(value):
+            sections = value.get("mrope_section", default)
+            whole = isinstance(sections, list) and all(type(n) is int and n >= 0 for n in sections)
+            return whole and len(sections) == 3 and sum(sections) == half
+
+        yield rope, "of a type that transformers has", lambda value: value.get("rope_type") in types
+        yield rope, "of a rope_theta above 0", lambda value: is_positive(value.get("rope_theta"))
+        yield rope, f"of three mrope_section that add up to {half}", has_sections
+
+    # A tiny model
+
+    def tiny_sizes(self, hidden: int) -> dict:
+        """vision_config of the tiny model; hidden: the decoder's hidden_size."""
+        return {**self.tiny_vision, "out_hidden_size": hidden}
+
+    def tiny_processor(self, tokenizer: PreTrainedTokenizerBase, chat_template: str) -> ProcessorMixin:
+        """The processor of the tiny model, which cuts patches as the real one does."""
+        raise NotImplementedError
