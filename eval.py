@@ -44,7 +44,7 @@ from grpo.engine.build import build_policy
 from grpo.engine.distributed import is_main
 from grpo.engine.evaluate import CONTROLS, EvalSettings, Progress, predict, summarise
 from grpo.engine.fast_paths import choose_fast_paths
-from grpo.engine.model_files import find_model, read_processor
+from grpo.engine.model_files import find_model, read_family, read_processor
 from grpo.errors import ConfigError
 from grpo.run.data import check_answers, draw, say_text_only, split_data
 from grpo.run.folder import sole_use
@@ -237,8 +237,10 @@ def direct_form(sample: Sample) -> str:
 def open_loader(folder: Path, mode: str, config: Config) -> PromptLoader:
     """Encodes questions for a checkpoint: in the template of training, or, in the mode "direct", as they are."""
     template = config.prompt_template if mode == "think" else "{problem}"
-    forms = parse_forms(config.answer_form)
-    encoder = PromptEncoder(folder, config.video_settings(), template, config.max_prompt_tokens, forms=forms)
+    settings, family = config.video_settings(), read_family(folder, "--ckpt")
+    encoder = PromptEncoder(
+        folder, settings, template, config.max_prompt_tokens, forms=parse_forms(config.answer_form), video_text=family
+    )
     return PromptLoader(encoder, config.workers, config.decode_timeout)
 
 

@@ -1,6 +1,8 @@
 """Tiny models, prompts of every kind, and the naive forward that is the oracle of the packed one."""
 
+import math
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from transformers import AutoProcessor
 from demo.synthetic import DemoSpec, make_demo_set
 from demo.tiny import build_tiny_model
 from grpo.engine.model import load_model, model_spec
-from grpo.families import family_names
+from grpo.engine.model_files import read_config
+from grpo.families import family_names, load_family
 from grpo.policy import Policy
 from grpo.positions import prompt_positions
 from video.dataset import Sample
@@ -55,15 +58,26 @@ def load_pair(folder, dtype=torch.float32):
     return Policy(model, model_spec(model, processor.tokenizer)), naive, processor.tokenizer
 
 
+@cache
+def config_of(folder):
+    return read_config(folder)
+
+
 def make_prompt(tokenizer, media, seed=0, words="Which direction does the shape move?", key=None):
-    """A prompt with random patches; media: e.g. [("video", (t, h, w))], grids in patches, in order."""
+    """A prompt with random patches; media: e.g. [("video", (t, h, w))], grids in patches, in order. It has the form of
+    the family whose checkpoint the tokenizer is of; a video has two frames a second."""
+    config = config_of(tokenizer.name_or_path)
+    family, patch = load_family(config.model_type), 6 * config.vision_config.patch_size**2
     gen = torch.Generator().manual_seed(seed)
     pad = {"video": "<|video_pad|>", "image": "<|image_pad|>"}
     text, pixels, grids = "<|im_start|>user\n", {"video": [], "image": []}, {"video": [], "image": []}
-    for name, (t, h, w) in media:
-        text += "<|vision_start|>" + pad[name] * (t * h * w // 4) + "<|vision_end|>"
-        pixels[name].append(torch.randn(t * h * w, 1176, generator=gen))
-        grids[name].append([t, h, w])
+    for name, grid in media:
+        marked, runs = f"<|vision_start|>{pad[name]}<|vision_end|>", [grid]
+        if name == "video":
+            marked, runs = family.mark_videos(marked, [times_of(grid)]), family.span_grids(grid)
+        text += marked.replace(pad[name], pad[name] * (math.prod(runs[0]) // 4))
+        pixels[name].append(torch.randn(math.prod(grid), patch, generator=gen))
+        grids[name].append(grid)
     text += words + "<|im_end|>\n<|im_start|>assistant\n"
     join = lambda name: (torch.cat(pixels[name]), torch.tensor(grids[name])) if grids[name] else (None, None)
     images, videos = join("image"), join("video")
@@ -72,8 +86,12 @@ def make_prompt(tokenizer, media, seed=0, words="Which direction does the shape 
         input_ids=torch.tensor(tokenizer.encode(text)),
         pixel_values=images[0], image_grid_thw=images[1],
         pixel_values_videos=videos[0], video_grid_thw=videos[1],
-        seconds_per_grid=[1.0] * len(grids["video"]),
+        seconds_per_grid=[1.0] * len(grids["video"]), frame_times=[times_of(grid) for grid in grids["video"]],
     )  # fmt: skip
+
+
+def times_of(grid):
+    return [number / 2 for number in range(2 * grid[0])]
 
 
 def assert_close_to_scale(ours, theirs, tolerance, name=""):

@@ -18,20 +18,21 @@ def test_patches_are_embedded_as_the_convolution_does(checkpoints, family):
     ours, theirs = vision_tower(policy.model).patch_embed, vision_tower(naive).patch_embed
     results = []
     for embed in (ours, theirs):
-        patches = torch.randn(64, 1176, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        size = policy.spec.patch_values
+        patches = torch.randn(64, size, generator=torch.Generator().manual_seed(0), requires_grad=True)
         out = embed(patches)
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
         results.append((out, patches.grad, embed.proj.weight.grad))
     for mine, expected in zip(*results, strict=True):
         assert_close_to_scale(mine, expected, 1e-5)
-    assert list(ours.state_dict()) == ["proj.weight"] and ours.proj.weight.dim() == 5
+    assert list(ours.state_dict()) == list(theirs.state_dict()) and ours.proj.weight.dim() == 5
 
 
 def test_a_copy_of_the_model_computes_with_its_own_weights(tiny):
     """Sampling beside a sharded policy runs on such a copy."""
     policy, _, _ = tiny
     checkpoint_activations(policy.model)
-    twin, patches = copy.deepcopy(policy.model), torch.ones(4, 1176)
+    twin, patches = copy.deepcopy(policy.model), torch.ones(4, policy.spec.patch_values)
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()
@@ -141,13 +142,15 @@ def test_placeholders_are_where_the_features_go(tiny):
 
     decoder(policy.model).register_forward_pre_hook(keep, with_kwargs=True)
     embedding = policy.model.get_input_embeddings()
-    batch.features = torch.randn(len(here), embedding.weight.shape[1], requires_grad=True)
+    hidden = embedding.weight.shape[1]
+    batch.features = torch.randn(len(here), policy.spec.feature_width, requires_grad=True)
     policy(batch)[0].sum().backward()
     (embeds,) = seen
     others = [at for at in range(len(ids)) if at not in here]
-    assert torch.equal(embeds[0, here], batch.features)
+    assert torch.equal(embeds[0, here], batch.features[:, :hidden])
     assert torch.equal(embeds[0, others], embedding(batch.input_ids)[0, others])
-    assert torch.equal(batch.features.grad, embeds.grad[0, here]) and batch.features.grad.any(dim=1).all()
+    assert torch.equal(batch.features.grad[:, :hidden], embeds.grad[0, here])
+    assert batch.features.grad.unflatten(1, (-1, hidden)).any(dim=-1).all(), "of DeepStack's features too"
     table = embedding.weight.grad
     assert table[spec.video_token_id].abs().max() == 0 < table[ids[0]].abs().max()
 

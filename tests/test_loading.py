@@ -44,6 +44,8 @@ def rewritten(folder, target, rename, files):
 
 def new_name(name):
     """transformers 5's own name of a weight whose name on the hub is `name`."""
+    if name.startswith(("model.visual.", "model.language_model.")):  # those of Qwen3-VL are the same
+        return name
     if name.startswith("visual."):
         return f"model.{name}"
     return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
@@ -55,7 +57,8 @@ def new_name(name):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_those_of_from_pretrained(tmp_path, family, tie, rename, files):
     made = build_tiny_model(tmp_path / "made", family, tie=tie)
-    assert any(name.startswith("visual.") for name in load_file(made / "model.safetensors")), "the hub's own names"
+    stem = "model.visual." if family == "qwen3_vl" else "visual."
+    assert any(name.startswith(stem) for name in load_file(made / "model.safetensors")), "the hub's own names"
     folder = rewritten(made, tmp_path / "folder", rename, files)
     policy, naive, tokenizer = load_pair(folder)
     assert (policy.model.lm_head.weight is policy.model.get_input_embeddings().weight) == tie

@@ -11,7 +11,7 @@ from PIL import Image
 from video_helpers import SMALL, make_video
 
 import video.cache
-from demo.tiny import build_tiny_model
+from grpo.families import load_family
 from video.cache import FrameCache
 from video.formats import Clip, Sample
 from video.frames import VideoError, VideoSettings, read_video
@@ -32,9 +32,9 @@ def test_a_second_reading_gives_the_same_frames_without_decoding(tmp_path, decod
     path, cache = make_video(tmp_path / "v.mp4", frames=20, height=60, width=90), FrameCache(tmp_path / "cache")
     first, second = cache.read(path, SMALL, FACTOR), FrameCache(tmp_path / "cache").read(path, SMALL, FACTOR)
     assert decoded == [path]
-    plain, rate = read_video(path, SMALL, FACTOR)
-    for frames, own_rate in (first, second):
-        assert torch.equal(frames, plain) and frames.dtype == torch.uint8 and own_rate == rate
+    plain, picked = read_video(path, SMALL, FACTOR)
+    for frames, told in (first, second):
+        assert torch.equal(frames, plain) and frames.dtype == torch.uint8 and told == picked
     second[0][0] = 0  # the caller may write into it
     assert torch.equal(cache.read(path, SMALL, FACTOR)[0], plain)
 
@@ -76,9 +76,10 @@ def flipped(whole, place):
 DAMAGE = {
     "cut": lambda whole: whole[: len(whole) // 2],
     "length of the header": lambda whole: flipped(whole, 0),
-    "a name": lambda whole: flipped(whole, whole.index(b"rate")),
+    "a name": lambda whole: flipped(whole, whole.index(b"rates")),
     "a type": lambda whole: whole.replace(b'"F64"', b'"I64"'),
     "the rate": lambda whole: flipped(whole, whole.index(struct.pack("<d", 2.0)) + 7),
+    "the numbers": lambda whole: flipped(whole, whole.index(struct.pack("<3q", 5, 6, 7))),
     "a pixel": lambda whole: flipped(whole, len(whole) // 2),
     "the checksum": lambda whole: flipped(whole, len(whole) - 1),
     "zeros": lambda whole: bytes(4),
@@ -90,7 +91,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", [*DAMAGE, "folder"])
 def test_a_damaged_entry_is_a_miss(tmp_path, decoded, damage):
     path, cache = make_video(tmp_path / "v.mp4"), FrameCache(tmp_path / "cache")
-    plain, rate = cache.read(path, SMALL, FACTOR)
+    plain, picked = cache.read(path, SMALL, FACTOR)
     entry = cache.entry(path, SMALL, FACTOR, Clip())
     whole = entry.read_bytes()
     if damage == "folder":
@@ -105,7 +106,7 @@ def test_a_damaged_entry_is_a_miss(tmp_path, decoded, damage):
                 again, told = cache.read(path, SMALL, FACTOR)
         else:
             again, told = cache.read(path, SMALL, FACTOR)
-        assert torch.equal(again, plain) and told == rate
+        assert torch.equal(again, plain) and told == picked
     assert len(decoded) == 2  # and replaced by the new reading
 
 
@@ -189,16 +190,18 @@ def test_processes_that_share_a_small_cache_all_read_what_they_should(tmp_path):
         assert torch.equal(cached, read_video(path, SMALL, FACTOR)[0])
 
 
-def test_prompts_are_the_same_with_a_cache(tmp_path, decoded):
-    folder = str(build_tiny_model(tmp_path / "tiny"))
+def test_prompts_are_the_same_with_a_cache(checkpoints, tmp_path, decoded):
+    """Of the family whose prompts tell the times of frames."""
+    folder, family = str(checkpoints["qwen3_vl"]), load_family("qwen3_vl")
     videos = (make_video(tmp_path / "a.mp4"), make_video(tmp_path / "b.mp4", frames=40, height=64, width=96, fps=10))
     sample = Sample("d:1", "What?", "A", videos=videos, clips=(Clip(), Clip(1.0, 3.0)))
-    plain = PromptEncoder(folder, SMALL)(sample)
-    encoder = PromptEncoder(folder, SMALL, cache=FrameCache(tmp_path / "cache"))
+    plain = PromptEncoder(folder, SMALL, video_text=family)(sample)
+    encoder = PromptEncoder(folder, SMALL, cache=FrameCache(tmp_path / "cache"), video_text=family)
     encoder(sample)
     count = len(decoded)
     for control in (None, "reversed"):
         prompt = encoder(sample, control)
         same = torch.equal(prompt.pixel_values_videos, plain.pixel_values_videos)
         assert same == (control is None) and prompt.seconds_per_grid == plain.seconds_per_grid
+        assert prompt.frame_times == plain.frame_times and torch.equal(prompt.input_ids, plain.input_ids)
     assert count == 2 == len(decoded)

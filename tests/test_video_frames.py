@@ -137,11 +137,15 @@ def test_read_video_equals_qwen_vl_utils(by_decord, tmp_path, frames, height, wi
 
 def check_against(oracle, element, settings):
     """Our frames of a video, or of a clip of it, after comparing them with those of a whole fetch_video."""
-    expected, expected_fps = oracle.fetch_video(element, return_video_sample_fps=True)
+    (expected, told), expected_fps = oracle.fetch_video(
+        element, return_video_sample_fps=True, return_video_metadata=True
+    )
     clip = Clip(element.get("video_start"), element.get("video_end"))
-    ours, sample_fps = read_video(element["video"], settings, FACTOR, clip)
+    ours, picked = read_video(element["video"], settings, FACTOR, clip)
     assert ours.dtype == torch.uint8 and ours.shape == expected.shape
-    assert sample_fps == pytest.approx(expected_fps, rel=1e-6)
+    assert picked.rate == pytest.approx(expected_fps, rel=1e-6)
+    assert picked.numbers == told["frames_indices"] and picked.fps == pytest.approx(told["fps"], rel=1e-6)
+    assert picked.times == [number / picked.fps for number in picked.numbers]
     assert (ours.float() - expected).abs().max() <= 1  # another FFmpeg converts colours
     return ours
 
@@ -214,8 +218,9 @@ def test_a_folder_of_frames_equals_a_list_of_frames_in_qwen_vl_utils(oracle, tmp
     files = frame_files(folder)
     assert [file.rsplit("_")[-1] for file in files] == [f"{n}.png" for n in range(12)]
     expected, rate = oracle.fetch_video({"video": files} | LOW, return_video_sample_fps=True)
-    ours, own_rate = read_video(folder, VideoSettings(**LOW), FACTOR)
-    assert torch.equal(ours.float(), expected.float()) and own_rate == rate == 2.0
+    ours, picked = read_video(folder, VideoSettings(**LOW), FACTOR)
+    assert torch.equal(ours.float(), expected.float()) and picked.rate == rate == picked.fps == 2.0
+    assert picked.numbers == list(range(12))
     assert probe(folder) == (12, 2.0, 112, 168)
     small = VideoSettings(min_pixels=784, max_pixels=4 * 784)
     resized = read_video(folder, small, FACTOR)[0]
@@ -226,8 +231,9 @@ def test_a_folder_of_frames_equals_a_list_of_frames_in_qwen_vl_utils(oracle, tmp
 def test_a_folder_of_frames_is_sampled_and_clipped_like_a_video(tmp_path):
     folder = make_folder(tmp_path / "frames", 30)
     whole, _ = read_video(folder, VideoSettings(nframes=30, **LOW), FACTOR)
-    ours, rate = read_video(folder, VideoSettings(nframes=4, **LOW), FACTOR, Clip(2.0, 5.0, fps=3.0))
-    assert torch.equal(ours, whole[[6, 9, 12, 15]]) and rate == pytest.approx(4 / 10 * 3)
+    ours, picked = read_video(folder, VideoSettings(nframes=4, **LOW), FACTOR, Clip(2.0, 5.0, fps=3.0))
+    assert torch.equal(ours, whole[[6, 9, 12, 15]]) and picked.rate == pytest.approx(4 / 10 * 3)
+    assert picked.numbers == [6, 9, 12, 15] and picked.times == [2.0, 3.0, 4.0, 5.0]
     odd, _ = read_video(make_folder(tmp_path / "odd", 7), VideoSettings(**LOW), FACTOR)
     assert len(odd) == 6  # none is repeated
 

@@ -15,9 +15,10 @@ from safetensors.torch import load, save
 from video import frames
 from video.files import write_bytes
 from video.formats import WHOLE, Clip, DataError
+from video.frames import Picked
 from video.settings import VideoSettings
 
-VERSION = 4  # of what is stored; raise it when frames are picked or resized in another way
+VERSION = 5  # of what is stored; raise it when frames are picked or resized in another way
 SUFFIX = ".frames"  # of an entry: safetensors, and the crc32 of its bytes in the last four
 KEEP = 0.9  # of the limit is left after evicting
 SCANS_PER_LIMIT = 256  # how often the folder's size is measured while a limit's worth of frames is written
@@ -42,8 +43,8 @@ class FrameCache:
         except OSError as error:
             raise DataError(f"--frame_cache {folder}: cannot be written to ({error.strerror})") from error
 
-    def read(self, path: str, settings: VideoSettings, factor: int, clip: Clip = WHOLE) -> tuple[torch.Tensor, float]:
-        """(frames uint8 (T, 3, H, W), their rate), as `frames.read_video`; raises VideoError as that does."""
+    def read(self, path: str, settings: VideoSettings, factor: int, clip: Clip = WHOLE) -> tuple[torch.Tensor, Picked]:
+        """As `frames.read_video`; raises VideoError as that does."""
         entry = self.entry(path, settings, factor, clip)
         if entry and (found := _load(entry)):
             return found
@@ -66,13 +67,14 @@ class FrameCache:
         text = repr((VERSION, identity, settings, factor, clip))
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}{SUFFIX}"
 
-    def _store(self, entry: Path, pixels: torch.Tensor, rate: float) -> None:
+    def _store(self, entry: Path, pixels: torch.Tensor, picked: Picked) -> None:
         size = pixels.numel()
         if self._unmeasured + size > self.limit / SCANS_PER_LIMIT:
             self._evict(size)
             self._unmeasured = 0
         self._unmeasured += size
-        stored = save({"frames": pixels.contiguous(), "rate": torch.tensor(rate, dtype=torch.float64)})
+        rates = torch.tensor([picked.rate, picked.fps], dtype=torch.float64)
+        stored = save({"frames": pixels.contiguous(), "numbers": torch.tensor(picked.numbers), "rates": rates})
         write_bytes(entry, stored + _checksum(stored), aside=self.folder / f"{uuid.uuid4().hex}.tmp", sync=False)
 
     def _evict(self, coming: int) -> None:
@@ -95,7 +97,7 @@ class FrameCache:
                 total -= size
 
 
-def _load(entry: Path) -> tuple[torch.Tensor, float] | None:
+def _load(entry: Path) -> tuple[torch.Tensor, Picked] | None:
     """What `entry` holds, marked as just used; None if it is missing or damaged."""
     try:
         whole = entry.read_bytes()  # in one go: another process may remove it at any time
@@ -105,7 +107,7 @@ def _load(entry: Path) -> tuple[torch.Tensor, float] | None:
     if whole[-4:] != _checksum(whole[:-4]):
         return None
     stored = load(whole[:-4])
-    return stored["frames"], stored["rate"].item()
+    return stored["frames"], Picked(stored["numbers"].tolist(), *stored["rates"].tolist())
 
 
 def _checksum(stored: bytes) -> bytes:

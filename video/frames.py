@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import accumulate, chain
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -52,6 +53,19 @@ SKIP_CODECS = ("h264", "hevc")  # frames that no other is predicted from can be 
 CONTEXT_TOKENS = 128_000  # qwen-vl-utils' budget of a whole video is 90% of this, in merged patches
 
 Numbered = Iterator[tuple[int | None, av.VideoFrame]]  # frames as they are decoded, each after its number if known
+
+
+class Picked(NamedTuple):
+    """Which frames of a video are taken."""
+
+    numbers: list[int]  # of each frame in the video, from 0
+    rate: float  # how many are taken of a second of video
+    fps: float  # how many the video has
+
+    @property
+    def times(self) -> list[float]:
+        """The seconds at which the frames are shown, counted from the start of the video, not of the clip."""
+        return [number / self.fps for number in self.numbers]
 
 
 class SampleError(ValueError):
@@ -140,18 +154,16 @@ def clip_range(total_frames: int, video_fps: float, clip: Clip) -> tuple[int, in
     return first, last
 
 
-def pick_frames(
-    total_frames: int, video_fps: float, settings: VideoSettings, clip: Clip = WHOLE
-) -> tuple[list[int], float]:
-    """(numbers of the frames to take, how many of them there are per second). Raises ValueError if no frames fit.
+def pick_frames(total_frames: int, video_fps: float, settings: VideoSettings, clip: Clip = WHOLE) -> Picked:
+    """The frames to take. Raises ValueError if no frames fit.
 
-    in: 90 frames at 30 per second, settings of 2 fps; out: [0, 18, 36, 53, 71, 89], 2.0
+    in: 90 frames at 30 per second, settings of 2 fps; out: Picked([0, 18, 36, 53, 71, 89], rate=2.0, fps=30.0)
     """
     if not (total_frames > 0 and 0 < video_fps < math.inf):
         raise ValueError(f"its header gives {total_frames} frames at {video_fps} per second")
     first, last = clip_range(total_frames, video_fps, clip)
     count = frame_count(last - first + 1, video_fps, settings)
-    return frame_indices(first, last, count), count / (last - first + 1) * video_fps
+    return Picked(frame_indices(first, last, count), count / (last - first + 1) * video_fps, video_fps)
 
 
 def frame_indices(first: int, last: int, count: int) -> list[int]:
@@ -220,15 +232,13 @@ def _probe(path: str, *_) -> tuple[int, float, int, int]:
     return frames, fps, height, width
 
 
-def plan_frames(
-    path: str, settings: VideoSettings, factor: int, clip: Clip = WHOLE
-) -> tuple[list[int], float, tuple[int, int]]:
-    """(numbers of the frames that `read_video` takes, how many there are per second, their height and width), from the
-    metadata alone. A header may be wrong about the number of frames. Raises VideoError."""
+def plan_frames(path: str, settings: VideoSettings, factor: int, clip: Clip = WHOLE) -> tuple[Picked, tuple[int, int]]:
+    """(the frames that `read_video` takes, their height and width), from the metadata alone. A header may be wrong
+    about the number of frames. Raises VideoError."""
     total, fps, height, width = probe(path, clip)
     with blamed(path):
-        indices, rate = pick_frames(total, fps, settings, clip)
-        return indices, rate, frame_size(height, width, len(indices), settings, factor)
+        picked = pick_frames(total, fps, settings, clip)
+        return picked, frame_size(height, width, len(picked.numbers), settings, factor)
 
 
 def frame_files(folder: str) -> list[str]:
@@ -240,8 +250,8 @@ def frame_files(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in sorted(names, key=parts.get)]
 
 
-def read_video(path: str, settings: VideoSettings, factor: int, clip: Clip = WHOLE) -> tuple[torch.Tensor, float]:
-    """(picked frames, uint8 (T, 3, H, W) resized; how many of them there are per second of video).
+def read_video(path: str, settings: VideoSettings, factor: int, clip: Clip = WHOLE) -> tuple[torch.Tensor, Picked]:
+    """(frames, uint8 (T, 3, H, W) resized; which frames of the video they are).
 
     `factor` is the model's patch size x merge size: H and W are multiples of it. Raises VideoError.
     """
@@ -345,13 +355,13 @@ class _Packets:
         return needed
 
 
-def _read_file(path: str, settings: VideoSettings, factor: int, clip: Clip) -> tuple[torch.Tensor, float]:
+def _read_file(path: str, settings: VideoSettings, factor: int, clip: Clip) -> tuple[torch.Tensor, Picked]:
     """As `read_video`. Decodes what the picked frames need, or all up to the last if that is not known for sure."""
     with _opened(path, "cannot be decoded: ") as (container, stream):
         packets = _Packets(container, stream)
     _check_whole(path, packets.count, packets.told)
-    indices, rate = pick_frames(packets.count, packets.fps, settings, clip)
-    found = {}
+    picked = pick_frames(packets.count, packets.fps, settings, clip)
+    indices, found = picked.numbers, {}
     if packets.numbers:
         with suppress(VideoError):  # damaged, or not as its packets say: then all is decoded, which decides
             found, _ = _take(_decode_needed(path, packets, indices), indices, settings, factor)
@@ -360,11 +370,12 @@ def _read_file(path: str, settings: VideoSettings, factor: int, clip: Clip) -> t
         found, count = _take(_decode_all(path), indices, settings, factor, to_end)
         if count <= indices[-1] or to_end and count != packets.count:  # a packet need not be a frame in every codec
             _check_whole(path, count, packets.told)
-            indices, rate = pick_frames(count, packets.fps, settings, clip)
+            picked = pick_frames(count, packets.fps, settings, clip)
+            indices = picked.numbers
             found, _ = _take(_decode_all(path), indices, settings, factor)
     if missing := len(indices) - len(found):
         raise VideoError(path, f"cannot be decoded: {missing} of the {len(indices)} frames chosen are damaged")
-    return torch.cat([found[index] for index in indices]), rate
+    return torch.cat([found[index] for index in indices]), picked
 
 
 def _decode_all(path: str) -> Numbered:
@@ -426,16 +437,16 @@ def _take(
     return found, seen
 
 
-def _read_folder(path: str, settings: VideoSettings, factor: int, clip: Clip) -> tuple[torch.Tensor, float]:
+def _read_folder(path: str, settings: VideoSettings, factor: int, clip: Clip) -> tuple[torch.Tensor, Picked]:
     """As `read_video`, of a folder of frames; PIL resizes them as it does images, as qwen-vl-utils does with a list."""
-    indices, rate, size = plan_frames(path, settings, factor, clip)
+    picked, size = plan_frames(path, settings, factor, clip)
     files, frames, (*_, height, width) = frame_files(path), [], probe(path, clip)
-    for file in (files[index] for index in indices):
+    for file in (files[number] for number in picked.numbers):
         with _open_image(file) as image:
             if image.size != (width, height):
                 raise VideoError(path, f"{os.path.basename(file)} is {image.size}, the first frame {(width, height)}")
             frames.append(_pixels(file, image, size))
-    return torch.stack(frames), rate
+    return torch.stack(frames), picked
 
 
 @contextmanager

@@ -7,6 +7,7 @@ killed at any moment, by the system for its memory or by a decoder's crash, can 
 import multiprocessing
 import multiprocessing.resource_tracker
 import queue
+import re
 import signal
 import sys
 import threading
@@ -15,17 +16,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing.connection import Connection, wait
 
-# imported once, by the server that processes are forked from: a replaced process then starts in a fraction of a second
-PRELOAD = (
-    "torch",
-    "torchvision.transforms.functional",
-    "video.prompt",
-    "transformers.models.qwen2_vl.processing_qwen2_vl",
-    "transformers.models.qwen2_vl.video_processing_qwen2_vl",
-    "transformers.models.qwen2_vl.image_processing_qwen2_vl",
-    "transformers.models.qwen2_5_vl.processing_qwen2_5_vl",
-    "transformers.models.qwen2.tokenization_qwen2",
-)
+# Imported once, by the server that processes are forked from: a replaced process then starts in a fraction of a second.
+# The modules of a processor are those that this process has loaded.
+PRELOAD = ("torch", "torchvision.transforms.functional", "video.prompt")
+OF_PROCESSORS = re.compile(r"transformers\.models\.\w+\.((image_|video_)?processing|tokenization)_\w+")
 SLOW_SECONDS = 60.0  # a start that lasts says so each time that these have passed
 START_SECONDS = 600.0  # imports on a busy machine; then the process counts as one that does not start
 STARTS = 3  # attempts, one after the other, before a call fails because no process starts
@@ -53,7 +47,7 @@ class WorkerPool:
         self.tasks = queue.SimpleQueue()  # (Future, arguments) of each call, None for the end
         # a forked server inherits no thread, lock or CUDA state of the trainer, as a fork of the trainer would
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(list(PRELOAD))
+        self.context.set_forkserver_preload([*PRELOAD, *filter(OF_PROCESSORS.fullmatch, sys.modules)])
         self._workers = [_Worker(self) for _ in range(count)]
 
     def submit(self, *args) -> Future:

@@ -45,6 +45,7 @@ class Prompt:
     pixel_values_videos: torch.Tensor | None  # (patches of all videos, 1176) float32
     video_grid_thw: torch.Tensor | None  # (videos, 3) int64
     seconds_per_grid: list[float]  # one a video: seconds between two time steps; Qwen2.5-VL's time scale
+    frame_times: list[list[float]] = field(default_factory=list)  # of each video, its frames' seconds; Qwen3-VL's text
 
     # Tensors go from process to process as numpy arrays, by value: torch would share memory through file descriptors,
     # which run out, and which die with a worker that is killed.
@@ -143,7 +144,8 @@ class PromptEncoder:
 
     It is pickled into worker processes, and each of them loads the processor again from `processor_path`, a folder or
     hub name. `template` holds "{problem}", where the question goes, and may hold "{answer_form}", which becomes that of
-    the question's type in `forms`. `cache` keeps the frames of videos on disk.
+    the question's type in `forms`. `cache` keeps the frames of videos on disk. `video_text`: how the model's family
+    writes a video into the prompt.
     """
 
     def __init__(
@@ -154,9 +156,11 @@ class PromptEncoder:
         max_prompt_tokens: int = 8192,
         cache: FrameCache | None = None,
         forms: dict[str, str] = FORMS,
+        video_text: VideoText = VideoText(),
     ):
-        self._arguments = str(processor_path), settings, template, max_prompt_tokens, cache, forms
+        self._arguments = str(processor_path), settings, template, max_prompt_tokens, cache, forms, video_text
         self.settings, self.template, self.max_prompt_tokens, self.forms = settings, template, max_prompt_tokens, forms
+        self.video_text = video_text
         self.read_video = cache.read if cache else read_video
         self.processor = load_processor(str(processor_path))
         self.video_processor = self.processor.video_processor
@@ -180,17 +184,18 @@ class PromptEncoder:
         SampleError for a question that holds the model's special tokens.
         """
         # 1) The length, from file headers
-        ids = self.text_ids(sample)
-        self._check_length(sample, len(ids) - len(sample.media) + self.planned_tokens(sample))
+        text = self.text(sample)
+        image_grid, video_grid, times = self.plan(sample)
+        self.expand(sample, self.text_ids(text, times), image_grid, video_grid)
         # 2) Pixels
         images = [read_image(path, self.settings, self.factor) for path in sample.images]
         if control == "blank":
             images = [torch.full_like(image, GREY) for image in images]
-        videos, rates = [], []
+        videos, picked = [], []
         for number, (path, clip) in enumerate(with_clips(sample)):
-            frames, rate = self.read_video(path, self.settings, self.factor, clip)
+            frames, own = self.read_video(path, self.settings, self.factor, clip)
             videos.append(FRAME_CONTROLS[control](frames, f"{sample.key}/{number}") if control else frames)
-            rates.append(rate)
+            picked.append(own)
         # 3) Patches
         inputs, same = {}, {"do_resize": False, "return_tensors": "pt"}
         if images:
@@ -198,24 +203,27 @@ class PromptEncoder:
         if videos:
             inputs |= self.video_processor(videos=videos, do_sample_frames=False, **same)
         image_grid, video_grid = inputs.get("image_grid_thw"), inputs.get("video_grid_thw")
+        times = [own.times for own in picked]  # a header may lie about the frames, so the planned ones do not do
         return Prompt(
             sample=sample,
-            input_ids=self.expand(sample, ids, image_grid, video_grid),
+            input_ids=self.expand(sample, self.text_ids(text, times), image_grid, video_grid),
             pixel_values=inputs.get("pixel_values"),
             image_grid_thw=image_grid,
             pixel_values_videos=inputs.get("pixel_values_videos"),
             video_grid_thw=video_grid,
-            seconds_per_grid=[self.video_processor.temporal_patch_size / rate for rate in rates],
+            seconds_per_grid=[self.video_processor.temporal_patch_size / own.rate for own in picked],
+            frame_times=times,
         )
 
-    def text_ids(self, sample: Sample) -> list[int]:
-        """The token ids of `text`: one placeholder for each image and video."""
-        return self.processor.tokenizer(self.text(sample), add_special_tokens=False)["input_ids"]
+    def text_ids(self, text: str, times: list[list[float]]) -> list[int]:
+        """The token ids of a `text`: one placeholder for each image and each run of a video. times: see `VideoText`."""
+        marked = self.video_text.mark_videos(text, times)
+        return self.processor.tokenizer(marked, add_special_tokens=False)["input_ids"]
 
     def expand(
         self, sample: Sample, ids: list[int], image_grid: torch.Tensor | None, video_grid: torch.Tensor | None
     ) -> torch.Tensor:
-        """(P,) int64: `ids` of `text_ids`, with each placeholder repeated for each merged patch of its image or video.
+        """(P,) int64: `ids` of `text_ids`, with each placeholder repeated for each merged patch of its image or run.
 
         in: ids [5, video, 7], a video_grid of one video of 1 x 4 x 4 patches, of which 2 x 2 are merged
         out: [5, video, video, video, video, 7]
@@ -224,6 +232,8 @@ class PromptEncoder:
         """
         processor, tokens = self.processor, torch.tensor(ids)
         repeats = torch.ones_like(tokens)
+        if video_grid is not None:
+            video_grid = torch.tensor([run for grid in video_grid.tolist() for run in self.video_text.span_grids(grid)])
         for token, grid, cut in (
             (processor.image_token, image_grid, processor.image_processor),
             (processor.video_token, video_grid, processor.video_processor),
@@ -243,13 +253,25 @@ class PromptEncoder:
         question = self.template.replace("{answer_form}", form).replace("{problem}", problem)
         return chat_text(self.processor, question, len(sample.images), len(sample.videos))
 
+    def plan(self, sample: Sample) -> tuple[torch.Tensor | None, torch.Tensor | None, list[list[float]]]:
+        """(grids of the images, grids of the videos, times of each video's frames) by arithmetic on file headers: no
+        frame is decoded."""
+        patch, steps_of = self.video_processor.patch_size, self.video_processor.temporal_patch_size
+        images = [(1, *image_size(path, self.settings, self.factor)) for path in sample.images]
+        plans = [plan_frames(path, self.settings, self.factor, clip) for path, clip in with_clips(sample)]
+        videos = [(-(-len(picked.numbers) // steps_of), *size) for picked, size in plans]
+        grids = [
+            torch.tensor([(steps, height // patch, width // patch) for steps, height, width in shapes])
+            if shapes
+            else None
+            for shapes in (images, videos)
+        ]
+        return *grids, [picked.times for picked, _ in plans]
+
     def planned_tokens(self, sample: Sample) -> int:
-        """Vision tokens of `sample` by arithmetic on file headers: no frame is decoded."""
-        shapes = [(1, *image_size(path, self.settings, self.factor)) for path in sample.images]
-        for path, clip in with_clips(sample):
-            indices, _, size = plan_frames(path, self.settings, self.factor, clip)
-            shapes.append((-(-len(indices) // self.video_processor.temporal_patch_size), *size))
-        return sum(steps * (height // self.factor) * (width // self.factor) for steps, height, width in shapes)
+        """Vision tokens of `sample` by arithmetic on file headers."""
+        grids = [grid for grid in self.plan(sample)[:2] if grid is not None]
+        return sum(int(grid.prod(dim=1).sum()) for grid in grids) // self.video_processor.merge_size**2
 
     def _check_length(self, sample: Sample, length: int) -> None:
         if length > self.max_prompt_tokens:

@@ -143,7 +143,8 @@ def _ask(encoder, first, sample):
     if first.sample.key == sample.key:
         return first
     try:
-        ids = encoder.expand(sample, encoder.text_ids(sample), first.image_grid_thw, first.video_grid_thw)
+        ids = encoder.text_ids(encoder.text(sample), first.frame_times)
+        ids = encoder.expand(sample, ids, first.image_grid_thw, first.video_grid_thw)
     except SampleError as error:
         return Skipped(sample.key, error.path, error.reason)
     return replace(first, sample=sample, input_ids=ids)

@@ -6,7 +6,8 @@ A family keeps no state: each hook is a function of its arguments. It is pickled
 from collections.abc import Callable, Iterator
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -32,6 +33,7 @@ class Family(VideoText):
 
     # What the decoder takes as attention_mask and then builds no mask: `grpo.attention` needs none.
     no_mask: dict | None = {"full_attention": None}
+    mrope_section = [16, 24, 24]  # of transformers' class if config.json has none
     step_tokens = 0  # tokens of a prompt beside the placeholders, for each time step of a video; for --plan
     # A model that one CPU core trains, for demo and tests: fields of config.json that differ from `demo.tiny`'s.
     tiny_text: dict = {"use_sliding_window": False}
@@ -39,13 +41,13 @@ class Family(VideoText):
     tiny_corpus = ""  # what its prompts hold beside questions, for the tokenizer to learn
 
     @property
-    def model_class(self) -> type[PreTrainedModel]:
+    def model_class(self) -> type[nn.Module]:
         """transformers' class. A property, so that the processes that decode videos need not import it."""
         raise NotImplementedError
 
     # The tower, the decoder and what goes from one to the other
 
-    def vision_features(self, model: PreTrainedModel, pixels: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+    def vision_features(self, model: nn.Module, pixels: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
         """pixels (patches, values of a patch), grids (n, 3) of images and videos, which the tower does not tell apart
         -> (merged tokens, `feature_width`)."""
         return torch.cat(model.get_image_features(pixels, grids, return_dict=True).pooler_output)
@@ -68,6 +70,10 @@ class Family(VideoText):
 
     # Counts for --plan
 
+    def head_size(self, text: PreTrainedConfig) -> int:
+        """Numbers of one head of the decoder's attention."""
+        return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
     def tower_sizes(self, vision: PreTrainedConfig) -> tuple[int, int]:
         """(width of a block of the tower, width inside its MLP)."""
         return vision.hidden_size, vision.intermediate_size
@@ -80,26 +86,32 @@ class Family(VideoText):
         # More layers are a slip, and would be built for hours.
         yield "text_config.num_hidden_layers vision_config.depth", "from 1 to 1000", lambda n: 1 <= n <= 1000
         text, vision = config.text_config, config.vision_config
-        size, heads, width = text.hidden_size, text.num_attention_heads, self.tower_sizes(vision)[0]
-        yield "text_config.num_attention_heads", "a divisor of hidden_size / 2", lambda n: size % (2 * n) == 0
+        heads, width = text.num_attention_heads, self.tower_sizes(vision)[0]
+        yield from self.head_rules(text)
         yield "text_config.num_key_value_heads", "a divisor of num_attention_heads", lambda n: heads % n == 0
         yield "vision_config.num_heads", f"a divisor of {width} / 4", lambda n: width % (4 * n) == 0
         acts = "text_config.hidden_act vision_config.hidden_act"
         yield acts, "an activation that transformers has", lambda name: name in ACT2FN
-        yield from self.rope_rules(size // heads // 2, [16, 24, 24])
+        yield from self.rope_rules(text)
         yield TOKENS, f"from 0 to {text.vocab_size - 1}", lambda token: 0 <= token < text.vocab_size
+        layers = getattr(text, "layer_types", None) or ()
         # What follows could be built, but not trained: with dropout, say, the scorer would disagree with the sampler.
         yield "text_config.attention_dropout", "0", lambda share: share == 0
-        yield "text_config.use_sliding_window", "false", lambda _: "sliding_attention" not in text.layer_types
+        yield "text_config.use_sliding_window", "false", lambda _: "sliding_attention" not in layers
         quantised = "quantization_config text_config.quantization_config"
         yield quantised, "absent (take the model in bf16, not a quantised one)", lambda value: value is None
 
-    def rope_rules(self, half: int, default: list[int]) -> Iterator[Rule]:
-        """The rules for rotary positions; half: of a head's size; default: mrope_section if config.json has none."""
-        rope, types = "text_config.rope_parameters", ("default", *ROPE_INIT_FUNCTIONS)
+    def head_rules(self, text: PreTrainedConfig) -> Iterator[Rule]:
+        """The rules for the size of a head."""
+        size = text.hidden_size
+        yield "text_config.num_attention_heads", "a divisor of hidden_size / 2", lambda n: size % (2 * n) == 0
+
+    def rope_rules(self, text: PreTrainedConfig) -> Iterator[Rule]:
+        """The rules for rotary positions."""
+        rope, types, half = "text_config.rope_parameters", ("default", *ROPE_INIT_FUNCTIONS), self.head_size(text) // 2
 
         def has_sections(value):
-            sections = value.get("mrope_section", default)
+            sections = value.get("mrope_section", self.mrope_section)
             whole = isinstance(sections, list) and all(type(n) is int and n >= 0 for n in sections)
             return whole and len(sections) == 3 and sum(sections) == half
 

@@ -14,7 +14,7 @@ from grpo.engine.checkpoint import Saver, load_state, note_if_best
 from grpo.engine.distributed import barrier, gather, is_main, rank, reduce_sum, world_size
 from grpo.engine.evaluate import EvalSettings, Progress, category_of, predict, summarise
 from grpo.engine.fast_paths import choose_fast_paths
-from grpo.engine.model_files import read_processor
+from grpo.engine.model_files import read_family, read_processor
 from grpo.errors import ConfigError, RunError, Stopped
 from grpo.run.data import digest, draw_samples, read_questions, steps_of
 from grpo.run.folder import clear_run, data_before, find_checkpoint, made_before
@@ -34,12 +34,11 @@ def make_encoder(config, template=None, path=None):
     Raises ConfigError if the template holds special tokens.
     """
     cache = FrameCache(config.frame_cache, config.frame_cache_gb) if config.frame_cache else None
-    template = template or config.prompt_template
+    template, path = template or config.prompt_template, path or config.model
+    settings, family = config.video_settings(), read_family(path)
     try:
-        return PromptEncoder(
-            path or config.model, config.video_settings(), template, config.max_prompt_tokens, cache,
-            parse_forms(config.answer_form),
-        )  # fmt: skip
+        forms = parse_forms(config.answer_form)
+        return PromptEncoder(path, settings, template, config.max_prompt_tokens, cache, forms, family)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
