@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ALGORITHM = ("advantage", "attention", "batch", "loss", "policy", "positions", "rollout", "sampler", "update")
 EVERYTHING = "all but tests and bench"
 # What there is, and room for a small change: one that needs more says why here. The published variants took ring 1
-# from 677 to 817.
-LIMITS = {"ring 1": 860, "ring 2": 1110, "ring 3": 1280, EVERYTHING: 6150}
+# from 677 to 817, families of models with Qwen3-VL ring 2 from 1,087 to 1,255, grounded answers, their formats,
+# benchmarks and demo all from 6,014 to 6,410.
+LIMITS = {"ring 1": 860, "ring 2": 1270, "ring 3": 1310, EVERYTHING: 6620}
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
