@@ -1,17 +1,15 @@
-"""A demo's inputs: a tiny Qwen2-VL of random weights and a procedural set of mp4 questions."""
+"""The demo's inputs: a tiny Qwen2-VL of random weights and a procedural set of mp4 questions."""
 
 import json
 import os
 import tempfile
 from pathlib import Path
 
-from demo.grounding import GroundingSpec
 from demo.synthetic import DemoSpec, make_demo_set
 from demo.tiny import CHAT_WORDS, build_tiny_model
-from grpo.config import Config, demo_makes, demo_of, preset_values
+from grpo.config import Config, demo_makes, preset_values
 from video.dataset import split_spec
 
-SPECS = {"demo": DemoSpec, "demo-grounding": GroundingSpec}  # by preset
 MARK = "demo.json"  # in a model folder that this file made and may make again
 VISION = {"patch_std": 0.03}
 
@@ -23,11 +21,10 @@ def build_demo(config: Config) -> None:
     this function did not make, belong to the user and stay as they are.
     """
     asked = {config.model, *(path for path, _ in map(split_spec, config.data)), config.eval_data, config.sft_data}
-    if not asked & demo_makes(config.preset, config.seed):
+    if not asked & demo_makes(config.seed):
         return
-    name = demo_of(config.preset)
-    paths = preset_values(name, config.seed)
-    data = make_demo_set(Path(paths["eval_data"]).parent, SPECS[name](seed=config.seed))
+    paths = preset_values("demo", config.seed)
+    data = make_demo_set(Path(paths["eval_data"]).parent, DemoSpec(seed=config.seed))
     model, mark = Path(paths["model"]), json.dumps({"seed": config.seed, "vision": VISION})
     if config.model != str(model) or model.exists() and not (model / MARK).exists():
         return

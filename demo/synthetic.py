@@ -53,11 +53,6 @@ class DemoSpec:
     val: int = 400  # held-out videos, half of which move
     warmup: int = 1536  # videos of the warm-up, half of which move
 
-    def clips(self, rng: np.random.Generator, part: str) -> Iterator[tuple[np.ndarray, list[dict]]]:
-        """Yields the frames of each video of a part, with its rows."""
-        for scene, rows in scenes_and_questions(rng, part, getattr(self, part)):
-            yield draw(scene), rows
-
 
 @dataclass(frozen=True)
 class Scene:
@@ -105,9 +100,9 @@ def write_part(folder: Path, part: str, number: int, spec: DemoSpec) -> None:
     """Writes the videos and the .jsonl file of one part; `number` tells its random numbers from other parts'."""
     rows, written, rng = [], [], np.random.default_rng([spec.seed, number])
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the encoder runs outside Python's lock
-        for index, (frames, questions) in enumerate(spec.clips(rng, part)):
+        for index, (scene, questions) in enumerate(scenes_and_questions(rng, part, getattr(spec, part))):
             video = f"videos/{part}_{index:05d}.mp4"
-            written.append(pool.submit(write_video, folder / video, frames, FPS))
+            written.append(pool.submit(write_video, folder / video, draw(scene), FPS))
             rows += [{**row, "video": video} for row in questions]
     for video in written:
         video.result()

@@ -199,25 +199,18 @@ with open(Path(__file__).with_name("presets.yaml"), encoding="utf-8") as file:
 
 
 def preset_values(preset, seed):
-    """{flag: value} of a preset. Each seed of a demo has a folder of its own, so that no demo touches the videos of
+    """{flag: value} of a preset. Each seed of the demo has a folder of its own, so that no demo touches the videos of
     another: runs/demo for the default seed, else runs/demo-seed-N."""
     values = PRESETS[preset]
-    if "demo" not in values or seed == Config.seed:
+    if preset != "demo" or seed == Config.seed:
         return values
-    move = lambda path: (
-        path.replace(f"runs/{preset}/", f"runs/{preset}-seed-{seed}/") if isinstance(path, str) else path
-    )
+    move = lambda path: path.replace("runs/demo/", f"runs/demo-seed-{seed}/") if isinstance(path, str) else path
     return {n: tuple(map(move, v)) if isinstance(v, tuple) else move(v) for n, v in values.items()}
 
 
-def demo_of(preset):
-    """The name of the demo that --demo builds with a preset: the preset itself, or "demo"."""
-    return preset if "demo" in PRESETS.get(preset, {}) else "demo"
-
-
-def demo_makes(preset, seed):
-    """The paths of the model and the data that --demo makes with a preset. What other paths hold is the user's."""
-    own = preset_values(demo_of(preset), seed)
+def demo_makes(seed):
+    """The paths of the model and the data that --demo makes. What other paths hold is the user's."""
+    own = preset_values("demo", seed)
     return {own["model"], *own["data"], own["eval_data"], own["sft_data"]}
 
 

@@ -2,18 +2,18 @@
 
 import json
 import math
+import random
 import re
 
 import pytest
 
 import train
-from demo.grounding import GroundingSpec
 from demo.synthetic import DemoSpec, make_demo_set
 from demo.tiny import build_tiny_model
 from grpo.config import PRESETS, Config, as_typed, check, check_combinations, load_config, parse_config, save_config
 from grpo.errors import ConfigError
 
-PUBLISHED = [name for name in PRESETS if "demo" not in PRESETS[name]]
+PUBLISHED = [name for name in PRESETS if name != "demo"]
 SIZES = {  # the only values of a preset that a small run changes, beside paths and steps
     "prompts_per_step": 4, "mini_batch_size": 1, "group_size": 4, "max_new_tokens": 16, "dynamic_sampling": 3,
     "max_frames": 4, "min_pixels": 784, "max_pixels": 784, "total_pixels": 3136,
@@ -93,7 +93,22 @@ def choices(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def moments(tmp_path_factory):
-    return make_demo_set(tmp_path_factory.mktemp("moments"), GroundingSpec(train=24, val=1, warmup=8))
+    """{part: file} of questions for a time; in the warm-up each is answered by four random spans."""
+    rng, root = random.Random(0), tmp_path_factory.mktemp("moments")
+    videos = make_demo_set(root, DemoSpec(train=24, val=2, warmup=8))
+    words = lambda: f"{rng.randrange(4) / 2} to {2 + rng.randrange(4) / 2}"
+    for part in ("train", "warmup"):
+        rows = [json.loads(line) for line in videos[part].read_text().splitlines()]
+        rows = [
+            {
+                "problem": "When is the shape on the left?", "solution": f"<answer>{words()}</answer>",
+                "problem_type": "temporal grounding", "duration": 4.0, "video": row["video"],
+                "completions": [f"<think>I see it .</think><answer>{words()}</answer>" for _ in range(4)],
+            }
+            for row in rows
+        ]  # fmt: skip
+        videos[part].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return videos
 
 
 @pytest.fixture(scope="module")

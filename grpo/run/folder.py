@@ -33,7 +33,7 @@ def check_inputs(config):
     if config.lora_rank and importlib.util.find_spec("peft") is None:
         raise ConfigError("--lora_rank needs peft: pip install peft")
     missing = []
-    made = demo_makes(config.preset, config.seed) if config.demo else set()
+    made = demo_makes(config.seed) if config.demo else set()
     absent = [path for path, _ in map(split_spec, config.data) if path not in made and not Path(path).is_file()]
     for path in absent[:1]:
         get = f"a relative path starts at {os.getcwd()}"
