@@ -103,7 +103,7 @@ def moments(tmp_path_factory):
             {
                 "problem": "When is the shape on the left?", "solution": f"<answer>{words()}</answer>",
                 "problem_type": "temporal grounding", "duration": 4.0, "video": row["video"],
-                "completions": [f"<think>I see it .</think><answer>{words()}</answer>" for _ in range(4)],
+                "completions": [f"<answer>{words()}</answer>" for _ in range(4)],
             }
             for row in rows
         ]  # fmt: skip
