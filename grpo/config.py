@@ -294,7 +294,7 @@ def add_flag(parser, item, default):
     """Adds the flag of a field of Config to a parser or a group of one; its help ends with `default` as it is typed."""
     limits, name = item.metadata, item.name
     value_type = next(t for t in (*typing.get_args(item.type), item.type) if t is not type(None))
-    text = limits["help"] if default is None else f"{limits['help']} [{as_typed(default)}]"
+    text = limits["help"] if default in (None, ()) else f"{limits['help']} [{as_typed(default)}]"
     options = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%"), "dest": name}
     choices = tuple(PRESETS) if name == "preset" else limits.get("choices")
     if value_type is bool:

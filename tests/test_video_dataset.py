@@ -232,7 +232,6 @@ BAD_FILES = {  # name: (content, message)
     "v.json": (b'{"v": {"sentences": ["a"], "timestamps": []}}', "v.json: 'v' must have as many timestamps as"),
     "o.json": (b'{"v": {"a": 1}}', "o.json: holds no array"),
     "d.xlsx": (b"PK", "d.xlsx: unsupported file type; use one of .jsonl, .jsonl.gz, .json, .parquet, .csv, .tsv"),
-    "rows": (b"{}", r"rows: unsupported file type"),
     "a.csv": (b"problem,solution,video\nWhat, now?,A,v.mp4\n", "a.csv:2: has 4 cells for 3 columns; quote a cell"),
     "b.csv": (b"problem,solution,video\nWhat?,A\n", "b.csv:2: has 2 cells for 3 columns"),
     "c.csv": (b"problem,,video\nWhat?,A,v.mp4\n", "c.csv:1: the first row must name each column"),

@@ -243,7 +243,7 @@ def _parquet(path: Path, flag: str) -> Iterator[tuple[int, dict]]:
         raise DataError(f"{flag} {path}: is not a parquet file ({str(error).splitlines()[0]})") from error
 
 
-# the end of a file's name -> what reads its rows
+# the end of a file's name -> what reads its rows; a name without a suffix is .jsonl
 READERS = {
     ".jsonl": _lines,
     ".jsonl.gz": _lines,
@@ -256,6 +256,8 @@ READERS = {
 
 
 def _reader(path: Path, flag: str) -> Callable:
+    if not path.suffix:
+        return _lines
     for suffix, reader in READERS.items():
         if path.name.endswith(suffix):
             return reader
