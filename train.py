@@ -1,4 +1,4 @@
-"""Trains Qwen2-VL or Qwen2.5-VL on video questions with GRPO.
+"""Trains Qwen2-VL, Qwen2.5-VL or Qwen3-VL on video questions with GRPO.
 
     python train.py --preset demo                                          a tiny model learns from mp4 files
     torchrun --nproc_per_node 4 train.py --data FILE --video_root FOLDER   Qwen2-VL-7B, as Open-R1-Video trains it

@@ -11,7 +11,6 @@ from grpo.config import Config, demo_makes, preset_values
 from video.dataset import split_spec
 
 MARK = "demo.json"  # in a model folder that this file made and may make again
-VISION = {"patch_std": 0.03}
 
 
 def build_demo(config: Config) -> None:
@@ -25,7 +24,7 @@ def build_demo(config: Config) -> None:
         return
     paths = preset_values("demo", config.seed)
     data = make_demo_set(Path(paths["eval_data"]).parent, DemoSpec(seed=config.seed))
-    model, mark = Path(paths["model"]), json.dumps({"seed": config.seed, "vision": VISION})
+    model, mark = Path(paths["model"]), json.dumps({"seed": config.seed})
     if config.model != str(model) or model.exists() and not (model / MARK).exists():
         return
     if model.exists() and (model / MARK).read_text() == mark:
@@ -34,7 +33,8 @@ def build_demo(config: Config) -> None:
     texts = sorted({text for row in rows for text in (row["problem"], *row["completions"])})
     corpus = " ".join((CHAT_WORDS, *texts, config.prompt_template))
     with tempfile.TemporaryDirectory(prefix=f"{model.name}-", dir=model.parent) as aside:  # a kill leaves no half model
-        made = build_tiny_model(Path(aside) / model.name, seed=config.seed, corpus=corpus, vision=VISION)
+        vision = {"patch_std": 0.03}
+        made = build_tiny_model(Path(aside) / model.name, seed=config.seed, corpus=corpus, vision=vision)
         (made / MARK).write_text(mark)
         if model.exists():
             os.replace(model, Path(aside) / "replaced")

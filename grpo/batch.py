@@ -49,7 +49,7 @@ class MicroBatch:
     targets: torch.Tensor  # (N,) the completion tokens
     groups: list  # (P, (C_1, ..., C_G)) of each prompt
     placeholders: torch.Tensor | None = None  # (merged tokens,) where the media's tokens stand in the row
-    pixels: torch.Tensor | None = None  # (patches, 1176) of all media, in the order of their placeholders
+    pixels: torch.Tensor | None = None  # (patches, values of a patch) of all media, in the order of placeholders
     grids: torch.Tensor | None = None  # (media, 3)
     features: torch.Tensor | None = None  # (merged tokens, hidden), if the vision tower has run already
     rollouts: list = field(default_factory=list)  # the `RolloutGroup`s; [] in a dummy, which trains nothing

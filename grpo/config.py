@@ -29,7 +29,7 @@ def flag(default, sentence, **limits):
 @dataclass
 class Config:
     preset: str = flag("open-r1-video", "Published settings that other flags override.", section="what is trained")
-    model: str = flag("Qwen/Qwen2-VL-7B-Instruct", "Folder or hub name of a Qwen2-VL or Qwen2.5-VL checkpoint.")
+    model: str = flag("Qwen/Qwen2-VL-7B-Instruct", "Folder or hub name of a Qwen2-VL, 2.5-VL or 3-VL checkpoint.")
     data: tuple = flag(
         ("data/LLaVA-Video-large-swift-origin.jsonl",),
         "Training questions, of any known format: files as FILE or FILE:WEIGHT (how often its rows come in an epoch).",
@@ -252,8 +252,9 @@ def parse_config(arguments=None):
     asked = first.parse_known_args(arguments)[0].preset
     preset = asked if asked in PRESETS else Config.preset
     parser = OneLineParser(
-        description="Trains Qwen2-VL or Qwen2.5-VL on video questions with GRPO.", usage="%(prog)s [--FLAG VALUE ...]",
-        allow_abbrev=False, epilog=f"In brackets: the values of --preset {preset}.",
+        description="Trains Qwen2-VL, Qwen2.5-VL or Qwen3-VL on video questions with GRPO.",
+        usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False,
+        epilog=f"In brackets: the values of --preset {preset}.",
     )  # fmt: skip
     for item in dataclasses.fields(Config):
         if "section" in item.metadata:

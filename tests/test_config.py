@@ -34,7 +34,7 @@ def entry(shown, flag):
 
 
 def test_help_shows_the_values_a_flag_takes_and_the_default_presets_own(shown):
-    assert "Trains Qwen2-VL or Qwen2.5-VL on video questions" in shown
+    assert "Trains Qwen2-VL, Qwen2.5-VL or Qwen3-VL on video questions" in shown
     assert entry(shown, "preset").startswith(f"--preset {{{','.join(PRESETS)}}}")
     choices = {"resume": "auto,anyway,no", "advantage": ",".join(ADVANTAGES),
                "device": "auto,cuda,cpu", "lr_schedule": "linear,cosine,constant",

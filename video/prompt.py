@@ -36,13 +36,14 @@ class Skipped:
 
 @dataclass
 class Prompt:
-    """What the model reads for one sample. A patch is flattened: 1176 = 3 colours x 2 frames x 14 x 14 pixels."""
+    """What the model reads for one sample. A patch is flattened to V values: 1176 = 3 colours x 2 frames
+    x 14 x 14 pixels; with the patches of Qwen3-VL, 16 x 16, 1536."""
 
     sample: Sample
     input_ids: torch.Tensor  # (P,) int64; one placeholder token for each merged patch
-    pixel_values: torch.Tensor | None  # (patches of all images, 1176) float32
+    pixel_values: torch.Tensor | None  # (patches of all images, V) float32
     image_grid_thw: torch.Tensor | None  # (images, 3) int64: time, rows, columns, in patches
-    pixel_values_videos: torch.Tensor | None  # (patches of all videos, 1176) float32
+    pixel_values_videos: torch.Tensor | None  # (patches of all videos, V) float32
     video_grid_thw: torch.Tensor | None  # (videos, 3) int64
     seconds_per_grid: list[float]  # one a video: seconds between two time steps; Qwen2.5-VL's time scale
     frame_times: list[list[float]] = field(default_factory=list)  # of each video, its frames' seconds; Qwen3-VL's text

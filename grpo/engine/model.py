@@ -27,7 +27,7 @@ class ModelSpec:
     image_token_id: int
     video_token_id: int
     merge_size: int  # the tower merges squares of merge_size x merge_size patches into one token
-    patch_values: int  # numbers of one flattened patch, 1176
+    patch_values: int  # numbers of one flattened patch: 1176, or 1536 if patches are 16 x 16 (Qwen3-VL)
     feature_width: int  # numbers that the tower makes of a merged token
     eos_ids: tuple[int, ...]
     # Vision ids, masked alike in sampler and scorer: with a sampled placeholder the next forward would have more
@@ -100,8 +100,8 @@ def use_own_kernels(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def embed_patches(proj: nn.Conv3d, patches: torch.Tensor) -> torch.Tensor:
-    """patches (n, 1176) -> (n, width), as a matrix product: the kernel of `proj` is as large as its stride, so that it
-    sees each patch once, and torch's Conv3d takes ten times as long."""
+    """patches (n, values of a patch) -> (n, width), as a matrix product: the kernel of `proj` is as large as its
+    stride, so that it sees each patch once, and torch's Conv3d takes ten times as long."""
     return F.linear(patches.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
 
 
