@@ -230,7 +230,7 @@ def ask(samples: list[Sample], mode: str) -> list[Sample]:
 def direct_form(sample: Sample) -> str:
     """The sentence that asks for the answer alone."""
     if sample.problem_type in OVERLAPS:
-        return f"Answer with {answer_form(sample)} only."
+        return f"Answer only with {answer_form(sample)}."
     return DIRECT_BY_TYPE.get(sample.problem_type, DIRECT)
 
 

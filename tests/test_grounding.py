@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from eval import ask
 from grpo.config import parse_config
 from grpo.engine.evaluate import recalls
 from grpo.run.data import read_questions
@@ -186,6 +187,14 @@ def test_recalls_count_overlaps_from_the_threshold_on():
         "temporal grounding: tIoU": {"mIoU": pytest.approx(2.99 / 6), "R@0.3": 5 / 6, "R@0.5": 3 / 6, "R@0.7": 2 / 6}
     }
     assert recalls([{"score": 1.0}]) == {}
+
+
+def test_the_answer_alone_is_asked_for_in_the_form_of_its_type():
+    asked = [s.problem for s in ask([sample(TIME, SPAN), sample(TRACK, LIST, answer_form="8 boxes")], "direct")]
+    assert asked == [
+        "When?\nAnswer only with the start and the end in seconds, such as 12.5 to 17.8.",
+        "When?\nAnswer only with 8 boxes.",
+    ]
 
 
 def test_box_json_survives_a_round_trip():
