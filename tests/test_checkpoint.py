@@ -171,7 +171,8 @@ def test_a_checkpoint_is_readable_by_whom_the_umask_lets_and_on_the_disk_before_
     assert synced[last + 1] == folder.parent.stat().st_ino
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(world, tmp_path, small_disk, processes):
     more = ("--save_every", "1", "--keep_checkpoints", "9")
     run_here(tmp_path / "1", world, *more, "--steps", "1")
