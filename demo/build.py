@@ -1,5 +1,6 @@
 """The demo's inputs: a tiny Qwen2-VL of random weights and a procedural set of mp4 questions."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -14,7 +15,8 @@ MARK = "demo.json"  # in a model folder that this file made and may make again
 
 
 def build_demo(config: Config) -> None:
-    """Makes the demo's data and model at the preset's paths, if they are missing or of another seed.
+    """Makes the demo's data and model at the preset's paths, if they are missing, of another seed, or of other texts,
+    such as those of an older version.
 
     If config reads nothing from these paths, nothing is made. Other paths, and a model folder at the preset's path that
     this function did not make, belong to the user and stay as they are.
@@ -24,14 +26,15 @@ def build_demo(config: Config) -> None:
         return
     paths = preset_values("demo", config.seed)
     data = make_demo_set(Path(paths["eval_data"]).parent, DemoSpec(seed=config.seed))
-    model, mark = Path(paths["model"]), json.dumps({"seed": config.seed})
+    rows = [json.loads(line) for line in data["warmup"].read_text().splitlines()]
+    texts = sorted({text for row in rows for text in (row["problem"], *row["completions"])})
+    corpus = " ".join((CHAT_WORDS, *texts, config.prompt_template))
+    digest = hashlib.sha256(corpus.encode()).hexdigest()
+    model, mark = Path(paths["model"]), json.dumps({"seed": config.seed, "texts": digest})
     if config.model != str(model) or model.exists() and not (model / MARK).exists():
         return
     if model.exists() and (model / MARK).read_text() == mark:
         return
-    rows = [json.loads(line) for line in data["warmup"].read_text().splitlines()]
-    texts = sorted({text for row in rows for text in (row["problem"], *row["completions"])})
-    corpus = " ".join((CHAT_WORDS, *texts, config.prompt_template))
     with tempfile.TemporaryDirectory(prefix=f"{model.name}-", dir=model.parent) as aside:  # a kill leaves no half model
         vision = {"patch_std": 0.03}
         made = build_tiny_model(Path(aside) / model.name, seed=config.seed, corpus=corpus, vision=vision)

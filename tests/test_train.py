@@ -586,6 +586,18 @@ def test_a_kill_while_the_demos_model_is_built_is_made_good(small_demo, monkeypa
     assert (Path(config.model) / "model.safetensors").is_file()
 
 
+def test_a_start_model_of_other_texts_is_made_anew(small_demo):
+    """Its tokenizer is trained on the texts: with that of an older version the demo would be another one."""
+    flags = ["--preset", "demo"]
+    build_demo(parse_config(flags))
+    tokenizer = Path(parse_config(flags).model) / "tokenizer.json"
+    before, stamp = tokenizer.read_text(), tokenizer.stat().st_mtime_ns
+    build_demo(parse_config(flags))
+    assert tokenizer.stat().st_mtime_ns == stamp
+    build_demo(parse_config([*flags, "--prompt_template", "Look closely, look closely. {problem}"]))
+    assert tokenizer.read_text() != before
+
+
 def test_the_demo_makes_and_replaces_only_what_is_its_own(tmp_path, monkeypatch, capsys):
     """A user's folder of the same names is left alone; a path with a slip is an error, not a new model or set."""
     monkeypatch.chdir(tmp_path)
