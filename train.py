@@ -120,7 +120,7 @@ def train_and_evaluate(run):
         load_training(run.checkpoint, policy, optimizer, moving)
     else:
         run.state["before"] = run.evaluate(policy)
-        run.log.evaluation(0, run.state["before"])
+        run.log.evaluation(0, run.state["before"], run.evaluate_gaps(policy, 0))
 
     # 2) GRPO; a run that is asked to stop saves first
     try:
@@ -134,11 +134,12 @@ def train_and_evaluate(run):
 
     # 3) Evaluation after training, also with changed videos
     after = run.evaluate(policy)
-    run.log.evaluation(config.steps, after)
+    made = run.evaluate_gaps(policy, config.steps)
+    run.log.evaluation(config.steps, after, made)
     if config.lora_merge:
         run.saver.save_weights(Path(config.output) / "merged", policy)
     asked = CONTROLS if config.controls and run.held_out else ()
-    controls = {control: run.evaluate(policy, control) for control in asked}
+    controls = {control: made.get(control) or run.evaluate(policy, control) for control in asked}
     run.saver.wait()
     return run.state["before"], after, controls
 

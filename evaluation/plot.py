@@ -39,7 +39,8 @@ def curve(rows: list[dict], metric: str, absent: float | None = None) -> tuple[l
 
 
 def plot_runs(folders: list[str | Path], path: str | Path) -> str | Path:
-    """Draws the PANELS of all runs by step, with the held-out accuracy beside the accuracy, to `path`, and returns it.
+    """Draws the PANELS of all runs by step, to `path`, and returns it. With the accuracy are the held-out accuracy and,
+    if they were measured, its blind and order gaps.
 
     Of the answer letters, a run alone shows each; of several runs, each shows its most frequent one.
     """
@@ -62,8 +63,10 @@ def plot_runs(folders: list[str | Path], path: str | Path) -> str | Path:
             else:
                 axis.plot(*curve(train, metric), linewidth=1, color=colour, label=name)
             if metric == "accuracy":
-                points = curve(held_out, metric)
-                axis.plot(*points, "o--", markersize=3, color=colour, alpha=0.7, label=f"{name}, held out")
+                for own, marker in ((metric, "o--"), ("blind_gap", "s:"), ("order_gap", "^:")):
+                    points, label = curve(held_out, own), "held out" if own == metric else own.replace("_", " ")
+                    if points[0] or own == metric:
+                        axis.plot(*points, marker, markersize=3, color=colour, alpha=0.7, label=f"{name}, {label}")
         axis.set_title(f"{title}: share of the most frequent" if letters and several else title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

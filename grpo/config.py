@@ -156,6 +156,10 @@ class Config:
 
     eval_every: int = flag(0, "Evaluate every so many steps; 0: only before and after.", ge=0, section="output")
     eval_batch: int = flag(4, "Prompts decoded together in evaluation.", ge=1)
+    gap_every: int = flag(
+        0, "Every so many evaluations, ask also without the video and with shuffled frames, and log how much accuracy "
+        "that costs (docs/metrics.md); 0: never.", ge=0,
+    )  # fmt: skip
     controls: bool = flag(False, "Close with accuracy on shuffled, reversed and blank videos, and with no video.")
     show_every: int = flag(50, "Show two prompts' frames and completions in TensorBoard so often; 0: never.", ge=0)
     save_every: int = flag(100, "Save a checkpoint every so many steps; the last is always saved.", ge=1)
@@ -364,6 +368,7 @@ def check_combinations(config, given):
         ("ref_sync_steps", config.lora_rank > 0, "with --lora_rank the reference is the model without adapters"),
         ("ref_mixup_alpha", not config.ref_sync_steps, "does nothing without --ref_sync_steps"),
         ("tis_mode", config.tis_cap is None, "weighs nothing without --tis_cap"),
+        ("gap_every", not config.eval_samples, "asks held-out questions; --eval_samples 0 holds none out"),
         ("answer_form", "{answer_form}" not in config.prompt_template, "does nothing without {answer_form} in "
          "--prompt_template"),
     ]  # fmt: skip

@@ -249,6 +249,21 @@ def make_run(folder, steps):
     return folder
 
 
+def test_the_curve_has_the_gaps_if_they_were_measured(tmp_path, monkeypatch):
+    labels = []
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.plot", lambda *given, label=None, **_: labels.append((label, *given[1:3]))
+    )
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
+    folder = make_run(tmp_path / "run", 2)
+    plot.plot_run(folder)
+    assert not [label for label, *_ in labels if label and "gap" in label]
+    rows = [{"phase": "eval", "step": 0, "accuracy": 0.5, "blind_gap": 0.25, "order_gap": 0.1}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot.plot_run(folder)
+    assert ("training, blind gap", [0], [0.25]) in labels and ("training, order gap", [0], [0.1]) in labels
+
+
 def test_curves_of_one_run_and_of_several(tmp_path, capsys):
     runs = [make_run(tmp_path / "a", 5), make_run(tmp_path / "b", 3)]
     with Image.open(plot.plot_run(runs[0])) as one:

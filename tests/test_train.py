@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 import demo.build
+import grpo.run.run
 import train
 from demo.build import build_demo
 from demo.synthetic import DemoSpec, make_demo_set
@@ -79,6 +80,32 @@ def test_a_run_leaves_everything(flags):
     assert summary["seconds"] > 0 and set(summary["categories"]) <= {"colour", "direction", "place", "shape"}
     first = next(row for row in metrics_of(folder) if row["phase"] == "train")
     assert 0 <= first["kl"] < 1e-6 and first["sampler_logprob_diff"] < 1e-5
+
+
+def test_gaps_come_with_every_so_many_evaluations_and_change_nothing_else(flags, monkeypatch, capsys):
+    score, asked = {None: 0.75, "no video": 0.5, "shuffled": 0.125}, []
+
+    def scripted(policy, loader, samples, tokenizer, settings, report):
+        asked.append(settings.control)
+        row = {"category": "direction", "score": score[settings.control], "prediction": "A", "opposite": None}
+        return [{"key": sample.key, **row} for sample in samples]
+
+    monkeypatch.setattr(grpo.run.run, "predict", scripted)
+    monkeypatch.setattr(train, "plot_run", lambda folder: folder)
+    flags += ["--sft_steps", "0", "--eval_every", "1", "--no-controls", "--prompts_per_step", "2", "--group_size", "2",
+              "--save_every", "100"]  # fmt: skip
+    without = metrics_of(run(flags))
+    assert asked == [None] * 5
+    folder = run(flags, "--resume", "no", "--gap_every", "3")
+    assert asked[5:] == [None, "no video", "shuffled", None, None, None, "no video", "shuffled", None, "no video",
+                         "shuffled"]  # fmt: skip
+    rows, found = metrics_of(folder), {"blind_gap": 0.25, "order_gap": 0.625}
+    assert [row["step"] for row in rows if row.items() >= found.items()] == [0, 3, 4]
+    assert [{name: row[name] for name in row if name not in found} for row in rows] == without
+    assert "step 3: held-out accuracy 75.0%" in (out := capsys.readouterr().out)
+    assert out.count("; blind gap 25.0%; order gap 62.5%") == 3
+    assert train.main([*flags, "--eval_samples", "0", "--gap_every", "1"]) == 2
+    assert "--gap_every 1: asks held-out questions" in capsys.readouterr().err
 
 
 def test_the_same_seed_gives_the_same_metrics(flags):

@@ -28,6 +28,7 @@ from video.prompt import FRAME_CONTROLS, Prompt, PromptEncoder, Skipped
 
 NO_VIDEO = "no video"
 CONTROLS = (*FRAME_CONTROLS, NO_VIDEO)
+GAPS = {"blind_gap": NO_VIDEO, "order_gap": "shuffled"}  # metric: the control that accuracy is compared with
 RECALL_AT = (0.3, 0.5, 0.7)  # overlaps from which an answer counts as found
 
 
@@ -219,6 +220,13 @@ def summarise(records: list[dict], trained: Collection[str] | None = None) -> di
         "skipped": len(records) - len(read),
         **({"grounding": found} if (found := recalls(read)) else {}),
     }
+
+
+def gaps(summary: dict, controls: dict[str, dict]) -> dict[str, float]:
+    """{"blind_gap": accuracy less that with no video, "order_gap": less that with shuffled frames}, of the categories
+    trained on; only of the controls in `controls`, {control: summary}. Near 0, the model does not use the video, or the
+    order of its frames."""
+    return {n: summary["trained"] - controls[control]["trained"] for n, control in GAPS.items() if control in controls}
 
 
 def recalls(records: list[dict]) -> dict[str, dict[str, float]]:

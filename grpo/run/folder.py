@@ -87,7 +87,7 @@ def _lock(stack, folder):
 
 # A run goes on even if these settings have changed.
 FREE_TO_CHANGE = {"compile", "controls", "decode_graph", "decode_timeout", "device", "eval_batch",
-                  "frame_cache", "frame_cache_gb", "gpu_memory", "keep_checkpoints", "lora_merge",
+                  "frame_cache", "frame_cache_gb", "gap_every", "gpu_memory", "keep_checkpoints", "lora_merge",
                   "max_bad_updates", "output", "plan", "prompts_per_rollout", "resume", "reward_timeout",
                   "save_every", "shard_size", "show_every", "text_only", "threads", "video_root",
                   "workers"}  # fmt: skip

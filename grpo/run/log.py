@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from grpo.config import save_config
 from grpo.engine.distributed import gather, is_main
-from grpo.engine.evaluate import mean
+from grpo.engine.evaluate import gaps, mean
 from rewards.diagnostics import answer_stats
 from video.files import append_rows, naming, read_rows, write_rows, write_text
 from video.formats import printable
@@ -82,17 +82,20 @@ class RunLog:
                 if isinstance(value, (int, float)):
                     self.board.add_scalar(f"{phase}/{name}", value, step)
 
-    def evaluation(self, step, summary):
-        """Held-out accuracy of a `grpo.engine.evaluate.summarise`: of what is trained, overall, and by category."""
+    def evaluation(self, step, summary, controls):
+        """Held-out accuracy of a `grpo.engine.evaluate.summarise`: of what is trained, overall, and by category; and
+        the `gaps` to the evaluations under controls."""
         if summary:
             categories = {f"accuracy_{category}": value for category, value in summary["categories"].items()}
             totals = {"accuracy": summary["trained"], "accuracy_overall": summary["overall"]}
             located = summary.get("grounding", {})
             found = {f"{kind} {at}": value for kind, row in located.items() for at, value in row.items()}
-            self.write("eval", step, {**totals, **categories, **found, "unparsed": summary["unparsed"]})
+            lost = gaps(summary, controls)
+            self.write("eval", step, {**totals, **categories, **found, "unparsed": summary["unparsed"], **lost})
             self.say(
                 f"step {step}: held-out accuracy {summary['trained']:.1%} of the categories trained on, "
                 f"{summary['overall']:.1%} of all {summary['count']} questions; {summary['skipped']} unreadable"
+                + "".join(f"; {name.replace('_', ' ')} {value:.1%}" for name, value in lost.items())
             )
 
     def show_failures(self, step, groups):

@@ -12,7 +12,7 @@ import torch
 from grpo.config import Config
 from grpo.engine.checkpoint import Saver, load_state, note_if_best
 from grpo.engine.distributed import barrier, gather, is_main, rank, reduce_sum, world_size
-from grpo.engine.evaluate import EvalSettings, Progress, category_of, predict, summarise
+from grpo.engine.evaluate import GAPS, EvalSettings, Progress, category_of, predict, summarise
 from grpo.engine.fast_paths import choose_fast_paths
 from grpo.engine.model_files import read_family, read_processor
 from grpo.errors import ConfigError, RunError, Stopped
@@ -237,6 +237,15 @@ class Run:
             )  # fmt: skip
         return summarise(records, frozenset(map(category_of, self.train)))
 
+    def evaluate_gaps(self, policy, done):
+        """{control of GAPS: its evaluation} if --gap_every asks for them after `done` steps, else {}: beside the first
+        and the last evaluation, and beside every so many of those between."""
+        config = self.config
+        number = done // config.eval_every if 0 < done < config.steps else 0
+        if not config.gap_every or number % config.gap_every:
+            return {}
+        return {control: self.evaluate(policy, control) for control in GAPS.values()}
+
     def report(self, step, groups, metrics):
         """Logs a step. Raises RunError after config.max_bad_updates steps in a row whose update was skipped."""
         self.log.show_failures(step, groups)
@@ -251,7 +260,7 @@ class Run:
         config, best = self.config, False
         if config.eval_every and done % config.eval_every == 0 and done < config.steps:
             accuracy = self.evaluate(policy)
-            self.log.evaluation(done, accuracy)
+            self.log.evaluation(done, accuracy, self.evaluate_gaps(policy, done))
             best = note_if_best(self.state, done, accuracy)
         if best or done % config.save_every == 0 or done == config.steps:
             self.save(done, policy, optimizer, moving)
