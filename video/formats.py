@@ -121,7 +121,9 @@ class Row:
         self.used.add(name)
         return self.fields.get(name)
 
-    def text(self, name: str) -> str:
+    def text(self, *names: str) -> str:
+        """The text of the first field of `names` that is there."""
+        name = next((name for name in names if self.fields.get(name) is not None), names[0])
         value = self.get(name)
         if not isinstance(value, str) or not value.strip():
             raise self.error(f"field {name!r} must be a text that is not empty, got {value!r:.200}")
@@ -280,19 +282,14 @@ def _mmvu(row: Row) -> Sample:
     choices = row.get("choices") or {}
     if not isinstance(choices, dict) or not all(isinstance(text or "", str) for text in choices.values()):
         raise row.error(f"field 'choices' must be an object of texts, got {choices!r:.200}")
-    options = tuple(filter(None, choices.values()))
-    if row.get("question_type") == "open-ended" or not options:
-        return _build(row, row.text("question"), str(row.get("answer")).strip(), "free-form", videos=videos)
-    return _choice(row, options, row.text("answer"), *videos)
+    options = () if row.get("question_type") == "open-ended" else tuple(filter(None, choices.values()))
+    return _choice(row, options, row.text("answer").strip(), *videos, otherwise="free-form")
 
 
 def _vsi_bench(row: Row) -> Sample:
     """VSI-Bench: a question without options has a number for an answer, scored by mean relative accuracy."""
     video = _find(row, f"{row.text('dataset')}/{row.text('scene_name')}")
-    options, truth = row.texts("options"), str(row.get("ground_truth"))
-    if options:
-        return _choice(row, options, truth, video)
-    return _build(row, row.text("question"), truth, "mra", videos=(video,))
+    return _choice(row, row.texts("options"), str(row.get("ground_truth")), video, otherwise="mra")
 
 
 def _longvideobench(row: Row) -> Sample:
@@ -312,10 +309,7 @@ def _video_mmmu(row: Row) -> Sample:
     published video shows it at the end. A question without options has a number or a text for an answer."""
     video = _find(row, row.text("id"), VIDEO_MMMU_FOLDERS)
     row.used |= {"image", "images"}
-    options, answer = row.texts("options"), str(row.get("answer"))
-    if options:
-        return _choice(row, options, answer, video)
-    return _build(row, row.text("question"), answer, videos=(video,), images=())
+    return _choice(row, row.texts("options"), str(row.get("answer")), video, otherwise="")
 
 
 def _moment(row: Row) -> Sample:
@@ -324,12 +318,11 @@ def _moment(row: Row) -> Sample:
     Time-R1's `video_start` and `video_end` say where the file was cut from its source, and times count from there: its
     trainer reads the whole file, and so does this.
     """
-    name = next(name for name in ("video", "vid") if row.fields.get(name) is not None)
-    field = "sentence" if row.fields.get("sentence") is not None else "caption"
     times = row.get("timestamp")
     if not isinstance(times, list) or len(times) != 2:
         raise row.error(f"field 'timestamp' must be [start, end] in seconds, got {times!r:.200}")
-    return _located(row, row.text(name), row.text(field), [_seconds(row, time) for time in times])
+    times = [_seconds(row, time) for time in times]
+    return _located(row, row.text("video", "vid"), row.text("sentence", "caption"), times)
 
 
 def _tvgbench(row: Row) -> Sample:
@@ -411,17 +404,18 @@ FORMATS = {
 }
 
 
-def _choice(row: Row, options: tuple[str, ...], answer: str, *videos: str, clips: tuple[Clip, ...] = ()) -> Sample:
-    """A multiple-choice sample; `answer` is a letter, or the text of one of `options`."""
-    texts, found = [_plain(option) for option in options], CHOICE.match(answer.strip())
-    if _plain(answer) in texts:
-        letter = LETTERS[texts.index(_plain(answer))]
-    elif found and found[1] in LETTERS[: len(options)]:
-        letter = found[1]
-    else:
-        raise row.error(f"the answer {answer!r:.200} is none of the options {list(options)!r:.200}")
-    parts = {"videos": videos, "images": (), "options": options, "clips": clips}
-    return _build(row, row.text("question"), letter, MULTIPLE_CHOICE, **parts)
+def _choice(
+    row: Row, options: tuple[str, ...], answer: str, *videos: str, otherwise: str | None = None, **parts: tuple
+) -> Sample:
+    """A multiple-choice sample of a benchmark; `answer` is a letter, or the text of one of `options`. If a row may have
+    no options, `otherwise` is its type then, "" for what `guess_type` says. `parts`: see `_build`."""
+    if options or otherwise is None:
+        texts, found = [_plain(option) for option in options], CHOICE.match(answer.strip())
+        letter = LETTERS[texts.index(_plain(answer))] if _plain(answer) in texts else found and found[1]
+        if letter not in tuple(LETTERS[: len(options)]):
+            raise row.error(f"the answer {answer!r:.200} is none of the options {list(options)!r:.200}")
+        answer, otherwise = letter, MULTIPLE_CHOICE
+    return _build(row, row.text("question"), answer, otherwise, videos=videos, images=(), options=options, **parts)
 
 
 def _build(row: Row, problem: str, answer: str, problem_type: str | None = None, **parts: tuple) -> Sample:
@@ -441,35 +435,29 @@ def _build(row: Row, problem: str, answer: str, problem_type: str | None = None,
         raise row.error(
             f"solution {answer!r:.200} has no option letter; write e.g. <answer>B</answer>, or set problem_type"
         )
-    # 2) Options
-    options = parts["options"] if "options" in parts else row.texts("options")
-    if len(options) > len(LETTERS):
-        raise row.error(f"has {len(options)} options; there are letters for {len(LETTERS)}")
-    options = lettered(options)
+    # 2) The parts that are not given
+    own = {
+        "videos": lambda: row.paths("video", "videos"),
+        "images": lambda: row.paths("image", "images"),
+        "options": lambda: row.texts("options"),
+    }
+    parts |= {name: read() for name, read in own.items() if name not in parts}
+    parts["completions"] = completions = row.texts("completions") or parts.get("completions", ())
+    parts["clips"] = parts.get("clips") or _clips(row, len(parts["videos"]))
+    # 3) Options
+    if len(parts["options"]) > len(LETTERS):
+        raise row.error(f"has {len(parts['options'])} options; there are letters for {len(LETTERS)}")
+    parts["options"] = options = lettered(parts["options"])
     labels = [(letter, re.sub(r"^\(?[A-Z][.):]+\s*", "", option)) for letter, option in zip(LETTERS, options)]
     if not all(re.search(rf"\b{letter}\W+{re.escape(text)}", problem) for letter, text in labels):
         problem = "\n".join((problem.rstrip("\n"), *options))
-    # 3) Files and completions
-    videos = parts["videos"] if "videos" in parts else row.paths("video", "videos")
-    images = parts["images"] if "images" in parts else row.paths("image", "images")
-    completions = row.texts("completions") or parts.get("completions", ())
     try:
         "".join((problem, answer, problem_type, *options, *completions)).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         raise row.error(f"holds half a character ({half!r}), as a text cut within an emoji does; fix or delete it")
-    return Sample(
-        key=row.key,
-        problem=problem,
-        answer=answer,
-        videos=videos,
-        images=images,
-        problem_type=problem_type,
-        options=options,
-        completions=completions,
-        clips=parts.get("clips") or _clips(row, len(videos)),
-        meta={name: value for name, value in row.fields.items() if name not in row.used},
-    )
+    meta = {name: value for name, value in row.fields.items() if name not in row.used}
+    return Sample(row.key, problem, answer, problem_type=problem_type, meta=meta, **parts)
 
 
 def _thousandths(row: Row, answer: str) -> str:
@@ -485,7 +473,7 @@ def _thousandths(row: Row, answer: str) -> str:
 
     try:
         return json.dumps(scaled(json.loads(answer)))
-    except (IndexError, RecursionError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (LookupError, RecursionError, TypeError, ValueError, ZeroDivisionError) as error:
         raise row.error(
             f"box_size {size!r:.200} must be [width, height] of boxes in pixels, not of {answer!r:.200}"
         ) from error
