@@ -6,7 +6,7 @@ python -m evaluation.plot runs/a runs/b [--output compare.png]
 import argparse
 from pathlib import Path
 
-from grpo.config import OneLineParser
+from grpo.config import METRICS, OneLineParser
 from video.files import read_rows
 
 PANELS = {  # title: the metric that it shows of each step
@@ -38,9 +38,16 @@ def curve(rows: list[dict], metric: str, absent: float | None = None) -> tuple[l
     return [step for step, _ in points], [value for _, value in points]
 
 
+def reward_metrics(rows: list[dict]) -> list[str]:
+    """The metrics that the rewards of a run make, its accuracy aside: each reward, and what it logs of its own."""
+    known = {*METRICS, *PANELS.values()}
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if name not in known and not name.startswith("letter_")]
+
+
 def plot_runs(folders: list[str | Path], path: str | Path) -> str | Path:
-    """Draws the PANELS of all runs by step, to `path`, and returns it. With the accuracy are the held-out accuracy and,
-    if they were measured, its blind and order gaps.
+    """Draws the PANELS of all runs by step, and a panel for each reward, to `path`, and returns it. With the accuracy
+    are the held-out accuracy and, if they were measured, its blind and order gaps.
 
     Of the answer letters, a run alone shows each; of several runs, each shows its most frequent one.
     """
@@ -52,8 +59,12 @@ def plot_runs(folders: list[str | Path], path: str | Path) -> str | Path:
     several = len(folders) > 1
     runs = [(read_metrics(folder, "train"), read_metrics(folder, "eval")) for folder in folders]
     names = ["/".join(Path(folder).parts[-2:]) if several else "training" for folder in folders]
-    figure, axes = plt.subplots(3, 3, figsize=(14, 9.5), constrained_layout=True)
-    for axis, (title, metric) in zip(axes.flat, PANELS.items()):
+    panels = PANELS | {name: name for name in reward_metrics([row for train, _ in runs for row in train])}
+    lines = -(-len(panels) // 3)
+    figure, axes = plt.subplots(lines, 3, figsize=(14, 0.5 + 3 * lines), constrained_layout=True)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, metric) in zip(axes.flat, panels.items()):
         letters = metric == "top_letter"
         for number, (name, (train, held_out)) in enumerate(zip(names, runs)):
             colour = f"C{number}"

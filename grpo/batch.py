@@ -27,6 +27,7 @@ class RolloutGroup:
     rewards: list = field(default_factory=list)  # the total reward
     parts: dict = field(default_factory=dict)  # reward name -> unweighted value of each completion
     errors: dict = field(default_factory=dict)  # reward name -> messages of its failed calls, which scored 0
+    logs: dict = field(default_factory=dict)  # "REWARD/NAME" -> numbers that a reward logs of its own
     advantages: torch.Tensor | None = None  # (G,)
 
     @property

@@ -55,7 +55,7 @@ class Config:
     top_p: float = flag(1.0, "Sample among the likeliest tokens of this probability; 1 is off.", gt=0.0, le=1.0)
 
     reward: tuple = flag(("accuracy:1",), "Rewards as name:weight, or file.py:function:weight.", section="rewards")
-    reward_timeout: float = flag(30.0, "Seconds that one of your own reward functions may take for a group.", gt=0.0)
+    reward_timeout: float = flag(30.0, "Seconds that your own reward functions have for a step.", gt=0.0)
     temporal_bonus: float = flag(
         0.0, "Reward of a right answer where shuffled frames do no better (T-GRPO, which has 0.3); it samples half as "
         "many completions more of each video; 0 is off.", ge=0.0,

@@ -9,7 +9,7 @@ from grpo.batch import chunked
 from grpo.engine.distributed import reduce_sum, unsharded
 from grpo.policy import features_of
 from grpo.sampler import SamplingSettings, generate, prompt_seed
-from rewards import accuracy, score_group
+from rewards import accuracy, score_groups
 from rewards.temporal import temporal_bonus
 from video.prompt import shuffle_frames
 
@@ -25,11 +25,10 @@ def rollout(policy, prompts, tokenizer, rewards, config, step):
         groups = sample_groups(plain, prompts, config.group_size, tokenizer, config, step)
         shuffled = sample_groups(plain, timed, config.group_size // 2, tokenizer, config, step, shuffle=True)
     shuffled = {group.prompt.sample.key: group.texts for group in shuffled}
-    for group in groups:
-        sample = group.prompt.sample
-        group.rewards, group.parts, group.errors = score_group(
-            rewards, group.texts, sample, group.lengths, config.reward_timeout, config.max_new_tokens
-        )
+    samples, texts, lengths = zip(*((g.prompt.sample, g.texts, g.lengths) for g in groups)) if groups else ((), (), ())
+    scores = score_groups(rewards, texts, samples, lengths, config.reward_timeout, config.max_new_tokens)
+    for group, sample, scored in zip(groups, samples, scores):
+        group.rewards, group.parts, group.errors, group.logs = scored
         if sample.key in shuffled:
             without = [accuracy(text, sample) for text in shuffled[sample.key]]
             bonus = temporal_bonus(group.parts["accuracy"], without, config.temporal_threshold, config.temporal_bonus)

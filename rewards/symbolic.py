@@ -22,4 +22,4 @@ def symbolic(prediction: str, sample: Sample) -> float:
         return 0.0
     checker = reward_file(str(Path(__file__).with_name("symbolic_equal.py")))
     checker.functions()  # imports math-verify before the time limit starts; raises ImportError if that fails
-    return checker.call("equal", [(sample.answer, prediction)], seconds=5.0)[0][0]
+    return checker.call([("equal", (sample.answer, prediction))], seconds=5.0)[0][0][0]

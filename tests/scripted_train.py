@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import grpo.rollout
 import train
 
-score_group = grpo.rollout.score_group
+score_groups = grpo.rollout.score_groups
 
 
 def number_of(key):
@@ -21,13 +21,15 @@ def has_signal(number):
     return number % 3 > 0
 
 
-def scripted(rewards, completions, sample, *more):
+def scripted(rewards, completions, samples, *more):
     """Every other completion is right, but in every third row none is."""
-    totals, parts, errors = score_group(rewards, completions, sample, *more)
-    accuracy = [float(n % 2 and has_signal(number_of(sample.key))) for n in range(len(completions))]
-    return [total + a for total, a in zip(totals, accuracy)], parts | {"accuracy": accuracy}, errors
+    scores = score_groups(rewards, completions, samples, *more)
+    for sample, (totals, parts, *_) in zip(samples, scores):
+        parts["accuracy"] = [float(n % 2 and has_signal(number_of(sample.key))) for n in range(len(totals))]
+        totals[:] = [total + right for total, right in zip(totals, parts["accuracy"])]
+    return scores
 
 
 if __name__ == "__main__":
-    grpo.rollout.score_group = scripted
+    grpo.rollout.score_groups = scripted
     sys.exit(train.main())

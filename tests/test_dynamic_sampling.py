@@ -82,7 +82,7 @@ def events(monkeypatch):
         assert all(len(set(group.parts["accuracy"])) > 1 for group in groups)
         return update(policy, optimizer, steps, *more, **named)
 
-    monkeypatch.setattr(grpo.rollout, "score_group", scripted)
+    monkeypatch.setattr(grpo.rollout, "score_groups", scripted)
     monkeypatch.setattr(PromptLoader, "submit", decode)
     monkeypatch.setattr(train, "update", updated)
     return seen

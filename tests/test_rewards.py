@@ -17,11 +17,11 @@ from video_helpers import assert_gone
 
 import rewards
 import video.formats
-from rewards import ACCURACY, REWARDS, Group, accuracy, check_sample, parse_rewards, score_group, score_prediction
+from rewards import ACCURACY, REWARDS, Group, accuracy, check_sample, parse_rewards, score_groups, score_prediction
 from rewards.diagnostics import answer_stats
 from rewards.problem_types import parse_number
 from rewards.temporal import temporal_bonus
-from rewards.user import arguments_needed
+from rewards.user import form_of
 
 
 @dataclass
@@ -32,6 +32,12 @@ class Sample:
     problem: str = "Which colour is the ball?"
     meta: dict = field(default_factory=dict)
     key: str = "balls.jsonl:7"
+
+
+def score_group(rewards, completions, sample, lengths=None, **options):
+    """(totals, parts, failures) of the completions of one prompt."""
+    (scores,) = score_groups(rewards, [completions], [sample], lengths and [lengths], **options)
+    return scores[:3]
 
 
 COLOURS = ("A. red", "B. blue", "C. green", "D. white")
@@ -292,7 +298,7 @@ def test_time_grows_no_faster_than_the_text(problem_type, unit):
     }  # fmt: skip
     sample = Sample(answers.get(problem_type, "3"), problem_type, meta={"duration": 9.0})
     short, long = ((unit * count)[:count] for count in (10_000, 100_000))
-    rewards = [f for f in REWARDS.values() if arguments_needed(f) == 2]
+    rewards = [f for f in REWARDS.values() if form_of(f) == "each"]
     if problem_type != "temporal grounding":
         rewards.remove(REWARDS["timestamp_iou"])
     for function in (score_prediction, *rewards):
@@ -322,7 +328,7 @@ def test_a_bad_ground_truth_raises_and_names_the_sample():
             check_sample(sample)
         with pytest.raises(ValueError, match="balls.jsonl:7"):
             accuracy(RIGHT, sample)
-    with pytest.raises(ValueError, match="unknown problem_type 'riddle'; known: multiple choice, numerical"):
+    with pytest.raises(ValueError, match="unknown problem_type 'riddle'; accuracy knows multiple choice, numerical"):
         check_sample(Sample("B", "riddle"))
     check_sample(Sample("B", options=COLOURS))
 
@@ -482,6 +488,18 @@ class Item:  # as NumPy's bool and a tensor without dimensions: no numbers.Real
     def item(self): return True
 def item(completion, sample): return Item()
 number = 3
+def whole(completions, samples): return [len(c) + (s.answer == "x") for c, s in zip(completions, samples)]
+async def whole_async(completions, samples): await limit.acquire(); limit.release(); return whole(completions, samples)
+def several(completions, samples):
+    if completions[0] == "raises": raise ValueError("no")
+    if completions[0] == "hangs": threading.Event().wait()
+    return {"short": [1.0], "none": None, "one bad": [1.0, "x"]}[completions[0]]
+def plural(completions, samples, groups): return 0.0
+def logs(completion, sample): return len(completion), {"vowels": sum(c in "aeiou" for c in completion), "seen": True}
+def logs_some(completions, samples): return [(1.0, {"long": 1}) if len(c) > 1 else 0.5 for c in completions]
+def logs_rubbish(completion, sample): return 1.0, {"x": float("nan")} if completion else "x"
+async def waits(completion, sample): await asyncio.sleep(0.3); return 1.0
+def blocks(completion, sample): time.sleep(0.3); return 1.0
 """
 
 
@@ -489,6 +507,7 @@ number = 3
 def mine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mine")
     (folder / "mine.py").write_text(MINE)
+    (folder / "other.py").write_text("import time\ndef late(completion, sample): time.sleep(0.4); return 2.0\n")
     (folder / "beside.py").write_text("SHARE = 0.25")
     (folder / "broken.py").write_text("1 +")
     return f"{folder}/mine.py"
@@ -613,6 +632,66 @@ def test_a_user_file_keeps_its_state_and_its_neighbours(mine):
     assert 0.4 <= time.monotonic() - start < 1.4, "four at a time"
 
 
+def of_step(specs, groups, **options):
+    """The `Scores` of the prompts of a step."""
+    samples = [replace(SAMPLE, key=f"balls.jsonl:{n}", answer="yx"[n == 0]) for n in range(len(groups))]
+    return score_groups(parse_rewards(specs), groups, samples, **options)
+
+
+@pytest.mark.parametrize("name", ["whole", "whole_async"])
+def test_a_reward_may_score_a_whole_step_at_once(name, mine):
+    first, second = of_step([f"{mine}:{name}:2", f"{mine}:words"], [["abc", ""], ["b"]])
+    assert first.parts == {name: [4.0, 1.0], "words": [1.0, 0.0]} and first.totals == [9.0, 2.0]
+    assert second.parts == {name: [1.0], "words": [1.0]} and second.totals == [3.0]
+    assert of_step([f"{mine}:{name}"], []) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "parts", "messages"),
+    [
+        ("raises", [0.0, 0.0], ["ValueError: no"] * 2),
+        ("hangs", [0.0, 0.0], ["no result within 0.5 s"] * 2),
+        ("short", [0.0, 0.0], ["returned 1 values for 2 completions"] * 2),
+        ("none", [0.0, 0.0], ["TypeError: 'NoneType' object is not iterable"] * 2),
+        ("one bad", [1.0, 0.0], ["TypeError: returned 'x', not a finite number"]),
+    ],
+)
+def test_a_whole_step_that_fails_is_counted_completion_by_completion(first, parts, messages, mine):
+    assert user(mine, "several", [first, "b"], reward_timeout=0.5) == (parts, messages)
+
+
+def test_a_reward_may_log_numbers_of_its_own(mine):
+    first, second = of_step(["format:0.5", f"{mine}:logs:0", f"{mine}:logs_some"], [["abe", "b"], ["c"]])
+    assert first.logs == {"logs/vowels": [2.0, 0.0], "logs/seen": [1.0, 1.0], "logs_some/long": [1.0]}
+    assert second.logs == {"logs/vowels": [0.0], "logs/seen": [1.0]}
+    assert first.parts == {"format": [0.0, 0.0], "logs": [3.0, 1.0], "logs_some": [1.0, 0.5]}
+    assert first.totals == [1.0, 0.5], "a weight of 0 logs alone"
+    messages = ["TypeError: returned nan, not a finite number", "TypeError: returned 'x' to log, not a dict of numbers"]
+    assert user(mine, "logs_rubbish", ["a", ""]) == ([0.0, 0.0], messages)
+
+
+@pytest.mark.parametrize("name", ["waits", "blocks"])
+def test_all_groups_of_a_step_are_scored_at_once(name, mine):
+    """32 groups of 8; one after another they took 9.9 s."""
+    user(mine, name, ["a"])
+    start = time.monotonic()
+    scores = of_step([f"{mine}:{name}"], [["a"] * 8] * 32, reward_timeout=20)
+    seconds = time.monotonic() - start
+    assert [score.totals for score in scores] == [[1.0] * 8] * 32
+    assert seconds < 1.5, seconds
+
+
+def test_all_files_share_one_time_limit(mine):
+    other = mine.replace("mine.py", "other.py")
+    specs = [f"{mine}:blocks", f"{other}:late", f"{mine}:hangs"]
+    of_step(specs, [["a"]])
+    start = time.monotonic()
+    (scores,) = of_step(specs, [["a", "x"]], reward_timeout=1.0)
+    assert time.monotonic() - start < 1.9
+    assert scores.parts == {"blocks": [1.0, 1.0], "late": [2.0, 2.0], "hangs": [1.0, 0.0]}
+    assert scores.failures == {"hangs": ["no result within 1 s"]}
+
+
 def test_a_user_reward_gets_a_copy_of_the_sample(mine):
     assert user(mine, "changes", ["a", "b", "c"]) == ([1.0, 1.0, 1.0], [])
     assert SAMPLE.meta == {}
@@ -651,7 +730,7 @@ def test_no_process_of_a_user_reward_outlives_a_killed_trainer(body, tmp_path):
     (tmp_path / "mine.py").write_text(
         f"import os, re, time\ndef f(completion, sample): print(os.getpid()); {body}; return 1.0\n"
     )
-    code = "import rewards; rewards.score_group(rewards.parse_rewards(['mine.py:f']), ['a'], None, reward_timeout=1)"
+    code = "from rewards import *; score_groups(parse_rewards(['mine.py:f']), [['a']], [None], reward_timeout=1)"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     trainer = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, env=environment)
     pids = [int(trainer.stdout.readline()) for _ in range(1 + body.count("print"))]
@@ -673,21 +752,23 @@ def test_a_built_in_error_is_raised_not_scored():
         ([], "at least one"),
         (
             ["speed"],
-            "no reward called 'speed' takes (completion, sample) or (completion, sample, group); use one of acc",
+            "no reward called 'speed' takes (completion, sample), (completion, sample, group) or (completions, "
+            "samples); use one of accuracy",
         ),
         ([""], "no reward called ''"),
-        (["accuracy:0"], "not 0"),
-        (["accuracy:x"], "must be finite"),
-        (["accuracy:nan"], "must be finite"),
-        (["accuracy:inf"], "must be finite"),
-        (["accuracy:1:2"], "must be finite"),
+        (["accuracy:0", "format:0"], "every weight is 0"),
+        (["accuracy:x"], "must be a finite number"),
+        (["accuracy:nan"], "must be a finite number"),
+        (["accuracy:inf"], "must be a finite number"),
+        (["accuracy:1:2"], "must be a finite number"),
         (["accuracy", "accuracy:2"], "is taken"),
         (["format", "length_window:0.2"], "add accuracy:1"),
         (["length_cosine"], "add accuracy:1"),
         (["no.py:f"], "no.py cannot be imported: FileNotFoundError: [Errno 2] No such file"),
-        (["MINE:none"], "no reward called 'none' takes (completion, sample) or (completion, sample, group)"),
-        (["MINE:number"], "no reward called 'number' takes (completion, sample) or"),
-        (["MINE:alone"], "no reward called 'alone' takes (completion, sample) or"),
+        (["MINE:none"], "no reward called 'none' takes (completion, sample), (completion, sample, group)"),
+        (["MINE:number"], "no reward called 'number' takes (completion, sample), ("),
+        (["MINE:plural"], "no reward called 'plural' takes (completion, sample), ("),
+        (["MINE:alone"], "no reward called 'alone' takes (completion, sample), ("),
         (["BROKEN:f"], "cannot be imported: SyntaxError"),
         (["MINE:words", "MINE:words:2"], "is taken"),
     ],

@@ -20,6 +20,7 @@ import grpo.run.run
 import train
 from demo.build import build_demo
 from demo.synthetic import DemoSpec, make_demo_set
+from evaluation.plot import reward_metrics
 from grpo.config import METRICS, PRESETS, Config, load_config, parse_config, save_config
 from grpo.engine.checkpoint import Saver
 from grpo.errors import ConfigError, Stopped
@@ -517,6 +518,29 @@ def test_a_compiled_run_is_the_same_run(flags):
     for a, b in zip(compiled, plain, strict=True):
         assert a["reward"] == b["reward"] and a["loss"] == pytest.approx(b["loss"], abs=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+OWN = """
+def riddle(completion, sample): return float(sample.problem_type == "riddle"), {"letters": len(completion)}
+def batch(completions, samples): return [n % 2 for n in range(len(completions))]
+"""
+
+
+def test_a_run_of_problems_that_only_its_own_rewards_know(flags, demo_set, tmp_path, capsys):
+    """The demo's rows with another type; one reward is only logged."""
+    rows = [json.loads(line) | {"problem_type": "riddle"} for line in demo_set["train"].read_text().splitlines()]
+    data = demo_set["train"].with_name("riddles.jsonl")
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own.py").write_text(OWN)
+    rewards = ("--reward", f"{tmp_path}/own.py:riddle:0", f"{tmp_path}/own.py:batch:2")
+    more = ("--data", str(data), "--steps", "2", "--sft_steps", "0", "--eval_samples", "0")
+    folder = run(flags, *more, *rewards)
+    for row in metrics_of(folder):
+        assert (row["riddle"], row["batch"], row["reward"], row["rewards_failed"]) == (1.0, 0.5, 1.0, 0)
+        assert row["riddle/letters"] > 0 and "accuracy" not in row
+    assert reward_metrics(metrics_of(folder)) == ["riddle", "batch", "riddle/letters"]
+    assert train.main([*flags, *more, "--reward", "accuracy:1"]) == 2
+    assert "unknown problem_type 'riddle'; accuracy knows" in capsys.readouterr().err
 
 
 def test_a_reward_may_not_be_called_like_a_metric(flags, tmp_path):

@@ -84,8 +84,9 @@ def read_questions(config, say):
     if config.sft_steps:
         sft = read_samples(config.sft_data, config.video_root, flag="--sft_data", text_only=config.text_only)
     each_row(sft, check_completions)
-    check_answers([*train, *held_out])
-    if any(spec.split(":")[0] == "timestamp_iou" for spec in config.reward):
+    rewards = {spec.split(":")[0] for spec in config.reward}
+    check_answers([*train, *held_out] if "accuracy" in rewards else held_out)
+    if "timestamp_iou" in rewards:
         check_answers(train, partial(timestamp_iou, ""))
     for name, samples in (("to train on", train), ("held out", held_out), ("of --sft_data", sft)):
         say_text_only(samples, name, say)

@@ -159,8 +159,8 @@ def describe_groups(groups):
         "frac_groups_all_wrong": [max(a) == 0 for a in accuracies],
     }
     for group in groups:
-        for name, part in group.parts.items():
-            columns.setdefault(name, []).extend(part)
+        for name, values in (*group.parts.items(), *group.logs.items()):
+            columns.setdefault(name, []).extend(values)
     texts = [text for group in groups for text in group.texts]
     samples = [group.prompt.sample for group in groups for _ in group.texts]
     merged, all_texts, all_samples = defaultdict(list), [], []
