@@ -24,7 +24,6 @@ import argparse
 import functools
 import itertools
 import json
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -44,19 +43,20 @@ from grpo.engine.build import build_policy
 from grpo.engine.distributed import is_main
 from grpo.engine.evaluate import CONTROLS, EvalSettings, Progress, predict, summarise
 from grpo.engine.fast_paths import choose_fast_paths
-from grpo.engine.model_files import find_model, read_family, read_processor
+from grpo.engine.model_files import find_model, read_processor
 from grpo.errors import ConfigError
 from grpo.run.data import check_answers, draw, say_text_only, split_data
 from grpo.run.folder import sole_use
 from grpo.run.log import quiet_libraries
+from grpo.run.run import make_encoder
 from grpo.run.stops import exit_code
 from rewards.grounding import OVERLAPS
 from video.dataset import read_samples
 from video.files import write_text
 from video.formats import DataError, Sample
 from video.loader import PromptLoader
-from video.prompt import PromptEncoder
-from video.settings import answer_form, parse_forms
+from video.settings import answer_form
+from video.terminal import run_program
 
 DIRECT = "Answer with the letter of the option only."
 DIRECT_BY_TYPE = dict.fromkeys(("numerical", "mra", "regression", "math"), "Answer with a number only.")
@@ -137,8 +137,8 @@ def make_config(folder: Path, arguments: argparse.Namespace) -> Config:
     saved = folder / "run.json"
     config = load_config(saved) if saved.exists() else Config()
     given = {name: value for name, value in vars(arguments).items() if name in SHARED}
-    # Evaluation scores accuracy alone: a reward file of the training machine need not be here.
-    config = replace(config, **given, reward=("accuracy:1",), gradient_checkpointing=False)
+    # Evaluation scores accuracy alone: reward files and the frame cache of the training machine need not be here.
+    config = replace(config, **given, reward=("accuracy:1",), frame_cache=None, gradient_checkpointing=False)
     check(config)
     return config
 
@@ -237,11 +237,7 @@ def direct_form(sample: Sample) -> str:
 def open_loader(folder: Path, mode: str, config: Config) -> PromptLoader:
     """Encodes questions for a checkpoint: in the template of training, or, in the mode "direct", as they are."""
     template = config.prompt_template if mode == "think" else "{problem}"
-    settings, family = config.video_settings(), read_family(folder, "--ckpt")
-    encoder = PromptEncoder(
-        folder, settings, template, config.max_prompt_tokens, forms=parse_forms(config.answer_form), video_text=family
-    )
-    return PromptLoader(encoder, config.workers, config.decode_timeout)
+    return PromptLoader(make_encoder(config, template, folder), config.workers, config.decode_timeout)
 
 
 def show(
@@ -269,15 +265,8 @@ def default_output(arguments: argparse.Namespace) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     quiet_libraries()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        evaluate(parse_flags(__doc__, arguments))
-    except KeyboardInterrupt:
-        print("eval.py: stopped; the same command goes on from the answers that there are", file=sys.stderr)
-        return 130
-    except Exception as error:
-        return exit_code("eval.py", error)
-    return 0
+    stopped = "stopped; the same command goes on from the answers that there are"
+    return run_program("eval.py", lambda: evaluate(parse_flags(__doc__, arguments)), stopped, exit_code)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from transformers import AutoProcessor
 
 from demo.synthetic import DemoSpec, make_demo_set
 from demo.tiny import build_tiny_model
-from grpo.engine.model import load_model, model_spec
+from grpo.engine.model import empty_model, model_spec
 from grpo.engine.model_files import read_config
+from grpo.engine.weights import load_weights, materialise
 from grpo.families import family_names, load_family
 from grpo.policy import Policy
 from grpo.positions import prompt_positions
@@ -49,6 +50,14 @@ def tiny(request, checkpoints):
 @pytest.fixture
 def tiny_vl(checkpoints):
     return load_pair(checkpoints["qwen2_vl"])
+
+
+def load_model(path, dtype=torch.float32):
+    """The model of a folder on the CPU, whole."""
+    model = empty_model(path, dtype)
+    materialise(model, "cpu")
+    load_weights(model, path)
+    return model
 
 
 def load_pair(folder, dtype=torch.float32):

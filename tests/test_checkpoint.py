@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from conftest import load_model
 from processes import assert_same_run, back_to, command, kill, launch, metrics_of, run_here, start, wait_for, weights_of
 from safetensors.torch import load_file
 from transformers import AutoProcessor
@@ -22,7 +23,6 @@ from grpo.engine import checkpoint
 from grpo.engine.build import build_policy
 from grpo.engine.checkpoint import CheckpointError, Saver, load_state, load_training
 from grpo.engine.checkpoint import checkpoints as checkpoints_of
-from grpo.engine.model import load_model
 from grpo.engine.optimizer import make_optimizer
 from grpo.run.run import Run
 
@@ -259,7 +259,7 @@ def test_a_checkpoint_that_failed_is_raised_by_the_next_call(saved, monkeypatch)
         patch.setattr(checkpoint, "save_model", fail)
         folder = save(1)
         saver.thread.join()
-        assert saver.failed and not folder.exists() and not list(folder.parent.glob("*.partial"))
+        assert saver.error and not folder.exists() and not list(folder.parent.glob("*.partial"))
         with pytest.raises(CheckpointError, match="checkpoint-1 could not be saved.*No space left"):
             save(2)
     save(3)

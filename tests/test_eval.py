@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import load_model
 from processes import full_disk, held
 from transformers import AutoProcessor
 
@@ -24,7 +25,7 @@ from evaluation.predictions import Predictions, checkpoint_identity
 from evaluation.significance import mcnemar, paired, wilson, with_intervals
 from grpo.config import Config, ConfigError, save_config
 from grpo.engine.evaluate import NO_VIDEO, EvalSettings, encode, plan, predict, summarise
-from grpo.engine.model import load_model, model_spec
+from grpo.engine.model import model_spec
 from grpo.policy import Policy
 from grpo.run.data import digest, draw, split_data
 from video.dataset import Sample, read_samples

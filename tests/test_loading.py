@@ -6,7 +6,7 @@ from contextlib import suppress
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import FAMILIES, load_pair, make_prompt, naive_logprobs, random_completions
+from conftest import FAMILIES, load_model, load_pair, make_prompt, naive_logprobs, random_completions
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from demo.tiny import build_tiny_model
 from grpo.batch import pack
-from grpo.engine.model import empty_model, load_model
+from grpo.engine.model import empty_model
 from grpo.engine.model_files import read_processor
 from grpo.engine.weights import fill, materialise
 from grpo.errors import ModelError

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_prompt, random_completions
+from conftest import load_model, make_prompt, random_completions
 from processes import assert_same_run, command, launch, metrics_of, run_here
 from safetensors.torch import load_file
 from transformers import AutoProcessor
@@ -17,7 +17,7 @@ from grpo.config import parse_config
 from grpo.engine.build import build_policy, build_reference
 from grpo.engine.checkpoint import checkpoints
 from grpo.engine.lora import adapters, merge
-from grpo.engine.model import load_model, model_spec
+from grpo.engine.model import model_spec
 from grpo.engine.optimizer import make_optimizer, set_learning_rate
 from grpo.policy import Policy
 

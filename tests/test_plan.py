@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, make_prompt, random_completions
+from conftest import FAMILIES, load_model, make_prompt, random_completions
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 import train
 from grpo.attention import PackedLayout
 from grpo.batch import pack
 from grpo.config import Config, parse_config
-from grpo.engine.model import decoder, load_model, model_spec, use_own_kernels
+from grpo.engine.model import decoder, model_spec, use_own_kernels
 from grpo.engine.model_files import read_config
 from grpo.engine.optimizer import make_optimizer
 from grpo.policy import Policy

@@ -312,9 +312,7 @@ class _Packets:
         self.told, self.fps = stream.frames - hidden, _rate(stream)
         clock = [ticks for *_, ticks in found if ticks is not None]
         if container.format.name == "avi" and len(clock) > 1 and clock[-1] - clock[0] >= len(clock):
-            ticks = (clock[-1] - clock[0]) / (
-                len(clock) - 1
-            )  # a frame may last several ticks, and the header counts ticks
+            ticks = (clock[-1] - clock[0]) / (len(clock) - 1)  # of a frame: it may last several; the header counts them
             self.told, self.fps = round(self.told / ticks), float(1 / (ticks * stream.time_base))
         decoder, timed = stream.codec_context, container.format.name in SEEK_CONTAINERS
         if timed and decoder.name in SEEK_CODECS and self._in_order(decoder.has_b_frames):

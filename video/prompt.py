@@ -51,8 +51,7 @@ class Prompt:
     # Tensors go from process to process as numpy arrays, by value: torch would share memory through file descriptors,
     # which run out, and which die with a worker that is killed.
     def __getstate__(self) -> dict:
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: value.numpy() if torch.is_tensor(value) else value for name, value in values.items()}
+        return {name: value.numpy() if torch.is_tensor(value) else value for name, value in vars(self).items()}
 
     def __setstate__(self, state: dict) -> None:
         for name, value in state.items():
@@ -140,30 +139,24 @@ def chat_text(processor: ProcessorMixin, question: str, images: int, videos: int
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
+@dataclass(eq=False)
 class PromptEncoder:
     """Turns a Sample into a Prompt when called, or raises SampleError with the file and the reason.
 
-    It is pickled into worker processes, and each of them loads the processor again from `processor_path`, a folder or
-    hub name. `template` holds "{problem}", where the question goes, and may hold "{answer_form}", which becomes that of
-    the question's type in `forms`. `cache` keeps the frames of videos on disk. `video_text`: how the model's family
-    writes a video into the prompt.
+    It is pickled into worker processes, and each of them loads the processor again.
     """
 
-    def __init__(
-        self,
-        processor_path: str,
-        settings: VideoSettings,
-        template: str = TEMPLATE,
-        max_prompt_tokens: int = 8192,
-        cache: FrameCache | None = None,
-        forms: dict[str, str] = FORMS,
-        video_text: VideoText = VideoText(),
-    ):
-        self._arguments = str(processor_path), settings, template, max_prompt_tokens, cache, forms, video_text
-        self.settings, self.template, self.max_prompt_tokens, self.forms = settings, template, max_prompt_tokens, forms
-        self.video_text = video_text
-        self.read_video = cache.read if cache else read_video
-        self.processor = load_processor(str(processor_path))
+    processor_path: str  # a folder or hub name
+    settings: VideoSettings
+    template: str = TEMPLATE  # "{problem}" becomes the question, "{answer_form}" that of the question's type in `forms`
+    max_prompt_tokens: int = 8192
+    cache: FrameCache | None = None  # keeps the frames of videos on disk
+    forms: dict[str, str] = field(default_factory=lambda: FORMS)
+    video_text: VideoText = VideoText()  # how the model's family writes a video into the prompt
+
+    def __post_init__(self):
+        self.read_video = self.cache.read if self.cache else read_video
+        self.processor = load_processor(str(self.processor_path))
         self.video_processor = self.processor.video_processor
         if hasattr(self.video_processor, "cap_pixels_per_frame"):
             self.video_processor.cap_pixels_per_frame = False  # it concerns resizing alone; unset, it warns
@@ -171,12 +164,12 @@ class PromptEncoder:
         added = self.processor.tokenizer.added_tokens_decoder.values()
         self.special_tokens = sorted({token.content for token in added if token.special})
         for token in self.special_tokens:
-            if any(token in text for text in (template, *forms.values())):
+            if any(token in text for text in (self.template, *self.forms.values())):
                 flags = "--prompt_template and --answer_form"
                 raise ValueError(f"{flags} must not hold {token}: the chat template adds special tokens")
 
     def __reduce__(self) -> tuple:
-        return type(self), self._arguments
+        return type(self), tuple(getattr(self, item.name) for item in fields(self))
 
     def __call__(self, sample: Sample, control: str | None = None) -> Prompt:
         """The prompt of `sample`; `control` names a change of its frames (FRAME_CONTROLS; "blank" greys images too).
@@ -261,13 +254,8 @@ class PromptEncoder:
         images = [(1, *image_size(path, self.settings, self.factor)) for path in sample.images]
         plans = [plan_frames(path, self.settings, self.factor, clip) for path, clip in with_clips(sample)]
         videos = [(-(-len(picked.numbers) // steps_of), *size) for picked, size in plans]
-        grids = [
-            torch.tensor([(steps, height // patch, width // patch) for steps, height, width in shapes])
-            if shapes
-            else None
-            for shapes in (images, videos)
-        ]
-        return *grids, [picked.times for picked, _ in plans]
+        grid = lambda shapes: torch.tensor([(t, h // patch, w // patch) for t, h, w in shapes]) if shapes else None
+        return grid(images), grid(videos), [picked.times for picked, _ in plans]
 
     def planned_tokens(self, sample: Sample) -> int:
         """Vision tokens of `sample` by arithmetic on file headers."""

@@ -36,18 +36,24 @@ def prepare_terminal() -> None:
         setattr(sys, name, io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=True))
 
 
-def run_program(name: str, work: Callable[[], None], stopped: str = "stopped") -> int:
-    """Calls `work` and returns the program's exit code: 0, or after one line on stderr 2 for a mistake, 130 for Ctrl-C.
+def exit_code(name: str, error: Exception) -> int:
+    """Prints the one line that tells a user of a mistake: a ValueError, an OSError or WorkersDoNotStart. Returns the
+    exit code. To be called in `except`: it raises any other error again."""
+    if not isinstance(error, (ValueError, OSError, WorkersDoNotStart)):
+        raise
+    print(f"{name}: error: {printable(error)}", file=sys.stderr)
+    return 2
 
-    A mistake is a ValueError, an OSError or WorkersDoNotStart. `stopped` is what the line says after Ctrl-C.
-    """
+
+def run_program(name: str, work: Callable, stopped: str = "stopped", exit_code: Callable = exit_code) -> int:
+    """Calls `work` and returns the program's exit code: 0, or after one line on stderr 130 for Ctrl-C, and what
+    `exit_code` returns for an error. `stopped` is what the line says after Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         work()
     except KeyboardInterrupt:
         print(f"{name}: {stopped}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, WorkersDoNotStart) as error:
-        print(f"{name}: error: {printable(error)}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        return exit_code(name, error)
     return 0

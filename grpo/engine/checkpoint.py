@@ -78,16 +78,12 @@ class Saver:
         """config.model has the form of what is written, config.output is the run folder."""
         self.processor, self.config = processor, config
         self.thread = None  # writes the checkpoint of `step`; a daemon: a second Ctrl-C must end the process at once
-        self.error = None  # why the thread could not write it
+        self.error = None  # why the thread could not write it: a CheckpointError
         self.step = None  # of the last checkpoint begun
         # Weights are written through a model without any: the policy itself is at work meanwhile.
         self.empty = empty_model(config.model, compute_dtype(device))
         # A group of its own: what the thread exchanges must not meet what training does.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-
-    @property
-    def failed(self) -> bool:
-        return self.error is not None
 
     def save(self, step: int, policy: nn.Module, optimizer: Optimizer, state: dict, reference=None) -> Path:
         """Begins to write the checkpoint after `step` steps, once the one before is written. Returns its folder.

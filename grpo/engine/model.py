@@ -12,7 +12,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from grpo import attention
 from grpo.engine.model_files import eos_ids, read_config, read_generation_config, reading
-from grpo.engine.weights import load_weights, materialise
 from grpo.errors import ModelError
 from grpo.families import load_family
 from grpo.families.base import Family
@@ -71,14 +70,6 @@ def empty_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrai
         model = load_family(config.model_type).model_class._from_config(config, dtype=dtype)
     model.generation_config = read_generation_config(path, config)
     return use_own_kernels(model).eval()
-
-
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of a folder or hub name on the CPU, whole. Raises as `read_config` and `load_weights`."""
-    model = empty_model(path, dtype)
-    materialise(model, "cpu")
-    load_weights(model, path)
-    return model
 
 
 def use_own_kernels(model: PreTrainedModel) -> PreTrainedModel:

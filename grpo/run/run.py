@@ -161,7 +161,7 @@ class Run:
         for step, batch in zip(steps, self.until_signalled(encoded)):
             waited = time.perf_counter() - asked
             prompts = self.readable(batch)
-            stop = bool(self.signalled() or self.saver.failed)
+            stop = bool(self.signalled() or self.saver.error)
             sums = reduce_sum({"used": len(prompts), "skipped": len(batch) - len(prompts), "stop": stop})
             if sums["stop"]:
                 raise Stopped(step, max(gather(self.signalled())))
@@ -227,14 +227,12 @@ class Run:
 
     def evaluate(self, policy, control=None):
         """`summarise`d accuracy on the held-out questions, greedy; {} if there are none."""
-        config, held_out, self.prompts = self.config, self.held_out, []
+        config, held_out, tokenizer, self.prompts = self.config, self.held_out, self.processor.tokenizer, []
         if not held_out:
             return {}
         settings = EvalSettings(config.max_new_tokens, config.eval_batch, control=control)
         with Progress(control or "evaluation", len(held_out), leave=False) as progress:
-            records = predict(
-                policy, self.loader, held_out, self.processor.tokenizer, settings, report=progress
-            )  # fmt: skip
+            records = predict(policy, self.loader, held_out, tokenizer, settings, report=progress)
         return summarise(records, frozenset(map(category_of, self.train)))
 
     def evaluate_gaps(self, policy, done):
