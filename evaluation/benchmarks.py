@@ -1,4 +1,4 @@
-"""Published benchmarks as lists of samples: which files hold the questions, how these are grouped, what the total is.
+"""Published benchmarks as lists of samples. benchmarks.yaml lists them; this reads their files, and makes their totals.
 
 The same code as for all other data (video.formats, rewards) reads the rows, finds the videos and scores the answers.
 Charades-STA, ActivityNet-Captions (its val_2.json, which Time-R1 and VideoChat-R1 also test on) and TVGBench total the
@@ -11,41 +11,24 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import yaml
+
 from video.dataset import read_samples
 from video.formats import DataError, Sample
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    source: str  # its name on the hub, or the address of its annotations
-    files: tuple[tuple[str, ...], ...]  # alternative layouts, each the globs (without suffix) of its annotation files
-    category: str  # the field that groups its questions; or "file", "folder", or "type" (of problem)
-    macro: bool = False  # its total is the mean over categories, not over questions
+    """An entry of benchmarks.yaml, which says what its fields hold."""
+
+    source: str
+    files: list[list[str]]
+    category: str
+    macro: bool = False
 
 
-# Of temporal grounding: the files as their authors, lmms-eval, Time-R1 and VideoChat-R1 lay them out.
-CHARADES_STA = (
-    ("charades_sta_test",), ("data/test-*",), ("test-*",), ("Charades_anno/Charades_sta_test",),
-    ("charades_annotation/charades_test",),
-)  # fmt: skip
-DENSEVID = "https://cs.stanford.edu/people/ranjaykrishna/densevid"
-ACTIVITYNET_CAPTIONS = (
-    ("val_2",), ("annotations/sentence_temporal_grounding/test",), ("activitynet_annotation/test",),
-)  # fmt: skip
-TVGBENCH = (("tvgbench",), ("annotations/tvgbench",), ("timer1/annotations/tvgbench",))
-
-BENCHMARKS = {
-    "mvbench": Benchmark("OpenGVLab/MVBench", (("json/*",),), "file", macro=True),
-    "videomme": Benchmark("lmms-lab/Video-MME", (("videomme/test*",), ("test*",)), "duration"),
-    "tempcompass": Benchmark("lmms-lab/TempCompass", (("multi-choice/*", "yes_no/*", "caption_matching/*"),), "dim"),
-    "mmvu": Benchmark("yale-nlp/MMVU", (("validation*",),), "type"),
-    "vsibench": Benchmark("nyu-visionx/VSI-Bench", (("test",), ("test-*",)), "question_type", macro=True),
-    "longvideobench": Benchmark("longvideobench/LongVideoBench", (("lvb_val",), ("validation-*",)), "duration_group"),
-    "videommmu": Benchmark("lmms-lab/VideoMMMU", (("Perception/*", "Comprehension/*", "Adaptation/*"),), "folder"),
-    "charades-sta": Benchmark("lmms-lab/charades_sta", CHARADES_STA, "type"),
-    "activitynet-captions": Benchmark(DENSEVID, ACTIVITYNET_CAPTIONS, "type"),
-    "tvgbench": Benchmark("Boshenxx/TimeR1-Dataset", TVGBENCH, "qsemtype"),
-}
+ENTRIES = yaml.safe_load(Path(__file__).with_name("benchmarks.yaml").read_text(encoding="utf-8"))
+BENCHMARKS = {name: Benchmark(**fields) for name, fields in ENTRIES.items()}
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 
 
@@ -69,7 +52,7 @@ def read_benchmark(name: str, folder: str | Path) -> list[Sample]:
     return samples
 
 
-def _annotations(folder: Path, globs: tuple[str, ...]) -> list[Path]:
+def _annotations(folder: Path, globs: list[str]) -> list[Path]:
     """The annotation files of all globs; if a glob has files in several formats, those of the first of SUFFIXES."""
     found = []
     for glob in globs:
