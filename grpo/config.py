@@ -162,6 +162,10 @@ class Config:
     )  # fmt: skip
     controls: bool = flag(False, "Close with accuracy on shuffled, reversed and blank videos, and with no video.")
     show_every: int = flag(50, "Show two prompts' frames and completions in TensorBoard so often; 0: never.", ge=0)
+    rollouts_every: int = flag(
+        10, "Write the completions of every so many steps, with rewards and advantages, to rollouts.jsonl; 0: never.",
+        ge=0,
+    )  # fmt: skip
     save_every: int = flag(100, "Save a checkpoint every so many steps; the last is always saved.", ge=1)
     keep_checkpoints: int = flag(2, "How many of the latest checkpoints to keep, beside the best.", ge=1)
 

@@ -8,6 +8,7 @@ from processes import ROOT, assert_same_run, finish, free_port, launch, metrics_
 
 from grpo.engine.distributed import start as start_group
 from grpo.errors import ConfigError
+from video.files import read_rows
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,9 @@ def test_several_processes_equal_one(world, tmp_path, tie, counts):
     for count in counts:
         together, _ = launch(count, tmp_path / str(count), world, "--grad_clip", str(limit), tie=tie)
         assert_same_run(together, alone, tmp_path / str(count), tmp_path / "1")
+        theirs, ours = (read_rows(tmp_path / name / "rollouts.jsonl", ()) for name in (str(count), "1"))
+        assert [{**row, "advantages": 0} for row in theirs] == [{**row, "advantages": 0} for row in ours]
+        assert [row["slot"] for row in ours] == list(range(6)), "step 0, in the order of the draw"
 
 
 @pytest.mark.parametrize("frozen", ["--no-freeze_vision", pytest.param("--freeze_vision", marks=pytest.mark.slow)])

@@ -21,7 +21,7 @@ from evaluation.report import evaluation_table, summary_of, summary_table, verdi
 from evaluation.significance import paired, with_intervals
 from grpo.batch import RolloutGroup
 from grpo.engine.evaluate import CONTROLS, summarise
-from grpo.run.log import RunLog, completions_table
+from grpo.run.log import RunLog, completions_table, rollout_rows
 from video.dataset import Sample
 from video.frames import read_image, read_video
 from video.loader import PromptLoader
@@ -194,6 +194,21 @@ def test_completions_of_a_step_with_frames_for_tensorboard(tmp_path, encoder):
         "| 1 | 0.7 | 1 | &lt;think&gt;a&#124;b c&lt;/think&gt; |",
         "| 0.5 | -0.7 | 0 | x |",
     ]
+
+
+def test_a_row_of_rollouts_has_the_question_its_files_and_each_completion():
+    sample = Sample("rows.jsonl:3", "Q?\nA. x", "A", ("v.mp4",), slot=5)
+    group = RolloutGroup(SimpleNamespace(sample=sample), [[7, 8], [9]], [], ["a", "b"], [True, False],
+                         rewards=[1.5, 0.0], parts={"accuracy": [1.0, 0.0], "format": [1.0, 0.0]},
+                         advantages=torch.tensor([0.5, -0.5]))  # fmt: skip
+    expected = {
+        "step": 4, "slot": 5, "key": "rows.jsonl:3", "problem": "Q?\nA. x", "videos": ("v.mp4",), "images": (),
+        "answer": "A", "completions": ["a", "b"], "lengths": [2, 1], "rewards": [1.5, 0.0],
+        "parts": {"accuracy": [1.0, 0.0], "format": [1.0, 0.0]}, "advantages": [0.5, -0.5],
+    }  # fmt: skip
+    assert rollout_rows(4, [group]) == [expected]
+    group.advantages = None
+    assert rollout_rows(4, [group]) == [{**expected, "advantages": None}]
 
 
 def test_the_table_of_an_evaluation():

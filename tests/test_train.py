@@ -27,6 +27,7 @@ from grpo.errors import ConfigError, Stopped
 from grpo.run.data import draw_samples, steps_of
 from grpo.run.log import describe_run
 from video.dataset import Sample
+from video.files import append_rows
 
 ROOT = Path(__file__).parent.parent
 SHORT = ("--sft_steps", "0", "--eval_samples", "0")
@@ -45,13 +46,17 @@ def flags(demo_set, checkpoints, tmp_path):
         "--preset", "demo", "--no-demo", "--model", str(checkpoints["qwen2_vl"]), "--output", str(tmp_path / "run"),
         "--data", str(demo_set["train"]), "--eval_data", str(demo_set["val"]), "--sft_data", str(demo_set["warmup"]),
         "--sft_steps", "2", "--steps", "4", "--prompts_per_step", "4", "--group_size", "4", "--max_new_tokens", "8",
-        "--eval_samples", "6", "--eval_every", "2", "--save_every", "2", "--workers", "0",
+        "--eval_samples", "6", "--eval_every", "2", "--save_every", "2", "--rollouts_every", "1", "--workers", "0",
     ]  # fmt: skip
 
 
 def metrics_of(folder):
     rows = [json.loads(line) for line in open(Path(folder) / "metrics.jsonl")]
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def rollouts_of(folder):
+    return [json.loads(line) for line in open(Path(folder) / "rollouts.jsonl")]
 
 
 def run(flags, *more):
@@ -118,7 +123,8 @@ def test_the_same_seed_gives_the_same_metrics(flags):
 
 
 def test_a_run_that_stopped_goes_on_as_if_it_had_not(flags, monkeypatch, capsys):
-    whole = metrics_of(run(flags))
+    whole, rollouts = metrics_of(run(flags)), rollouts_of(flags[6])
+    assert [row["step"] for row in rollouts] == [step for step in range(4) for _ in range(4)], "a line a group"
     weights = load_file(Path(flags[6]) / "checkpoint-4" / "model.safetensors")
     save = Saver.save
 
@@ -132,7 +138,8 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(flags, monkeypatch, capsys)
     assert train.main([*flags, "--resume", "no"]) == 130
     assert "ended at once, without saving" in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.setattr(Saver, "save", save)
-    assert metrics_of(run(flags)) == whole
+    append_rows(Path(flags[6]) / "rollouts.jsonl", rollouts[8:9])  # of a step after the checkpoint
+    assert metrics_of(run(flags)) == whole and rollouts_of(flags[6]) == rollouts
     resumed = load_file(Path(flags[6]) / "checkpoint-4" / "model.safetensors")
     assert weights.keys() == resumed.keys() and all(torch.equal(weights[k], resumed[k]) for k in weights)
 
@@ -311,7 +318,15 @@ def refuse(number):
 
 def test_a_full_disk_ends_a_run_with_one_line_and_it_goes_on(flags, capfd):
     flags = [*flags, *SHORT, "--steps", "2"]
-    for name in ("run.json", "versions.json", "metrics.jsonl", "tfevents", "state.json", "summary.json"):
+    for name in (
+        "run.json",
+        "versions.json",
+        "metrics.jsonl",
+        "rollouts.jsonl",
+        "tfevents",
+        "state.json",
+        "summary.json",
+    ):
         with full_disk_of_tensorboard(20) if name == "tfevents" else full_disk(name):
             assert train.main(flags) == 2
         error = capfd.readouterr().err

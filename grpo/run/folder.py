@@ -89,7 +89,7 @@ def _lock(stack, folder):
 FREE_TO_CHANGE = {"compile", "controls", "decode_graph", "decode_timeout", "device", "eval_batch",
                   "frame_cache", "frame_cache_gb", "gap_every", "gpu_memory", "keep_checkpoints", "lora_merge",
                   "max_bad_updates", "output", "plan", "prompts_per_rollout", "resume", "reward_timeout",
-                  "save_every", "shard_size", "show_every", "text_only", "threads", "video_root",
+                  "rollouts_every", "save_every", "shard_size", "show_every", "text_only", "threads", "video_root",
                   "workers"}  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def files_of_run(folder):
     """What a run leaves in its folder, run.json last: a kill while they are removed leaves it what it says it is."""
     names = [name + UNFINISHED for name in ("checkpoint-*", "warmup", "merged")]
     names += [c.name for c in checkpoints(folder)] + ["warmup", "merged", "events.out.tfevents.*", "versions.json"]
-    names += ["summary.json", "metrics.jsonl", "curve.png", "run.json"]
+    names += ["summary.json", "metrics.jsonl", "rollouts.jsonl", "curve.png", "run.json"]
     return [path for name in names for path in Path(folder).glob(name)]
 
 

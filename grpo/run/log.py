@@ -1,4 +1,5 @@
-"""What a run leaves to look at: metrics.jsonl, TensorBoard events, and a progress bar. Only rank 0 writes."""
+"""What a run leaves to look at: metrics.jsonl, rollouts.jsonl, TensorBoard events, and a progress bar. Only rank 0
+writes."""
 
 import html
 import json
@@ -39,7 +40,8 @@ class RunLog:
     """Writes the metrics of each step.
 
     metrics.jsonl gets one line a step, with a `phase` ("warmup", "train" or "eval"); TensorBoard gets the same names
-    under the phase. `keep(phase, step)` says which lines of an interrupted run stay; the run makes the others again.
+    under the phase. rollouts.jsonl gets the completions of some steps: `rollout_rows`. `keep(phase, step)` says which
+    lines of an interrupted run stay; the run makes the others again.
     """
 
     def __init__(self, folder, keep):
@@ -49,10 +51,13 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # slow to import; only here
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = self.folder / "metrics.jsonl"
+        self.file, self.rollouts = self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"
         kept = [row for row in read_rows(self.file, ("phase", "step")) if keep(row["phase"], row["step"])]
         made = [row["step"] for row in kept if row["phase"] == "train"]
         write_rows(self.file, kept)
+        if self.rollouts.exists():
+            rows = read_rows(self.rollouts, ("step",))
+            write_rows(self.rollouts, (row for row in rows if keep("train", row["step"])))
         self.board = SummaryWriter(self.folder, purge_step=1 + max(made) if made else None)
 
     def describe(self, config, versions):
@@ -106,6 +111,13 @@ class RunLog:
         for name, messages in failures.items():
             where = f"{len(messages)} of {len(groups)} groups"
             self.say(f"step {step}: reward {name} failed in {where}, scored 0: {messages[0]}", everywhere=True)
+
+    def write_rollouts(self, step, groups):
+        """Adds the groups of a step to rollouts.jsonl, those of all ranks, in the order in which the step drew their
+        prompts."""
+        rows = sum(gather(rollout_rows(step, groups)), [])
+        if is_main():
+            append_rows(self.rollouts, sorted(rows, key=lambda row: row["slot"]))
 
     def show_groups(self, step, groups, processor):
         """Shows the first groups of a step in TensorBoard: frames side by side, completions as a table."""
@@ -175,6 +187,25 @@ def describe_groups(groups):
         **{f"{name}_frac": answers[name] for name in ("no_answer", "several_answers")},
         **{f"letter_{letter}": number / count for letter, number in answers["letters"].items()},
     }
+
+
+def rollout_rows(step, groups):
+    """A row of rollouts.jsonl for each group: the question, its files and its answer; and for each of its G completions
+    the text, length in tokens, reward, the parts of it, and advantage. "advantages" is None for a group that the
+    dynamic filter left out."""
+    return [
+        {
+            "step": step,
+            "slot": group.prompt.sample.slot,
+            **{name: getattr(group.prompt.sample, name) for name in ("key", "problem", "videos", "images", "answer")},
+            "completions": group.texts,
+            "lengths": group.lengths,
+            "rewards": group.rewards,
+            "parts": group.parts,
+            "advantages": None if group.advantages is None else group.advantages.tolist(),
+        }
+        for group in groups
+    ]
 
 
 def completions_table(group):

@@ -246,12 +246,15 @@ class Run:
 
     def report(self, step, groups, metrics):
         """Logs a step. Raises RunError after config.max_bad_updates steps in a row whose update was skipped."""
+        config = self.config
         self.log.show_failures(step, groups)
         metrics = metrics | describe_groups(groups)
-        if self.config.show_every and step % self.config.show_every == 0:
+        if config.show_every and step % config.show_every == 0:
             self.log.show_groups(step, groups, self.processor)
+        if config.rollouts_every and step % config.rollouts_every == 0:
+            self.log.write_rollouts(step, groups)
         self.log.step("train", step, metrics, shown=("reward", "accuracy", "kl", "length"))
-        self.bad = count_bad(self.bad, metrics, self.config, step)
+        self.bad = count_bad(self.bad, metrics, config, step)
 
     def evaluate_and_save(self, done, policy, optimizer, moving=None):
         """Does what is due after `done` steps. The last evaluation comes after the loop."""
