@@ -6,7 +6,7 @@ python -m evaluation.plot runs/a runs/b [--output compare.png]
 import argparse
 from pathlib import Path
 
-from grpo.config import METRICS, OneLineParser
+from grpo.config import METRICS, METRICS_OF_KINDS, OneLineParser
 from video.files import read_rows
 
 PANELS = {  # title: the metric that it shows of each step
@@ -42,12 +42,19 @@ def reward_metrics(rows: list[dict]) -> list[str]:
     """The metrics that the rewards of a run make, its accuracy aside: each reward, and what it logs of its own."""
     known = {*METRICS, *PANELS.values()}
     names = dict.fromkeys(name for row in rows for name in row)
-    return [name for name in names if name not in known and not name.startswith("letter_")]
+    return [name for name in names if name not in known and not name.startswith(METRICS_OF_KINDS)]
+
+
+def interval_bars(rows: list[dict]) -> list[list[float]]:
+    """[how far the 95% interval reaches below each held-out accuracy, how far above]; 0 if a row has no interval."""
+    asked = [row for row in rows if "accuracy" in row]
+    ends = ("interval_low", "interval_high")
+    return [[abs(row["accuracy"] - row.get(end, row["accuracy"])) for row in asked] for end in ends]
 
 
 def plot_runs(folders: list[str | Path], path: str | Path) -> str | Path:
     """Draws the PANELS of all runs by step, and a panel for each reward, to `path`, and returns it. With the accuracy
-    are the held-out accuracy and, if they were measured, its blind and order gaps.
+    are the held-out accuracy, its 95% interval as a bar, and, if they were measured, its blind and order gaps.
 
     Of the answer letters, a run alone shows each; of several runs, each shows its most frequent one.
     """
@@ -75,9 +82,12 @@ def plot_runs(folders: list[str | Path], path: str | Path) -> str | Path:
                 axis.plot(*curve(train, metric), linewidth=1, color=colour, label=name)
             if metric == "accuracy":
                 for own, marker in ((metric, "o--"), ("blind_gap", "s:"), ("order_gap", "^:")):
-                    points, label = curve(held_out, own), "held out" if own == metric else own.replace("_", " ")
-                    if points[0] or own == metric:
-                        axis.plot(*points, marker, markersize=3, color=colour, alpha=0.7, label=f"{name}, {label}")
+                    label = "held out" if own == metric else own.replace("_", " ")
+                    steps, values = curve(held_out, own)
+                    if steps or own == metric:
+                        style = dict(fmt=marker, markersize=3, elinewidth=1, color=colour, alpha=0.7)
+                        bars = interval_bars(held_out) if own == metric else None
+                        axis.errorbar(steps, values, yerr=bars, label=f"{name}, {label}", **style)
         axis.set_title(f"{title}: share of the most frequent" if letters and several else title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

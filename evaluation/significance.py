@@ -1,8 +1,8 @@
-"""How sure an evaluation's numbers are: intervals of accuracies, and paired tests of two checkpoints."""
+"""How sure an evaluation's numbers are: intervals of all accuracies, and paired tests of two checkpoints."""
 
 import math
 
-from grpo.engine.evaluate import mean, scores_by_category
+from grpo.engine.evaluate import mean, scores_by_category, wilson
 
 
 def with_intervals(summary, records):
@@ -17,19 +17,6 @@ def with_intervals(summary, records):
         "intervals": intervals,
         "counts": {category: len(scores) for category, scores in categories.items()},
     }
-
-
-def wilson(share, count, z=1.959963984540054):
-    """[low, high] of the 95% interval of a share of `count` answers (Wilson 1927, without continuity correction).
-
-    For scores between 0 and 1 (MRA, ROUGE) it is too wide rather than too narrow: of all scores with this mean, those
-    that are 0 or 1 vary most.
-    """
-    if not count:
-        return [0.0, 1.0]
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
 def mcnemar(better, worse):

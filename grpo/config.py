@@ -173,13 +173,14 @@ class Config:
         return VideoSettings.of(self)
 
 
-# What a step logs beside its rewards.
+# What a step logs beside its rewards, and how its other metrics begin.
 METRICS = frozenset(
     "skipped seconds_waiting seconds_sampling seconds learning_rate loss entropy clip_low_frac clip_high_frac "
     "sampler_logprob_diff kl grad_norm updates_skipped reward length truncated_frac reward_std rewards_failed "
     "frac_groups_all_correct frac_groups_all_wrong no_answer_frac several_answers_frac shuffled_accuracy "
-    "temporal_bonus prompts_drawn phase step".split()
+    "temporal_bonus prompts_drawn tokens_per_second peak_memory_gib phase step".split()
 )
+METRICS_OF_KINDS = ("letter_", "accuracy_", "pass@")
 
 # Flags of earlier versions, as run.json files have them.
 RENAMED = {
@@ -348,7 +349,7 @@ def check(config):
     except ValueError as error:
         raise ConfigError(str(error)) from error
     for reward in rewards:
-        if reward.user and (reward.name in METRICS or reward.name.startswith("letter_")):
+        if reward.user and (reward.name in METRICS or reward.name.startswith(METRICS_OF_KINDS)):
             raise ConfigError(f"--reward {reward.name}: a metric has this name; give your function another")
 
 

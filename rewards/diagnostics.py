@@ -1,5 +1,6 @@
-"""What a step's completions answer, for the log."""
+"""What a step's completions answer, and how often k of them have a right one, for the log."""
 
+import math
 from collections import Counter
 
 from rewards.answer import answers_given, choice_letters
@@ -23,3 +24,14 @@ def answer_stats(completions: list[str], samples: list[Sample]) -> dict:
         several += len(given) > 1
     n = max(1, len(completions))
     return {"letters": dict(sorted(letters.items())), "no_answer": none / n, "several_answers": several / n}
+
+
+def pass_at_k(accuracies: list[float], k: int) -> float:
+    """The mean, over all draws of k of a prompt's n completions, of the best accuracy among the k.
+
+    If an accuracy is 0 or 1, this is the unbiased estimator of pass@k of Chen et al. 2021 (arXiv 2107.03374, eq. 1):
+    1 - C(n - c, k) / C(n, k), if c of the n are right. Sorted upwards and numbered from 0, completion i is the best of
+    C(i, k - 1) of the C(n, k) draws.
+    """
+    draws = math.comb(len(accuracies), k)
+    return sum(math.comb(i, k - 1) * best for i, best in enumerate(sorted(accuracies))) / draws

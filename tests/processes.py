@@ -25,7 +25,7 @@ from grpo.engine.checkpoint import checkpoints as checkpoints_of
 
 ROOT = Path(__file__).parent.parent
 WATCHDOG = 400  # seconds after which a hang fails its own test
-TIMES = ("seconds", "seconds_waiting", "seconds_sampling")
+TIMES = ("seconds", "seconds_waiting", "seconds_sampling", "tokens_per_second", "peak_memory_gib")
 COMPARED = ("loss", "grad_norm", "kl", "entropy", "reward", "length", "sampler_logprob_diff")
 
 

@@ -22,9 +22,9 @@ import grpo.engine.evaluate
 from demo.synthetic import DemoSpec, make_demo_set
 from demo.tiny import build_tiny_model
 from evaluation.predictions import Predictions, checkpoint_identity
-from evaluation.significance import mcnemar, paired, wilson, with_intervals
+from evaluation.significance import mcnemar, paired, with_intervals
 from grpo.config import Config, ConfigError, save_config
-from grpo.engine.evaluate import NO_VIDEO, EvalSettings, encode, plan, predict, summarise
+from grpo.engine.evaluate import NO_VIDEO, EvalSettings, encode, plan, predict, summarise, wilson
 from grpo.engine.model import model_spec
 from grpo.policy import Policy
 from grpo.run.data import digest, draw, split_data
@@ -112,6 +112,8 @@ def test_summary_counts_the_unparsed_as_wrong_and_the_unreadable_not_at_all():
     assert (summary["count"], summary["skipped"], summary["counts"]) == (3, 1, {"x": 2, "y": 1})
     assert summary["unparsed"] == pytest.approx(1 / 3)
     assert summary["intervals"]["x"] == wilson(0.5, 2)
+    assert summary["trained_interval"] == pytest.approx(wilson(1.4 / 3, 3))
+    assert summarise(records, {"x"})["trained_interval"] == wilson(0.5, 2)
     other = [row("a", "x", "B", 0.0), row("b", "x", "A", 1.0), row("d", "y", "A", 1.0), row("c", "y", "7", 0.0)]
     gain = paired(records, other)
     categories = gain.pop("categories")

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import threading
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -20,8 +21,8 @@ from evaluation import plot
 from evaluation.report import evaluation_table, summary_of, summary_table, verdict, write_report
 from evaluation.significance import paired, with_intervals
 from grpo.batch import RolloutGroup
-from grpo.engine.evaluate import CONTROLS, summarise
-from grpo.run.log import RunLog, completions_table, rollout_rows
+from grpo.engine.evaluate import CONTROLS, NO_VIDEO, summarise, wilson
+from grpo.run.log import RunLog, completions_table, describe_groups, describe_usage, rollout_rows
 from video.dataset import Sample
 from video.frames import read_image, read_video
 from video.loader import PromptLoader
@@ -196,15 +197,51 @@ def test_completions_of_a_step_with_frames_for_tensorboard(tmp_path, encoder):
     ]
 
 
+def scored(kind, accuracies):
+    """A group of one token a completion, all of which answer A."""
+    prompt = SimpleNamespace(sample=Sample("k", "Q?", "A", meta={"category": kind}))
+    texts = ["<answer>A</answer>"] * len(accuracies)
+    return RolloutGroup(prompt, [[7]] * len(texts), [], texts, [True] * len(texts), rewards=accuracies,
+                        parts={"accuracy": accuracies})  # fmt: skip
+
+
+def test_a_step_has_accuracy_by_category_and_pass_at_k():
+    groups = [scored("x", [1.0, 0.0, 0.0, 0.0]), scored("y", [1.0, 1.0, 1.0, 1.0]), scored("x", [0.0, 0.0, 1.0, 1.0])]
+    metrics = describe_groups(groups)
+    assert metrics["accuracy"] == pytest.approx(7 / 12)
+    assert (metrics["accuracy_x"], metrics["accuracy_y"]) == (3 / 8, 1.0)
+    assert metrics["pass@2"] == pytest.approx((1 / 2 + 1 + 5 / 6) / 3) and metrics["pass@4"] == 1.0
+    assert not {"pass@1", "pass@3", "pass@8"} & metrics.keys()
+    for group in groups:
+        group.parts = {}
+    assert not [name for name in describe_groups(groups) if name.startswith(("accuracy", "pass@"))], "nobody measured"
+    usage = describe_usage(groups, 2.0, torch.device("cpu"))
+    assert usage["tokens_per_second"] == 12 / 2 and 0.05 < usage["peak_memory_gib"] < 1000
+
+
+def test_an_evaluation_is_printed_with_its_interval_and_by_category(tmp_path, capsys):
+    rows = [record(f"x{i}", "x", "", "A", float(i < 8)) for i in range(10)] + [record("y", "y", "", "A", 0.0)]
+    with closing(RunLog(tmp_path / "run", keep=lambda phase, step: True)) as log:
+        log.evaluation(3, summarise(rows, {"x"}), {NO_VIDEO: summarise(rows[:5], {"x"})})
+    assert capsys.readouterr().out == (
+        "step 3: held-out accuracy 80.0% (49.0-94.3%) of the categories trained on, 72.7% of all 11 questions "
+        "(x 80.0%, y 0.0%); 0 unreadable; blind gap -20.0%\n"
+    )
+    [row] = map(json.loads, open(tmp_path / "run/metrics.jsonl"))
+    assert row == {"phase": "eval", "step": 3, "accuracy": 0.8, "accuracy_overall": pytest.approx(8 / 11),
+                   "interval_low": wilson(0.8, 10)[0], "interval_high": wilson(0.8, 10)[1],
+                   "accuracy_x": 0.8, "accuracy_y": 0.0, "unparsed": 0.0, "blind_gap": pytest.approx(-0.2)}  # fmt: skip
+
+
 def test_a_row_of_rollouts_has_the_question_its_files_and_each_completion():
     sample = Sample("rows.jsonl:3", "Q?\nA. x", "A", ("v.mp4",), slot=5)
     group = RolloutGroup(SimpleNamespace(sample=sample), [[7, 8], [9]], [], ["a", "b"], [True, False],
                          rewards=[1.5, 0.0], parts={"accuracy": [1.0, 0.0], "format": [1.0, 0.0]},
-                         advantages=torch.tensor([0.5, -0.5]))  # fmt: skip
+                         logs={"judge/n": [3, 4]}, advantages=torch.tensor([0.5, -0.5]))  # fmt: skip
     expected = {
         "step": 4, "slot": 5, "key": "rows.jsonl:3", "problem": "Q?\nA. x", "videos": ("v.mp4",), "images": (),
         "answer": "A", "completions": ["a", "b"], "lengths": [2, 1], "rewards": [1.5, 0.0],
-        "parts": {"accuracy": [1.0, 0.0], "format": [1.0, 0.0]}, "advantages": [0.5, -0.5],
+        "parts": {"accuracy": [1.0, 0.0], "format": [1.0, 0.0]}, "logs": {"judge/n": [3, 4]}, "advantages": [0.5, -0.5],
     }  # fmt: skip
     assert rollout_rows(4, [group]) == [expected]
     group.advantages = None
@@ -254,7 +291,8 @@ def test_a_run_without_held_out_questions_closes_with_no_table():
 
 def make_run(folder, steps):
     folder.mkdir()
-    rows = [{"phase": "eval", "step": 0, "accuracy": 0.25}]
+    rows = [{"phase": "eval", "step": 0, "accuracy": 0.25}, {"phase": "eval", "step": 1, "other": 1.0}]
+    rows += [{"phase": "eval", "step": 2, "accuracy": 0.5, "interval_low": 0.25, "interval_high": 0.75}]
     for step in range(steps):
         row = {"reward": step / 10, "accuracy": 0.5, "kl": 0.01, "length": 11.0, "entropy": 0.2, "clip_low_frac": 0.01,
                "clip_high_frac": 0.02, "sampler_logprob_diff": 1e-7, "letter_A": 0.75,

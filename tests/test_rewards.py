@@ -18,7 +18,7 @@ from video_helpers import assert_gone
 import rewards
 import video.formats
 from rewards import ACCURACY, REWARDS, Group, accuracy, check_sample, parse_rewards, score_groups, score_prediction
-from rewards.diagnostics import answer_stats
+from rewards.diagnostics import answer_stats, pass_at_k
 from rewards.problem_types import parse_number
 from rewards.temporal import temporal_bonus
 from rewards.user import form_of
@@ -788,6 +788,20 @@ def test_specs(mine):
         ("repetition", -1.0, False),
         ("words", 0.1, True),
     ]
+
+
+@pytest.mark.parametrize("accuracies, k, expected", [
+    ([0, 1, 0, 0], 1, 1 / 4),  # the mean
+    ([0, 1, 0, 0], 2, 1 / 2),  # 1 - C(3, 2) / C(4, 2): three of six pairs have the right one
+    ([1, 0, 0, 1, 0], 3, 9 / 10),  # 1 - C(3, 3) / C(5, 3)
+    ([1, 1, 0, 1], 2, 1.0),  # one wrong: no pair is all wrong
+    ([0, 0, 0], 2, 0.0),
+    ([0, 0, 0, 0, 0, 0, 0, 1], 4, 1 / 2),  # 1 - C(7, 4) / C(8, 4) = 1 - 35 / 70
+    ([1.0, 0.2, 0.5], 2, 2.5 / 3),  # the best of {.2 .5}, {.2 1}, {.5 1}
+    ([0.25, 0.75], 2, 0.75),
+])  # fmt: skip
+def test_pass_at_k_by_hand(accuracies, k, expected):
+    assert pass_at_k(accuracies, k) == pytest.approx(expected, abs=1e-15)
 
 
 def test_answer_stats():

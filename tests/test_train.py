@@ -21,7 +21,7 @@ import train
 from demo.build import build_demo
 from demo.synthetic import DemoSpec, make_demo_set
 from evaluation.plot import reward_metrics
-from grpo.config import METRICS, PRESETS, Config, load_config, parse_config, save_config
+from grpo.config import METRICS, METRICS_OF_KINDS, PRESETS, Config, load_config, parse_config, save_config
 from grpo.engine.checkpoint import Saver
 from grpo.errors import ConfigError, Stopped
 from grpo.run.data import draw_samples, steps_of
@@ -31,7 +31,7 @@ from video.files import append_rows
 
 ROOT = Path(__file__).parent.parent
 SHORT = ("--sft_steps", "0", "--eval_samples", "0")
-TIMES = ("seconds", "seconds_waiting", "seconds_sampling")
+TIMES = ("seconds", "seconds_waiting", "seconds_sampling", "tokens_per_second", "peak_memory_gib")
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,7 @@ def test_a_run_leaves_everything(flags):
         assert 0 <= summary[name] <= 1
     assert summary["seconds"] > 0 and set(summary["categories"]) <= {"colour", "direction", "place", "shape"}
     first = next(row for row in metrics_of(folder) if row["phase"] == "train")
+    assert {"accuracy_direction", "pass@2", "pass@4", "tokens_per_second", "peak_memory_gib"} <= first.keys()
     assert 0 <= first["kl"] < 1e-6 and first["sampler_logprob_diff"] < 1e-5
 
 
@@ -567,7 +568,7 @@ def test_a_reward_may_not_be_called_like_a_metric(flags, tmp_path):
     with pytest.raises(ConfigError, match="--reward letter_A: a metric"):
         (tmp_path / "two.py").write_text("def letter_A(completion, sample):\n    return 0.0\n")
         parse_config([*flags, "--reward", f"{tmp_path}/two.py:letter_A"])
-    rest = {name for name in row if not name.startswith("letter_")} - {"accuracy", "format", "tag_count"}
+    rest = {name for name in row if not name.startswith(METRICS_OF_KINDS)} - {"accuracy", "format", "tag_count"}
     assert rest <= METRICS and {"length", "reward", "kl", "grad_norm"} <= rest
 
 

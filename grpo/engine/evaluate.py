@@ -4,6 +4,7 @@ A control changes the video and asks the same questions: a model that uses the o
 ones, name the opposite direction on reversed ones, and guess on a blank video, or with none in the prompt.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -199,8 +200,9 @@ def _record(sample, completion):
 
 
 def summarise(records: list[dict], trained: Collection[str] | None = None) -> dict:
-    """{"overall": share, "trained": share, "categories": {category: share}, "opposite": share or None,
-    "unparsed": share, "count", "skipped"}; and "grounding", the `recalls`, if answers are times or boxes.
+    """{"overall": share, "trained": share, "trained_interval": its `wilson` interval, "categories": {category: share},
+    "opposite": share or None, "unparsed": share, "count", "skipped"}; and "grounding", the `recalls`, if answers are
+    times or boxes.
 
     "trained" is over the questions of the categories `trained`, those that the run trains on; over all questions if
     `trained` is None or no question is of these. Shares are of the readable samples; an answer that could not be parsed
@@ -209,10 +211,12 @@ def summarise(records: list[dict], trained: Collection[str] | None = None) -> di
     read = [r for r in records if "skipped" not in r]
     categories = scores_by_category(read)
     trained = categories.keys() & (trained or categories.keys()) or categories.keys()
+    asked = [r["score"] for r in read if r["category"] in trained]
     opposites = [r["opposite"] for r in read if r["opposite"] is not None]
     return {
         "overall": mean([r["score"] for r in read]),
-        "trained": mean([r["score"] for r in read if r["category"] in trained]),
+        "trained": mean(asked),
+        "trained_interval": wilson(mean(asked), len(asked)),
         "categories": {category: mean(scores) for category, scores in categories.items()},
         "opposite": mean(opposites) if opposites else None,
         "unparsed": mean([r["prediction"] is None for r in read]),
@@ -255,3 +259,16 @@ def scores_by_category(records: list[dict]) -> dict[str, list[float]]:
 def mean(values: Sequence[float]) -> float:
     """The mean; 0.0 of no values."""
     return sum(values) / len(values) if values else 0.0
+
+
+def wilson(share: float, count: int, z: float = 1.959963984540054) -> list[float]:
+    """[low, high] of the 95% interval of a share of `count` answers (Wilson 1927, without continuity correction).
+
+    For scores between 0 and 1 (MRA, ROUGE) it is too wide rather than too narrow: of all scores with this mean, those
+    that are 0 or 1 vary most.
+    """
+    if not count:
+        return [0.0, 1.0]
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return [max(0.0, centre - half), min(1.0, centre + half)]

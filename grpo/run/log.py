@@ -4,6 +4,7 @@ writes."""
 import html
 import json
 import platform
+import resource
 import subprocess
 import sys
 import threading
@@ -17,13 +18,14 @@ from tqdm import tqdm
 
 from grpo.config import save_config
 from grpo.engine.distributed import gather, is_main
-from grpo.engine.evaluate import gaps, mean
-from rewards.diagnostics import answer_stats
+from grpo.engine.evaluate import category_of, gaps, mean
+from rewards.diagnostics import answer_stats, pass_at_k
 from video.files import append_rows, naming, read_rows, write_rows, write_text
 from video.formats import printable
 from video.pictures import frames_of, strip
 
 SHOWN = 2  # groups of a step in TensorBoard
+ON_THE_BAR = {"tokens_per_second": "tokens/s", "peak_memory_gib": "GiB"}  # shorter names of metrics
 
 
 def quiet_libraries():
@@ -75,7 +77,8 @@ class RunLog:
     def step(self, phase, step, metrics, shown=()):
         """shown: names of the metrics that the progress bar shows."""
         self.write(phase, step, metrics)
-        self.bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown if name in metrics}, refresh=False)
+        values = {ON_THE_BAR.get(name, name): f"{metrics[name]:.3g}" for name in shown if name in metrics}
+        self.bar.set_postfix(values, refresh=False)
         self.bar.update()
 
     def write(self, phase, step, metrics):
@@ -88,18 +91,21 @@ class RunLog:
                     self.board.add_scalar(f"{phase}/{name}", value, step)
 
     def evaluation(self, step, summary, controls):
-        """Held-out accuracy of a `grpo.engine.evaluate.summarise`: of what is trained, overall, and by category; and
-        the `gaps` to the evaluations under controls."""
+        """Held-out accuracy of a `grpo.engine.evaluate.summarise`: of what is trained, with its 95% interval, overall,
+        and by category; and the `gaps` to the evaluations under controls."""
         if summary:
+            low, high = summary["trained_interval"]
             categories = {f"accuracy_{category}": value for category, value in summary["categories"].items()}
             totals = {"accuracy": summary["trained"], "accuracy_overall": summary["overall"]}
+            totals |= {"interval_low": low, "interval_high": high}
             located = summary.get("grounding", {})
             found = {f"{kind} {at}": value for kind, row in located.items() for at, value in row.items()}
-            lost = gaps(summary, controls)
+            lost, by_kind = gaps(summary, controls), ", ".join(f"{n} {v:.1%}" for n, v in summary["categories"].items())
             self.write("eval", step, {**totals, **categories, **found, "unparsed": summary["unparsed"], **lost})
             self.say(
-                f"step {step}: held-out accuracy {summary['trained']:.1%} of the categories trained on, "
-                f"{summary['overall']:.1%} of all {summary['count']} questions; {summary['skipped']} unreadable"
+                f"step {step}: held-out accuracy {summary['trained']:.1%} ({100 * low:.1f}-{high:.1%}) of the "
+                f"categories trained on, {summary['overall']:.1%} of all {summary['count']} questions ({by_kind}); "
+                f"{summary['skipped']} unreadable"
                 + "".join(f"; {name.replace('_', ' ')} {value:.1%}" for name, value in lost.items())
             )
 
@@ -159,7 +165,8 @@ def describe_run():
 
 
 def describe_groups(groups):
-    """Means over the step's completions on all ranks: rewards and their parts, lengths, what was answered."""
+    """Means over the step's completions on all ranks: rewards and their parts, accuracy by category, pass@k, lengths,
+    what was answered."""
     accuracies = [group.parts["accuracy"] for group in groups if "accuracy" in group.parts]
     columns = {
         "reward": [r for group in groups for r in group.rewards],
@@ -173,6 +180,10 @@ def describe_groups(groups):
     for group in groups:
         for name, values in (*group.parts.items(), *group.logs.items()):
             columns.setdefault(name, []).extend(values)
+        kind, accuracies = category_of(group.prompt.sample), group.parts.get("accuracy", [])
+        columns.setdefault(f"accuracy_{kind}", []).extend(accuracies)
+        for k in (2**power for power in range(1, len(accuracies).bit_length())):
+            columns.setdefault(f"pass@{k}", []).append(pass_at_k(accuracies, k))
     texts = [text for group in groups for text in group.texts]
     samples = [group.prompt.sample for group in groups for _ in group.texts]
     merged, all_texts, all_samples = defaultdict(list), [], []
@@ -189,9 +200,24 @@ def describe_groups(groups):
     }
 
 
+def describe_usage(groups, seconds, device):
+    """{"tokens_per_second": completion tokens of all ranks by the `seconds` of the step, "peak_memory_gib"}."""
+    tokens, peaks = zip(*gather((sum(n for group in groups for n in group.lengths), peak_memory(device))))
+    return {"tokens_per_second": sum(tokens) / seconds, "peak_memory_gib": max(peaks)}
+
+
+def peak_memory(device):
+    """The most memory that this process has held so far, in GiB: what torch allocated on its GPU, or on a CPU the
+    process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes on a Mac, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 def rollout_rows(step, groups):
     """A row of rollouts.jsonl for each group: the question, its files and its answer; and for each of its G completions
-    the text, length in tokens, reward, the parts of it, and advantage. "advantages" is None for a group that the
+    the text, length in tokens, reward, the parts of it, what rewards log of their own, and advantage. "advantages" is None for a group that the
     dynamic filter left out."""
     return [
         {
@@ -202,6 +228,7 @@ def rollout_rows(step, groups):
             "lengths": group.lengths,
             "rewards": group.rewards,
             "parts": group.parts,
+            "logs": group.logs,
             "advantages": None if group.advantages is None else group.advantages.tolist(),
         }
         for group in groups

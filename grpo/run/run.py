@@ -18,7 +18,7 @@ from grpo.engine.model_files import read_family, read_processor
 from grpo.errors import ConfigError, RunError, Stopped
 from grpo.run.data import digest, draw_samples, read_questions, steps_of
 from grpo.run.folder import clear_run, data_before, find_checkpoint, made_before
-from grpo.run.log import RunLog, describe_groups, describe_run
+from grpo.run.log import RunLog, describe_groups, describe_run, describe_usage
 from grpo.run.stops import count_bad, memory_message, out_of_memory
 from video.cache import FrameCache
 from video.formats import DataError
@@ -248,12 +248,13 @@ class Run:
         """Logs a step. Raises RunError after config.max_bad_updates steps in a row whose update was skipped."""
         config = self.config
         self.log.show_failures(step, groups)
-        metrics = metrics | describe_groups(groups)
+        metrics = metrics | describe_groups(groups) | describe_usage(groups, metrics["seconds"], self.device)
         if config.show_every and step % config.show_every == 0:
             self.log.show_groups(step, groups, self.processor)
         if config.rollouts_every and step % config.rollouts_every == 0:
             self.log.write_rollouts(step, groups)
-        self.log.step("train", step, metrics, shown=("reward", "accuracy", "kl", "length"))
+        shown = ("reward", "accuracy", "kl", "length", "tokens_per_second", "peak_memory_gib")
+        self.log.step("train", step, metrics, shown)
         self.bad = count_bad(self.bad, metrics, config, step)
 
     def evaluate_and_save(self, done, policy, optimizer, moving=None):
