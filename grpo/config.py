@@ -29,6 +29,9 @@ def flag(default, sentence, **limits):
 @dataclass
 class Config:
     preset: str = flag("open-r1-video", "Published settings that other flags override.", section="what is trained")
+    config: str | None = flag(
+        None, "Settings from a file, which flags override: the run.json of any run, or YAML such as `group_size: 8`."
+    )  # fmt: skip
     model: str = flag("Qwen/Qwen2-VL-7B-Instruct", "Folder or hub name of a Qwen2-VL, 2.5-VL or 3-VL checkpoint.")
     data: tuple = flag(
         ("data/LLaVA-Video-large-swift-origin.jsonl",),
@@ -217,6 +220,85 @@ def preset_values(preset, seed):
     return {n: tuple(map(move, v)) if isinstance(v, tuple) else move(v) for n, v in values.items()}
 
 
+def overlay(values, given):
+    """The settings `values` with those given in their place. What is given also counts more than an earlier value that
+    would hide it: --fps than --nframes, --epochs than --steps, --no-dynamic_filter than --dynamic_sampling."""
+    hidden = {
+        "nframes": given.keys() & {"fps", "min_frames", "max_frames"},
+        "steps": "epochs" in given,
+        "dynamic_sampling": given.get("dynamic_filter") is False,
+    }
+    return {name: value for name, value in values.items() if not hidden.get(name)} | given
+
+
+OF_A_COMMAND = ("config", "plan", "resume")  # not settings of a run, though its run.json has them
+IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list of texts"}
+
+
+def read_settings(path):
+    """{setting: value} of a --config file: the run.json of a run, or YAML. Raises ConfigError, which names the file and
+    the setting."""
+    is_json, fields = path.endswith(".json"), {item.name: item for item in dataclasses.fields(Config)}
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        settings = json.loads(text) if is_json else yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}; a relative path starts at {Path.cwd()}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: is not {'JSON' if is_json else 'YAML'}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"--config {path}: must hold settings, such as `group_size: 8`")
+    if is_json:
+        settings = {name: value for name, value in renamed(settings).items() if name not in OF_A_COMMAND}
+    for name in settings:
+        if name not in fields:
+            close = [flag[2:] for flag in meant(f"--{name}", [f"--{known}" for known in fields])]
+            hint = f"did you mean {' '.join(close)}?" if close else "see --help"
+            raise ConfigError(f"--config {path}: unknown setting {name} ({hint})")
+        if name in OF_A_COMMAND:
+            raise ConfigError(f"--config {path}: {name} is not a setting of a run; give it as --{name}")
+    try:
+        return {name: typed(fields[name], value) for name, value in settings.items()}
+    except ConfigError as error:
+        raise ConfigError(f"--config {path}: {error}") from error
+
+
+def typed(item, value):
+    """A value of a file as the field of Config has it: YAML's text 1e-6 is a number, and one text a list of one. Raises
+    ConfigError."""
+    kind = type_of(item)
+    if value is None and kind is not item.type:  # the field may be None
+        return None
+    values = value if kind is tuple and isinstance(value, list) else [value]
+    try:
+        if not all(isinstance(part, bool if kind is bool else str | int | float) for part in values):
+            raise ValueError
+        made = tuple(map(str, values)) if kind is tuple else value if kind is bool else kind(str(value))
+    except ValueError:
+        raise ConfigError(f"{item.name} must be {IN_WORDS[kind]}, and is {value!r:.100}") from None
+    if (choices := choices_of(item)) and made not in choices:
+        raise ConfigError(f"{item.name} must be one of {', '.join(choices)}, and is {made}")
+    return made
+
+
+def type_of(item):
+    """The type of a field of Config, None aside."""
+    return next(t for t in (*typing.get_args(item.type), item.type) if t is not type(None))
+
+
+def choices_of(item):
+    """The values that a field of Config can have; None if they are no short list."""
+    return tuple(PRESETS) if item.name == "preset" else item.metadata.get("choices")
+
+
+def renamed(saved):
+    """The settings of a run.json of an earlier version, under their names of today."""
+    settings = {RENAMED.get(name, name): value for name, value in saved.items()}
+    if (preset := str(settings.get("preset"))) in RENAMED_PRESETS:
+        settings["preset"] = RENAMED_PRESETS[preset]
+    return settings
+
+
 def demo_makes(seed):
     """The paths of the model and the data that --demo makes. What other paths hold is the user's."""
     own = preset_values("demo", seed)
@@ -237,47 +319,53 @@ ELSEWHERE = {
 }
 
 
+def meant(typed_flag, flags):
+    """Those of the flags that a flag may mean which is misspelt, of another trainer, or of an earlier version."""
+    known = {**ELSEWHERE, **{f"--{old}": [f"--{new}"] for old, new in RENAMED.items()}}
+    return known.get(typed_flag) or get_close_matches(typed_flag, flags, 1, 0.7)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line, with the flags that a misspelt flag may mean."""
 
     def error(self, message):
         flags = [flag for action in self._actions for flag in action.option_strings]
         misspelt = re.findall(r"(?<!\S)--\w+", message) if message.startswith("unrecognized") else []
-        known = {**ELSEWHERE, **{f"--{old}": [f"--{new}"] for old, new in RENAMED.items()}}
-        meant = [match for flag in misspelt for match in known.get(flag) or get_close_matches(flag, flags, 1, 0.7)]
-        hint = f"did you mean {' '.join(meant)}?" if meant else "see --help"
+        matches = [match for flag in misspelt for match in meant(flag, flags)]
+        hint = f"did you mean {' '.join(matches)}?" if matches else "see --help"
         print(f"{self.prog}: error: {message} ({hint})", file=sys.stderr)
         raise SystemExit(2)
 
 
 def parse_config(arguments=None):
-    """Returns the checked Config of a command line: defaults, then the preset, then the flags given.
+    """Returns the checked Config of a command line: defaults, then the preset, then --config, then the flags given.
 
     An unknown flag, a value of the wrong type or none of a flag's choices exits with code 2; a wrong value raises
     ConfigError.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", nargs="?")
-    asked = first.parse_known_args(arguments)[0].preset
-    preset = asked if asked in PRESETS else Config.preset
+    first.add_argument("--config", nargs="?")
+    asked = first.parse_known_args(arguments)[0]
+    own = read_settings(asked.config) if asked.config else {}
+    preset = asked.preset if asked.preset in PRESETS else own.get("preset", Config.preset)
+    source = f"--preset {preset}" + (f" and --config {asked.config}" if asked.config else "")
     parser = OneLineParser(
         description="Trains Qwen2-VL, Qwen2.5-VL or Qwen3-VL on video questions with GRPO.",
-        usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False,
-        epilog=f"In brackets: the values of --preset {preset}.",
+        usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False, epilog=f"In brackets: the values of {source}.",
     )  # fmt: skip
     for item in dataclasses.fields(Config):
         if "section" in item.metadata:
             section = parser.add_argument_group(item.metadata["section"])
-        add_flag(section, item, {"preset": preset, **PRESETS[preset]}.get(item.name, item.default))
+        add_flag(section, item, {**PRESETS[preset], **own, "preset": preset}.get(item.name, item.default))
     given = vars(parser.parse_args(arguments))
     given = {name: as_setting(value) for name, value in given.items()}
-    values = preset_values(preset, given.get("seed", Config.seed))
-    if given.keys() & {"fps", "min_frames", "max_frames"}:  # a flag counts more than the preset's --nframes
-        values = {name: value for name, value in values.items() if name != "nframes"}
-    if given.get("dynamic_filter") is False and "dynamic_sampling" not in given:  # nor the preset's --dynamic_sampling
-        values = {name: value for name, value in values.items() if name != "dynamic_sampling"}
-    config = Config(**{**values, **given})
+    values = preset_values(preset, {**own, **given}.get("seed", Config.seed))
+    base, values = Config(**values), overlay(values, own)
+    config = Config(**overlay(values, {**given, "preset": preset}))
     check(config)
+    changed = {name: value for name, value in own.items() if value != getattr(base, name)}
+    check_combinations(Config(**values), changed)  # by itself: a flag may override a part of the file
     check_combinations(config, given)
     config.freeze_vision |= config.lora_rank > 0  # adapters are the decoder's
     config.dynamic_filter |= config.dynamic_sampling > 0
@@ -303,16 +391,15 @@ def as_typed(value):
 def add_flag(parser, item, default):
     """Adds the flag of a field of Config to a parser or a group of one; its help ends with `default` as it is typed."""
     limits, name = item.metadata, item.name
-    value_type = next(t for t in (*typing.get_args(item.type), item.type) if t is not type(None))
+    value_type = type_of(item)
     text = limits["help"] if default in (None, ()) else f"{limits['help']} [{as_typed(default)}]"
     options = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%"), "dest": name}
-    choices = tuple(PRESETS) if name == "preset" else limits.get("choices")
     if value_type is bool:
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **options)
     elif value_type is tuple:
         parser.add_argument(f"--{name}", nargs="+", **options)
     else:
-        parser.add_argument(f"--{name}", type=value_type, choices=choices, **options)
+        parser.add_argument(f"--{name}", type=value_type, choices=choices_of(item), **options)
 
 
 def check(config):
@@ -390,8 +477,6 @@ def load_config(path):
     """The Config that `save_config` wrote. Raises ConfigError if the file is not one."""
     try:
         saved = json.loads(Path(path).read_text())
-        config = Config(**{RENAMED.get(name, name): as_setting(value) for name, value in saved.items()})
-        config.preset = RENAMED_PRESETS.get(config.preset, config.preset)
-        return config
+        return Config(**{name: as_setting(value) for name, value in renamed(saved).items()})
     except (AttributeError, OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: not a configuration of this project ({error})") from error

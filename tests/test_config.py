@@ -13,7 +13,7 @@ import pytest
 
 import train
 from grpo.advantage import ADVANTAGES
-from grpo.config import METRICS, PRESETS, Config, parse_config
+from grpo.config import METRICS, PRESETS, Config, parse_config, save_config
 from grpo.loss import KL_ESTIMATORS, LOSSES, TIS_MODES, token_weights
 
 ROOT = Path(__file__).parent.parent
@@ -206,6 +206,93 @@ def test_a_flag_counts_more_than_the_dynamic_sampling_of_a_preset():
     assert (config.dynamic_sampling, config.dynamic_filter) == (0, False)
     config = parse_config(["--preset", "dapo"])
     assert config.dynamic_sampling > 0 and config.dynamic_filter
+
+
+def settings_file(folder, text, name="own.yaml"):
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def test_a_file_counts_more_than_its_preset_and_a_flag_more_than_the_file(tmp_path):
+    own = settings_file(tmp_path, "preset: dapo\ngroup_size: 6\nlearning_rate: 1e-5\nreward: accuracy:2\nsteps: null\n")
+    config = parse_config(["--config", own, "--max_new_tokens", "64", "--group_size", "3"])
+    expected = dict(preset="dapo", group_size=3, learning_rate=1e-5, reward=("accuracy:2",), max_new_tokens=64,
+                    clip_eps_high=0.28, steps=None, config=own)  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert parse_config(["--config", own, "--preset", "gspo"]).loss == "gspo"
+    with pytest.raises(SystemExit):
+        parse_config(["--config", own, "--preset", "gsop"])
+
+
+@pytest.mark.parametrize("flags", [
+    ["--preset", name] for name in PRESETS
+] + [["--kl_coef", "0"], ["--preset", "dapo", "--no-dynamic_filter"], ["--preset", "dapo", "--loss", "sapo"],
+     ["--lora_rank", "8"], ["--preset", "demo", "--fps", "1"], ["--preset", "demo", "--seed", "3"],
+     ["--preset", "video-r1", "--answer_form", "math=a number"]])  # fmt: skip
+def test_the_run_json_of_any_run_is_a_file_of_its_settings(flags, tmp_path):
+    config = parse_config([*flags, "--resume", "no", "--plan", "4"])
+    save_config(config, tmp_path / "run.json")
+    own = str(tmp_path / "run.json")
+    again = parse_config(["--config", own])
+    assert again == dataclasses.replace(config, config=own, resume="auto", plan=0), "a command's own are not read"
+
+
+def test_what_is_given_counts_more_than_an_earlier_value_that_would_hide_it(tmp_path):
+    own = settings_file(tmp_path, "preset: demo\nfps: 1\nepochs: 2\n")
+    config = parse_config(["--config", own])
+    assert (config.nframes, config.fps, config.steps, config.epochs) == (None, 1.0, None, 2.0)
+    own = settings_file(tmp_path, "nframes: 6\nsteps: 5\n")
+    config = parse_config(["--config", own, "--max_frames", "8", "--epochs", "3"])
+    assert (config.nframes, config.max_frames, config.steps, config.epochs) == (None, 8, None, 3.0)
+    assert parse_config(["--config", own, "--epochs", "3", "--steps", "7"]).steps == 7
+
+
+def test_help_shows_the_values_of_a_file(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--help", "--config", settings_file(tmp_path, "preset: demo\ngroup_size: 31")])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "[31]" in entry(shown, "group_size") and "[demo]" in entry(shown, "preset")
+    assert "the values of --preset demo and --config " in shown
+
+
+@pytest.mark.parametrize("text, words", [
+    ("grup_size: 8", "own.yaml: unknown setting grup_size (did you mean group_size?)"),
+    ("lr: 1e-5", "unknown setting lr (did you mean learning_rate?)"),
+    ("clip_low: 0.1", "unknown setting clip_low (did you mean clip_eps_low?)"),
+    ("zzz: 8", "unknown setting zzz (see --help)"),
+    ("1: 2", "unknown setting 1 (see --help)"),
+    ("steps: ten", "own.yaml: steps must be a whole number, and is 'ten'"),
+    ("group_size: 4.5", "group_size must be a whole number, and is 4.5"),
+    ("learning_rate: [1]", "learning_rate must be a number, and is [1]"),
+    ("learning_rate:", "learning_rate must be a number, and is None"),
+    ("demo: 1", "demo must be true or false, and is 1"),
+    ("reward: [accuracy: 1]", "reward must be a list of texts, and is [{'accuracy': 1}]"),
+    ("lr_schedule: wavy", "lr_schedule must be one of linear, cosine, constant, and is wavy"),
+    ("preset: dappo", "preset must be one of open-r1-video, video-r1,"),
+    ("group_size: 1", "--group_size 1: must be at least 2"),
+    ("dual_clip: 3\nloss: cispo", "--dual_clip 3.0: bounds the clip of ppo"),
+    ("resume: no", "own.yaml: resume is not a setting of a run; give it as --resume"),
+    ("", "own.yaml: must hold settings, such as `group_size: 8`"),
+    ("a: [", "own.yaml: is not YAML: while parsing"),
+])  # fmt: skip
+def test_a_mistake_in_a_settings_file_is_one_line(text, words, tmp_path, capsys):
+    assert train.main(["--config", settings_file(tmp_path, text)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: error: ") and words in line
+
+
+def test_a_settings_file_that_is_not_there_or_no_json_is_one_line(tmp_path, capsys):
+    for path, words in ((str(tmp_path / "gone.yaml"), "gone.yaml: No such file or directory; a relative path starts"),
+                        (settings_file(tmp_path, "{x", "run.json"), "run.json: is not JSON")):  # fmt: skip
+        assert train.main(["--config", path]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert words in line
+
+
+def test_a_part_of_a_file_that_a_flag_overrides_contradicts_nothing(tmp_path):
+    own = settings_file(tmp_path, "loss: ppo\ndual_clip: 3\nkl_estimator: k2\n")
+    config = parse_config(["--config", own, "--kl_coef", "0"])
+    assert (config.kl_coef, config.kl_estimator) == (0.0, "k2"), "nobody could leave it out"
 
 
 @pytest.mark.parametrize("typed, meant", [

@@ -86,7 +86,7 @@ def _lock(stack, folder):
 
 
 # A run goes on even if these settings have changed.
-FREE_TO_CHANGE = {"compile", "controls", "decode_graph", "decode_timeout", "device", "eval_batch",
+FREE_TO_CHANGE = {"compile", "config", "controls", "decode_graph", "decode_timeout", "device", "eval_batch",
                   "frame_cache", "frame_cache_gb", "gap_every", "gpu_memory", "keep_checkpoints", "lora_merge",
                   "max_bad_updates", "output", "plan", "prompts_per_rollout", "resume", "reward_timeout",
                   "rollouts_every", "save_every", "shard_size", "show_every", "text_only", "threads", "video_root",
