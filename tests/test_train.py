@@ -145,6 +145,57 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(flags, monkeypatch, capsys)
     assert weights.keys() == resumed.keys() and all(torch.equal(weights[k], resumed[k]) for k in weights)
 
 
+def test_a_run_that_is_extended_equals_the_longer_run(flags, capsys):
+    """Also its best checkpoint: the last evaluation of the shorter run counts, though it came after the checkpoint."""
+    flags = [*flags, "--sft_steps", "0", "--lr_schedule", "constant", "--save_every", "1", "--keep_checkpoints", "1"]
+    folder = run(flags, "--steps", "6")
+    long, rollouts, best = metrics_of(folder), rollouts_of(folder), best_of(folder)
+    weights = load_file(folder / "checkpoint-6" / "model.safetensors")
+    run(flags, "--resume", "no", "--steps", "4")
+    capsys.readouterr()
+    run(flags, "--steps", "6")
+    assert "4 of 6 steps are done" in capsys.readouterr().out
+    assert metrics_of(folder) == long and rollouts_of(folder) == rollouts and best_of(folder) == best
+    extended = load_file(folder / "checkpoint-6" / "model.safetensors")
+    assert weights.keys() == extended.keys() and all(torch.equal(weights[k], extended[k]) for k in weights)
+    assert json.loads((folder / "run.json").read_text())["steps"] == 6
+
+
+def best_of(folder):
+    return json.loads((folder / "checkpoint-6/training/state.json").read_text())["best"]
+
+
+def test_a_run_whose_rates_would_have_been_others_is_not_extended(flags, capsys):
+    folder = run(flags, *SHORT, "--steps", "2", "--lr_warmup_steps", "2")
+    assert train.main([*flags, *SHORT, "--steps", "4", "--lr_warmup_steps", "2", "--epochs", "3"]) == 0, (
+        "in the warm-up"
+    )
+    assert [row["step"] for row in metrics_of(folder)] == [0, 1, 2, 3]
+    capsys.readouterr()
+    assert train.main([*flags, *SHORT, "--steps", "6", "--lr_warmup_steps", "2"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "--steps was 4, is 6, and --lr_schedule linear would have given the steps done other rates" in line
+    assert "--model" in line and "--resume no" in line
+
+
+def test_the_evaluation_of_a_run_may_change(flags, demo_set, capsys):
+    folder = run(flags, "--sft_steps", "0", "--no-controls")
+    trained = [row for row in metrics_of(folder) if row["phase"] == "train"]
+    before = json.loads((folder / "summary.json").read_text())
+    assert before["accuracy_before"] is not None
+    flags = [*flags, "--sft_steps", "0", "--no-controls", "--eval_every", "1", "--save_every", "3"]
+    run(flags)
+    assert "evaluates other questions" not in capsys.readouterr().out
+    run(flags, "--eval_samples", "0")
+    run(flags, "--eval_samples", "4")
+    assert "evaluates other questions from step 4 on: accuracies before it" in capsys.readouterr().out
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["questions"], summary["accuracy_before"]) == (4, None)
+    assert [row for row in metrics_of(folder) if row["phase"] == "train"] == trained
+    (digest,) = json.loads((folder / "versions.json").read_text())["data_before"][:1]
+    assert digest["held out"].startswith("6 rows")
+
+
 def test_the_hint_after_a_stop_is_a_command_that_goes_on(flags, monkeypatch, capsys):
     def stop(*_):
         raise Stopped(2, 15)

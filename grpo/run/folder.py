@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from grpo.config import Config, as_typed, demo_makes, load_config
 from grpo.engine.checkpoint import UNFINISHED, checkpoints, damage, step_of
 from grpo.engine.distributed import gather, is_main
+from grpo.engine.optimizer import learning_rate
 from grpo.errors import ConfigError
 from video.dataset import split_spec
 
@@ -85,10 +86,10 @@ def _lock(stack, folder):
     file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
-# A run goes on even if these settings have changed.
-FREE_TO_CHANGE = {"compile", "config", "controls", "decode_graph", "decode_timeout", "device", "eval_batch",
-                  "frame_cache", "frame_cache_gb", "gap_every", "gpu_memory", "keep_checkpoints", "lora_merge",
-                  "max_bad_updates", "output", "plan", "prompts_per_rollout", "resume", "reward_timeout",
+# A run goes on even if these settings have changed; of --epochs, --steps says what it comes to.
+FREE_TO_CHANGE = {"compile", "config", "controls", "decode_graph", "decode_timeout", "device", "epochs", "eval_batch",
+                  "eval_every", "frame_cache", "frame_cache_gb", "gap_every", "gpu_memory", "keep_checkpoints",
+                  "lora_merge", "max_bad_updates", "output", "plan", "prompts_per_rollout", "resume", "reward_timeout",
                   "rollouts_every", "save_every", "shard_size", "show_every", "text_only", "threads", "video_root",
                   "workers"}  # fmt: skip
 
@@ -138,10 +139,12 @@ def find_checkpoint(config):
     if config.resume == "no" or not path.exists():
         return None
     saved = load_config(path)
+    free = free_to_change(saved, config, step_of(found[-1]) if found else 0)
     other = [
         f"--{name} was {as_typed(old)}, is {as_typed(getattr(config, name))}"
+        + f", and --lr_schedule {saved.lr_schedule} would have given the steps done other rates" * (name == "steps")
         for name, old in vars(saved).items()
-        if name not in FREE_TO_CHANGE and old != getattr(config, name)
+        if name not in free and old != getattr(config, name)
     ]
     if other and (found or (path.parent / "warmup").exists()):
         raise ConfigError(
@@ -161,10 +164,31 @@ def find_checkpoint(config):
     return newest
 
 
+def free_to_change(saved, config, done):
+    """The settings that a run of the `saved` ones, of which so many steps are done, may go on with as `config` has
+    them: whatever leaves those steps as they are.
+
+    --steps is one if the learning rates of these steps do not depend on it. --eval_data and --eval_samples are, if
+    they take nothing from the questions to train on.
+    """
+    rates = lambda steps: [
+        learning_rate(step, steps, 1.0, saved.lr_schedule, saved.lr_warmup_steps) for step in range(done)
+    ]
+    steps = {"steps"} if rates(saved.steps or 0) == rates(config.steps) else set()
+    held_out = {"eval_data", "eval_samples"} if held_out_apart(saved) and held_out_apart(config) else set()
+    return FREE_TO_CHANGE | steps | held_out
+
+
+def held_out_apart(config):
+    """Whether the questions to train on are the same whatever is held out."""
+    return bool(config.eval_data) or not config.eval_samples
+
+
 def data_before(config, digests, say):
     """The digests of other data that the run to go on with has had, oldest first, as its versions.json has them.
 
-    Raises ConfigError if its last data was other than that of `digests`; under --resume anyway says so instead.
+    Raises ConfigError if its last data was other than that of `digests`; under --resume anyway says so instead. The
+    held-out questions may change if they are `held_out_apart`.
     """
     path = Path(config.output) / "versions.json"
     found = checkpoints(config.output) or (path.parent / "warmup").exists()
@@ -178,7 +202,11 @@ def data_before(config, digests, say):
             say(f"{path}: is damaged; goes on without it, as --resume anyway asks")
             return []
         raise ConfigError(f"{path}: is damaged; --resume anyway goes on without it, if the data is the same") from error
-    changed = [f"{name} was {old}, is {digests.get(name)}" for name, old in saved.items() if digests.get(name) != old]
+    other = {name: old for name, old in saved.items() if digests.get(name) != old}
+    before += [saved] if other else []
+    if held_out_apart(config):
+        other.pop("held out", None)
+    changed = [f"{name} was {old}, is {digests.get(name)}" for name, old in other.items()]
     if not changed:
         return before
     if config.resume == "auto":
@@ -187,4 +215,4 @@ def data_before(config, digests, say):
             "anyway goes on, --resume no starts anew there, another --output does elsewhere"
         )
     say(f"data has changed ({'; '.join(changed)}); goes on as --resume anyway asks")
-    return [*before, saved]
+    return before

@@ -47,7 +47,7 @@ class RunLog:
     """
 
     def __init__(self, folder, keep):
-        self.folder, self.bar = Path(folder), tqdm(disable=True)
+        self.folder, self.bar, self.accuracies = Path(folder), tqdm(disable=True), {}
         if not is_main():
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import; only here
@@ -55,6 +55,7 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file, self.rollouts = self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"
         kept = [row for row in read_rows(self.file, ("phase", "step")) if keep(row["phase"], row["step"])]
+        self.accuracies = {row["step"]: row.get("accuracy") for row in kept if row["phase"] == "eval"}
         made = [row["step"] for row in kept if row["phase"] == "train"]
         write_rows(self.file, kept)
         if self.rollouts.exists():

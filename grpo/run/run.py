@@ -78,6 +78,8 @@ def open_run(config, device, mesh, signalled, began):
     log = RunLog(config.output, partial(made_before, state["step"], config.steps, warmed))
     with closing(log), PromptLoader(encoder, config.workers, config.decode_timeout) as loader:
         log.describe(config, {**describe_run(), "data": digests, "data_before": before})
+        if held_out:
+            note_questions(state, digests["held out"], log)
         began -= state.get("seconds", 0)
         run = Run(
             config=config, device=device, mesh=mesh, processor=processor, train=train, held_out=held_out, warmup=warmup,
@@ -91,6 +93,17 @@ def open_run(config, device, mesh, signalled, began):
             if out_of_memory(error):
                 raise RunError(memory_message(run.prompts, config, error)) from error
             raise
+
+
+def note_questions(state, held_out, log):
+    """Drops the accuracies of the state of a run that has evaluated other questions than those of the digest
+    `held_out`, with a word; notes the last evaluation of a run that was at its end, and now goes on, if it is the best.
+    """
+    if state.setdefault("held_out", held_out) != held_out:
+        state.update(held_out=held_out, before={}, best={})
+        log.say(f"evaluates other questions from step {state['step']} on: accuracies before it do not compare")
+    elif accuracy := gather(log.accuracies.get(state["step"]))[0]:
+        note_if_best(state, state["step"], {"trained": accuracy})
 
 
 @dataclass
