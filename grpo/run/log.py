@@ -218,8 +218,8 @@ def peak_memory(device):
 
 def rollout_rows(step, groups):
     """A row of rollouts.jsonl for each group: the question, its files and its answer; and for each of its G completions
-    the text, length in tokens, reward, the parts of it, what rewards log of their own, and advantage. "advantages" is None for a group that the
-    dynamic filter left out."""
+    the text, length in tokens, reward, the parts of it, what rewards log of their own, and the advantage. "advantages"
+    is None for a group that the dynamic filter left out."""
     return [
         {
             "step": step,
