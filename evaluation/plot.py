@@ -81,13 +81,12 @@ def plot_runs(folders: list[str | Path], path: str | Path) -> str | Path:
             else:
                 axis.plot(*curve(train, metric), linewidth=1, color=colour, label=name)
             if metric == "accuracy":
-                for own, marker in ((metric, "o--"), ("blind_gap", "s:"), ("order_gap", "^:")):
-                    label = "held out" if own == metric else own.replace("_", " ")
-                    steps, values = curve(held_out, own)
-                    if steps or own == metric:
-                        style = dict(fmt=marker, markersize=3, elinewidth=1, color=colour, alpha=0.7)
-                        bars = interval_bars(held_out) if own == metric else None
-                        axis.errorbar(steps, values, yerr=bars, label=f"{name}, {label}", **style)
+                style = dict(markersize=3, color=colour, alpha=0.7)
+                points, bars = curve(held_out, metric), interval_bars(held_out)
+                axis.errorbar(*points, bars, fmt="o--", elinewidth=1, label=f"{name}, held out", **style)
+                for gap, marker in (("blind_gap", "s:"), ("order_gap", "^:")):
+                    if (points := curve(held_out, gap))[0]:
+                        axis.plot(*points, marker, label=f"{name}, {gap.replace('_', ' ')}", **style)
         axis.set_title(f"{title}: share of the most frequent" if letters and several else title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
