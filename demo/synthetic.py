@@ -7,6 +7,7 @@ the start of its path, because their difference *is* the direction. So the first
 of the direction from the shape's position), a middle frame 34%: the path is short compared with the video's side.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -35,9 +36,9 @@ QUESTIONS = {  # by category: what is asked, and the four options
     "shape": ("What shape is it?", SHAPES),
 }
 # What is asked about the videos of a part, in turn; a shape stands still if its place is asked. Of 16 training
-# questions 14 are for the direction; two ask what the warm-up has taught, so that it stays known.
+# questions 12 are for the direction; four ask what the warm-up has taught, so that it stays known.
 ASKED = {
-    "train": (("colour",), *[("direction",)] * 7, ("place",), *[("direction",)] * 7),
+    "train": (*[("colour",), *[("direction",)] * 3] * 3, ("place",), *[("direction",)] * 3),
     "val": (("direction", "colour", "shape"), ("place",)),
     "warmup": (("direction", "colour"), ("place",)),
 }
@@ -68,14 +69,15 @@ class Scene:
 def make_demo_set(folder: str | Path, spec: DemoSpec = DemoSpec()) -> dict[str, Path]:
     """Writes videos and rows under `folder`; returns the paths of train.jsonl, val.jsonl and warmup.jsonl by name.
 
-    No two parts share a video. If the folder already holds a complete set of the same `spec`, it is used again; else
-    the new set replaces the old one, folder `videos` included, once it is complete. Rows have the fields of
-    open-r1-video-4k, plus `category`; `opposite`, the letter of the answer if time ran backwards, if that is another;
-    and, in the warm-up, `completions`.
+    No two parts share a video. If the folder already holds a complete set of the same `spec` by the same code, it is
+    used again; else the new set replaces the old one, folder `videos` included, once it is complete. Rows have the
+    fields of open-r1-video-4k, plus `category`; `opposite`, the letter of the answer if time ran backwards, if that is
+    another; and, in the warm-up, `completions`.
     """
     folder = Path(folder)
     paths = {part: folder / f"{part}.jsonl" for part in ASKED}
-    manifest, text = folder / MANIFEST, json.dumps(asdict(spec), sort_keys=True)
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # of this file: an older version made other rows
+    manifest, text = folder / MANIFEST, json.dumps(asdict(spec) | {"code": code}, sort_keys=True)
     is_complete = lambda: manifest.is_file() and manifest.read_text() == text and all(map(Path.is_file, paths.values()))
     if is_complete():
         return paths
@@ -124,11 +126,12 @@ def scenes_and_questions(rng: np.random.Generator, part: str, count: int) -> Ite
 def completions(row: dict) -> list[str]:
     """The targets of the warm-up, which teach the form of an answer and nothing about motion.
 
-    A question for the direction gets one for each option: `<think>I see up .</think><answer>B</answer>` for "B. up".
-    Any other question gets the one with its true answer, because a pretrained model would know how to see it.
+    A question for the direction gets one for each option: `<think> up B</think><answer>B</answer>` for "B. up". Any
+    other question gets the one with its true answer, because a pretrained model would know how to see it. The letter
+    stands right after its word because the tiny model then learns in 290 steps, instead of 790, which letter that is.
     """
     options = row["options"] if row["category"] == "direction" else [row["original_answer"]]
-    return [f"<think>I see {option[3:]} .</think><answer>{option[0]}</answer>" for option in options]
+    return [f"<think> {option[3:]} {option[0]}</think><answer>{option[0]}</answer>" for option in options]
 
 
 def question(rng: np.random.Generator, scene: Scene, category: str, turn: int) -> dict:

@@ -13,7 +13,7 @@ from grpo import update
 from grpo.batch import pack
 from grpo.config import parse_config
 from grpo.engine.optimizer import learning_rate, make_optimizer, set_learning_rate
-from grpo.engine.warmup import supervised_step, target_groups, target_tokens
+from grpo.engine.warmup import determined, supervised_step, target_groups
 from grpo.families.base import Family
 from grpo.policy import Policy
 from grpo.rollout import rollout
@@ -189,17 +189,27 @@ def test_supervised_step_weighs_prompts_equally(tiny_vl):
         prompt = make_prompt(tokenizer, PROMPT_KINDS["video"], seed=seed)
         prompt.sample = replace(prompt.sample, completions=completions)
         prompts.append(prompt)
-    tokens = [[target_tokens(tokenizer, text)[0] for text in completions] for completions in targets]
+    groups, _ = target_groups(prompts, tokenizer, policy.spec, max_tokens=50)
+    tokens = [group.tokens for group in groups]
+    for own, texts in zip(tokens, targets):
+        assert [tokenizer.decode(t[:-1]) for t in own] == list(texts)
+        assert all(int(t[-1]) == tokenizer.eos_token_id for t in own)
     lengths = [[len(t) for t in own] for own in tokens]
     assert [len(own) for own in lengths] == [1, 3] and len(set(lengths[1])) == 3
     with torch.no_grad():
         logprobs = [policy(pack([p], [own], policy.spec))[0] for p, own in zip(prompts, tokens)]
-    groups, _ = target_groups(prompts, tokenizer, policy.spec, max_tokens=50)
     optimizer = make_optimizer(policy, config_of())
     loss, probabilities = supervised_step(policy, optimizer, groups, config_of())
     assert loss == pytest.approx(-sum(own.mean().item() for own in logprobs) / 2, rel=1e-5)
     assert [len(p) for p in probabilities] == sum(lengths, [])
     torch.testing.assert_close(torch.cat(probabilities), torch.cat(logprobs).exp(), rtol=1e-4, atol=1e-7)
+
+
+def test_a_token_is_determined_unless_completions_part_at_it():
+    completions = [[1, 2, 5, 9], [1, 3, 5, 9], [1, 3, 6, 7, 9], [1, 2, 5, 9]]
+    expected = [[1, 0, 1, 1], [1, 0, 0, 1], [1, 0, 0, 1, 1], [1, 0, 1, 1]]
+    assert [own.int().tolist() for own in determined([torch.tensor(own) for own in completions])] == expected
+    assert determined([torch.tensor([4, 4])])[0].all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

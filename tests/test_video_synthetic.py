@@ -89,7 +89,7 @@ def test_parts_share_no_video_and_categories_are_as_specified(demo):
         videos["train"] & videos["val"] or videos["train"] & videos["warmup"] or videos["val"] & videos["warmup"]
     )
     categories = {part: Counter(sample.meta["category"] for sample in samples[part]) for part in samples}
-    assert categories["train"] == {"direction": 448, "colour": 32, "place": 32}
+    assert categories["train"] == {"direction": 384, "colour": 96, "place": 32}
     assert categories["val"] == {"direction": 16, "colour": 16, "shape": 16, "place": 16}
     assert categories["warmup"] == {"direction": 32, "colour": 32, "place": 32}
     contents = {part: {open(video, "rb").read() for video in videos[part]} for part in videos}
@@ -120,7 +120,7 @@ def test_rows_are_consistent(demo):
 
 def test_warmup_names_every_option_of_a_trained_category_and_the_truth_of_others(demo):
     for row in rows(demo["warmup"]):
-        bound = [f"<think>I see {option[3:]} .</think><answer>{option[0]}</answer>" for option in row["options"]]
+        bound = [f"<think> {option[3:]} {option[0]}</think><answer>{option[0]}</answer>" for option in row["options"]]
         true = [text for text in bound if text.endswith(row["solution"])]
         assert row["completions"] == (true if row["category"] in ("colour", "place") else bound)
 

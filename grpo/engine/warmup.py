@@ -1,9 +1,9 @@
 """A supervised pass before GRPO, through the same packed forward: several target completions share their prompt.
 
 Rows carry `completions`. The pass ends after `sft_steps`, or as soon as the model predicts the determined tokens: all
-tokens of a prompt's only completion; of several completions, whose thoughts differ, the tokens between <answer> and
-</answer>. "Predicts" means: the least probability of a prompt's determined tokens is above `sft_until`, as a mean over
-the prompts of the last ten steps.
+but those at which two completions of a prompt part. Of "left, B" and "up, C" all tokens are determined but the words
+"left" and "up". "Predicts" means: the least probability of a prompt's determined tokens is above `sft_until`, as a mean
+over the prompts of the last ten steps.
 """
 
 from collections import deque
@@ -26,26 +26,33 @@ from video.prompt import Prompt
 RAMP = 20  # steps of linear warm-up of the learning rate, which then stays constant
 
 
-def target_tokens(tokenizer: Tokenizer, text: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """((C,) tokens of a completion with its EOS, (C,) bool marks of the tokens between <answer> and </answer>)."""
-    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-    start, stop = text.find("<answer>") + len("<answer>"), text.find("</answer>")
-    marks = [a < stop and b > start and a >= start for a, b in encoded["offset_mapping"]]
-    return torch.tensor([*encoded["input_ids"], tokenizer.eos_token_id]), torch.tensor([*marks, False])
+def determined(completions: list[torch.Tensor]) -> list[torch.Tensor]:
+    """[(C,) bool, True for each token that follows from the prompt and the tokens before it], for each completion.
+
+    The completions [a b e], [a c e] have the marks [T F T], [T F T].
+    """
+    marks = [torch.ones(len(own), dtype=torch.bool) for own in completions]
+    for own, mark in zip(completions, marks):
+        for other in completions:
+            parted = [a != b for a, b in zip(own.tolist(), other.tolist())]
+            if any(parted):
+                mark[parted.index(True)] = False
+    return marks
 
 
 def target_groups(
     prompts: list[Prompt], tokenizer: Tokenizer, spec: ModelSpec, max_tokens: int
-) -> tuple[list[RolloutGroup], list[tuple[torch.Tensor, ...]]]:
-    """(`RolloutGroup`s whose completions are the prompts' targets, for each group a tuple of its completions' (C,) bool
-    marks of the determined tokens).
+) -> tuple[list[RolloutGroup], list[list[torch.Tensor]]]:
+    """(`RolloutGroup`s whose completions are the prompts' targets, for each group its completions' (C,) bool marks of
+    the determined tokens).
 
     Every prompt weighs the same, however many targets it has. Raises DataError, naming the row, for a completion of
     more than max_tokens, which would take all memory, or with a vision token, which would have no features.
     """
     groups, marks, forbidden = [], [], torch.tensor(spec.never_sampled)
     for prompt in prompts:
-        tokens, answers = zip(*(target_tokens(tokenizer, text) for text in prompt.sample.completions))
+        texts = tokenizer(list(prompt.sample.completions), add_special_tokens=False)["input_ids"]
+        tokens = [torch.tensor([*own, tokenizer.eos_token_id]) for own in texts]
         if any(bool(torch.isin(own, forbidden).any()) for own in tokens):
             raise DataError(f"{prompt.sample.key}: a completion holds a vision token such as <|video_pad|>; remove it")
         if (longest := max(map(len, tokens))) > max_tokens:
@@ -53,8 +60,8 @@ def target_groups(
                 f"{prompt.sample.key}: a completion of {longest} tokens is over --max_prompt_tokens {max_tokens}; "
                 "shorten it"
             )
-        groups.append(RolloutGroup(prompt, list(tokens), [torch.zeros(len(own)) for own in tokens], [], []))
-        marks.append(answers if len(answers) > 1 else (torch.ones_like(answers[0]),))
+        groups.append(RolloutGroup(prompt, tokens, [torch.zeros(len(own)) for own in tokens], [], []))
+        marks.append(determined(tokens))
     return groups, marks
 
 
