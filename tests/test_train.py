@@ -85,7 +85,7 @@ def test_a_run_leaves_everything(flags):
         assert 0 <= summary[name] <= 1
     assert summary["seconds"] > 0 and set(summary["categories"]) <= {"colour", "direction", "place", "shape"}
     first = next(row for row in metrics_of(folder) if row["phase"] == "train")
-    assert {"accuracy_direction", "pass@2", "pass@4", "tokens_per_second", "peak_memory_gib"} <= first.keys()
+    assert {"accuracy_direction", "pass@2", "pass@4"} <= first.keys()
     assert 0 <= first["kl"] < 1e-6 and first["sampler_logprob_diff"] < 1e-5
 
 
