@@ -164,6 +164,10 @@ class Config:
         "that costs (docs/metrics.md); 0: never.", ge=0,
     )  # fmt: skip
     controls: bool = flag(False, "Close with accuracy on shuffled, reversed and blank videos, and with no video.")
+    tracker: str = flag(
+        "none", "Also send the metrics to wandb or swanlab, if it is installed: docs/running.md.",
+        choices=("none", "wandb", "swanlab"),
+    )  # fmt: skip
     show_every: int = flag(50, "Show two prompts' frames and completions in TensorBoard so often; 0: never.", ge=0)
     rollouts_every: int = flag(
         10, "Write the completions of every so many steps, with rewards and advantages, to rollouts.jsonl; 0: never.",

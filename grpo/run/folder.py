@@ -18,6 +18,7 @@ from grpo.engine.checkpoint import UNFINISHED, checkpoints, damage, step_of
 from grpo.engine.distributed import gather, is_main
 from grpo.engine.optimizer import learning_rate
 from grpo.errors import ConfigError
+from grpo.run.tracker import check_tracker
 from video.dataset import split_spec
 
 DEMO_COMMAND = "python train.py --preset demo"
@@ -33,6 +34,7 @@ def check_inputs(config):
                 raise ConfigError(f"--resume no would remove --{name} {path}, which is in --output; choose another")
     if config.lora_rank and importlib.util.find_spec("peft") is None:
         raise ConfigError("--lora_rank needs peft: pip install peft")
+    check_tracker(config.tracker)
     missing = []
     made = demo_makes(config.seed) if config.demo else set()
     absent = [path for path, _ in map(split_spec, config.data) if path not in made and not Path(path).is_file()]
@@ -89,9 +91,9 @@ def _lock(stack, folder):
 # A run goes on even if these settings have changed; of --epochs, --steps says what it comes to.
 FREE_TO_CHANGE = {"compile", "config", "controls", "decode_graph", "decode_timeout", "device", "epochs", "eval_batch",
                   "eval_every", "frame_cache", "frame_cache_gb", "gap_every", "gpu_memory", "keep_checkpoints",
-                  "lora_merge", "max_bad_updates", "output", "plan", "prompts_per_rollout", "resume", "reward_timeout",
-                  "rollouts_every", "save_every", "shard_size", "show_every", "text_only", "threads", "video_root",
-                  "workers"}  # fmt: skip
+                  "lora_merge", "max_bad_updates", "output", "plan", "prompts_per_rollout", "resume",
+                  "reward_timeout", "rollouts_every", "save_every", "shard_size", "show_every", "text_only",
+                  "threads", "tracker", "video_root", "workers"}  # fmt: skip
 
 
 def on_this_machine(model):
@@ -113,7 +115,7 @@ def files_of_run(folder):
     """What a run leaves in its folder, run.json last: a kill while they are removed leaves it what it says it is."""
     names = [name + UNFINISHED for name in ("checkpoint-*", "warmup", "merged")]
     names += [c.name for c in checkpoints(folder)] + ["warmup", "merged", "events.out.tfevents.*", "versions.json"]
-    names += ["summary.json", "metrics.jsonl", "rollouts.jsonl", "curve.png", "run.json"]
+    names += ["summary.json", "metrics.jsonl", "rollouts.jsonl", "tracker.json", "curve.png", "run.json"]
     return [path for name in names for path in Path(folder).glob(name)]
 
 

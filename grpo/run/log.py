@@ -19,6 +19,7 @@ from tqdm import tqdm
 from grpo.config import save_config
 from grpo.engine.distributed import gather, is_main
 from grpo.engine.evaluate import category_of, gaps, mean
+from grpo.run.tracker import start_tracker
 from rewards.diagnostics import answer_stats, pass_at_k
 from video.files import append_rows, naming, read_rows, write_rows, write_text
 from video.formats import printable
@@ -42,12 +43,12 @@ class RunLog:
     """Writes the metrics of each step.
 
     metrics.jsonl gets one line a step, with a `phase` ("warmup", "train" or "eval"); TensorBoard gets the same names
-    under the phase. rollouts.jsonl gets the completions of some steps: `rollout_rows`. `keep(phase, step)` says which
-    lines of an interrupted run stay; the run makes the others again.
+    under the phase, and so does a tracker, which `describe` starts. rollouts.jsonl gets the completions of some steps:
+    `rollout_rows`. `keep(phase, step)` says which lines of an interrupted run stay; the run makes the others again.
     """
 
     def __init__(self, folder, keep):
-        self.folder, self.bar, self.accuracies = Path(folder), tqdm(disable=True), {}
+        self.folder, self.bar, self.accuracies, self.tracker = Path(folder), tqdm(disable=True), {}, None
         if not is_main():
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import; only here
@@ -56,6 +57,7 @@ class RunLog:
         self.file, self.rollouts = self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"
         kept = [row for row in read_rows(self.file, ("phase", "step")) if keep(row["phase"], row["step"])]
         self.accuracies = {row["step"]: row.get("accuracy") for row in kept if row["phase"] == "eval"}
+        self.lines = len(kept)
         made = [row["step"] for row in kept if row["phase"] == "train"]
         write_rows(self.file, kept)
         if self.rollouts.exists():
@@ -64,10 +66,12 @@ class RunLog:
         self.board = SummaryWriter(self.folder, purge_step=1 + max(made) if made else None)
 
     def describe(self, config, versions):
-        """Writes run.json, the whole configuration, and versions.json: command, versions, git revision, data."""
+        """Writes run.json, the whole configuration, and versions.json: command, versions, git revision, data. Starts
+        the tracker."""
         if is_main():
             save_config(config, self.folder / "run.json")
             write_text(self.folder / "versions.json", json.dumps(versions, indent=2) + "\n")
+            self.tracker = start_tracker(config)
 
     def start(self, title, total, first=0):
         """Begins the progress bar of a phase."""
@@ -86,10 +90,13 @@ class RunLog:
         if not is_main():
             return
         append_rows(self.file, [{"phase": phase, "step": step, **metrics}])
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         with naming(f"{self.folder}/events.out.tfevents.*"):
-            for name, value in metrics.items():
-                if isinstance(value, (int, float)):
-                    self.board.add_scalar(f"{phase}/{name}", value, step)
+            for name, value in numbers.items():
+                self.board.add_scalar(f"{phase}/{name}", value, step)
+        if self.tracker:
+            self.tracker.log(phase, step, self.lines, numbers)
+        self.lines += 1
 
     def evaluation(self, step, summary, controls):
         """Held-out accuracy of a `grpo.engine.evaluate.summarise`: of what is trained, with its 95% interval, overall,
@@ -147,6 +154,8 @@ class RunLog:
         if is_main():
             with naming(f"{self.folder}/events.out.tfevents.*"):
                 self.board.close()
+        if self.tracker:
+            self.tracker.finish()
 
 
 def describe_run():
