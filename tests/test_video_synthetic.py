@@ -89,7 +89,7 @@ def test_parts_share_no_video_and_categories_are_as_specified(demo):
         videos["train"] & videos["val"] or videos["train"] & videos["warmup"] or videos["val"] & videos["warmup"]
     )
     categories = {part: Counter(sample.meta["category"] for sample in samples[part]) for part in samples}
-    assert categories["train"] == {"direction": 384, "colour": 96, "place": 32}
+    assert categories["train"] == {"direction": 384, "colour": 64, "place": 64}
     assert categories["val"] == {"direction": 16, "colour": 16, "shape": 16, "place": 16}
     assert categories["warmup"] == {"direction": 32, "colour": 32, "place": 32}
     contents = {part: {open(video, "rb").read() for video in videos[part]} for part in videos}
