@@ -224,8 +224,8 @@ def test_an_evaluation_is_printed_with_its_interval_and_by_category(tmp_path, ca
     with closing(RunLog(tmp_path / "run", keep=lambda phase, step: True)) as log:
         log.evaluation(3, summarise(rows, {"x"}), {NO_VIDEO: summarise(rows[:5], {"x"})})
     assert capsys.readouterr().out == (
-        "step 3: held-out accuracy 80.0% (49.0-94.3%) of the categories trained on, 72.7% of all 11 questions "
-        "(x 80.0%, y 0.0%); 0 unreadable; blind gap -20.0%\n"
+        "step 3: held-out accuracy 80.0% (49.0-94.3%) of the categories trained on, 72.7% of all 11 questions; "
+        "0 unreadable; x 80.0%, y 0.0%; blind gap -20.0%\n"
     )
     [row] = map(json.loads, open(tmp_path / "run/metrics.jsonl"))
     assert row == {"phase": "eval", "step": 3, "accuracy": 0.8, "accuracy_overall": pytest.approx(8 / 11),

@@ -112,8 +112,8 @@ class RunLog:
             self.write("eval", step, {**totals, **categories, **found, "unparsed": summary["unparsed"], **lost})
             self.say(
                 f"step {step}: held-out accuracy {summary['trained']:.1%} ({100 * low:.1f}-{high:.1%}) of the "
-                f"categories trained on, {summary['overall']:.1%} of all {summary['count']} questions ({by_kind}); "
-                f"{summary['skipped']} unreadable"
+                f"categories trained on, {summary['overall']:.1%} of all {summary['count']} questions; "
+                f"{summary['skipped']} unreadable; {by_kind}"
                 + "".join(f"; {name.replace('_', ' ')} {value:.1%}" for name, value in lost.items())
             )
 
