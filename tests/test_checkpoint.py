@@ -195,7 +195,8 @@ def test_the_best_checkpoint_is_kept_beside_the_last(world, tmp_path):
     flags = command(1, tmp_path, world, "--steps", "5", "--save_every", "5", "--eval_every", "1",
                     "--keep_checkpoints", "1")[2:]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        summary = {"overall": 0.5, "categories": {}, "unparsed": 0.0, "opposite": None, "count": 5, "skipped": 0}
+        summary = {"overall": 0.5, "trained_interval": [0.0, 1.0], "categories": {}, "unparsed": 0.0, "opposite": None,
+                   "count": 5, "skipped": 0}  # fmt: skip
         patch.setattr("grpo.run.run.summarise", lambda *_: {**summary, "trained": next(accuracies, 0.0)})
         assert train.main(flags) == 0
     assert [c.name for c in checkpoints_of(tmp_path)] == ["checkpoint-1", "checkpoint-5"]
