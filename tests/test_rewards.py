@@ -500,6 +500,13 @@ def logs_some(completions, samples): return [(1.0, {"long": 1}) if len(c) > 1 el
 def logs_rubbish(completion, sample): return 1.0, {"x": float("nan")} if completion else "x"
 async def waits(completion, sample): await asyncio.sleep(0.3); return 1.0
 def blocks(completion, sample): time.sleep(0.3); return 1.0
+meeting, met, all_met = threading.Barrier(256), [], asyncio.Event()
+def meets(completion, sample): meeting.wait(); return 1.0
+async def meets_async(completion, sample):
+    met.append(completion)
+    if len(met) == 256: all_met.set()
+    await all_met.wait()
+    return 1.0
 """
 
 
@@ -670,26 +677,29 @@ def test_a_reward_may_log_numbers_of_its_own(mine):
     assert user(mine, "logs_rubbish", ["a", ""]) == ([0.0, 0.0], messages)
 
 
-@pytest.mark.parametrize("name", ["waits", "blocks"])
+@pytest.mark.parametrize("name", ["meets", "meets_async"])
 def test_all_groups_of_a_step_are_scored_at_once(name, mine):
-    """32 groups of 8; one after another they took 9.9 s."""
+    """No call of 32 x 8 returns before all have begun; group by group, a judge of 0.3 s took 9.9 s."""
+    scores = of_step([f"{mine}:{name}"], [["a"] * 8] * 32, reward_timeout=60)
+    assert [score.totals for score in scores] == [[1.0] * 8] * 32
+
+
+@pytest.mark.slow  # a busy machine takes longer
+@pytest.mark.parametrize("name", ["waits", "blocks"])
+def test_a_step_of_calls_that_wait_takes_hardly_longer_than_one(name, mine):
     user(mine, name, ["a"])
     start = time.monotonic()
-    scores = of_step([f"{mine}:{name}"], [["a"] * 8] * 32, reward_timeout=20)
-    seconds = time.monotonic() - start
-    assert [score.totals for score in scores] == [[1.0] * 8] * 32
-    assert seconds < 1.5, seconds
+    of_step([f"{mine}:{name}"], [["a"] * 8] * 32)
+    assert time.monotonic() - start < 1.5
 
 
 def test_all_files_share_one_time_limit(mine):
     other = mine.replace("mine.py", "other.py")
     specs = [f"{mine}:blocks", f"{other}:late", f"{mine}:hangs"]
     of_step(specs, [["a"]])
-    start = time.monotonic()
-    (scores,) = of_step(specs, [["a", "x"]], reward_timeout=1.0)
-    assert time.monotonic() - start < 1.9
+    (scores,) = of_step(specs, [["a", "x"]], reward_timeout=3.0)
     assert scores.parts == {"blocks": [1.0, 1.0], "late": [2.0, 2.0], "hangs": [1.0, 0.0]}
-    assert scores.failures == {"hangs": ["no result within 1 s"]}
+    assert scores.failures == {"hangs": ["no result within 3 s"]}, "the others' results are kept"
 
 
 def test_a_user_reward_gets_a_copy_of_the_sample(mine):
