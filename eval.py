@@ -45,12 +45,13 @@ from grpo.engine.evaluate import CONTROLS, EvalSettings, Progress, predict, summ
 from grpo.engine.fast_paths import choose_fast_paths
 from grpo.engine.model_files import find_model, read_processor
 from grpo.errors import ConfigError
-from grpo.run.data import check_answers, draw, say_text_only, split_data
+from grpo.run.data import check_answers, draw, say_free_text, say_text_only, split_data
 from grpo.run.folder import sole_use
 from grpo.run.log import quiet_libraries
 from grpo.run.run import make_encoder
 from grpo.run.stops import exit_code
 from rewards.grounding import OVERLAPS
+from rewards.judge import Judge
 from video.dataset import read_samples
 from video.files import write_text
 from video.formats import DataError, Sample
@@ -93,6 +94,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     device, mesh = distributed.start(config.device)
     say = print if is_main() else lambda line: None
     say_text_only(samples, "to answer", say)
+    say_free_text(samples, "to answer", config, say)
 
     # 3) The answers: those that the folder has, and the others
     output = Path(arguments.output or default_output(arguments))
@@ -201,6 +203,7 @@ def answer(
     done = {v: predictions.done.get(place, {}) for v, place in places.items()}
     missing = [v for v in variants if any(s.key not in done[v] for s in samples)]
     policy = loaded = None
+    judge = Judge.of(config)
     for (folder, mode), group in itertools.groupby(missing, lambda v: (v.folder, v.mode)):
         questions = ask(samples, mode)
         with open_loader(folder, mode, config) as loader:
@@ -213,7 +216,7 @@ def answer(
                 loaded = folder
             for v in group:
                 save = functools.partial(predictions.add, places[v])
-                settings = EvalSettings(config.max_new_tokens, config.eval_batch, temperature, v.control)
+                settings = EvalSettings(config.max_new_tokens, config.eval_batch, temperature, v.control, judge)
                 with Progress(v.name, len(samples) - len(done[v]), save=save) as progress:
                     records = predict(policy, loader, questions, tokenizer, settings, done=done[v], report=progress)
                 done[v] = {record["key"]: record for record in records}

@@ -43,13 +43,14 @@ from grpo.run.run import open_run
 from grpo.run.stops import exit_code, listening
 from grpo.update import add_advantages, add_reference, mini_batches, sync_reference, update
 from rewards import parse_rewards
+from rewards.judge import Judge
 from video.files import write_text
 from video.pool import WorkersDoNotStart
 
 
 def grpo(run, policy, reference, moving, optimizer):
     """GRPO from the first step that is not done yet to the last; moving: the reference, if it moves."""
-    config, first, rewards = run.config, run.state["step"], parse_rewards(run.config.reward)
+    config, first, rewards = run.config, run.state["step"], parse_rewards(run.config.reward, Judge.of(run.config))
     sample = lambda prompts, step: rollout(policy, prompts, run.processor.tokenizer, rewards, config, step)
     run.log.start("grpo", config.steps, first)
     for step, (prompts, metrics) in enumerate(run.grpo_batches(), start=first):

@@ -4,7 +4,8 @@ The same code as for all other data (video.formats, rewards) reads the rows, fin
 Charades-STA, ActivityNet-Captions (its val_2.json, which Time-R1 and VideoChat-R1 also test on) and TVGBench total the
 mean overlap in time; R@0.3, R@0.5 and R@0.7 are in the table and in results.json.
 MMVU lets a language model judge answers in free text, Video-MMMU looks for the right answer in them; here both are
-scored by ROUGE. So only the multiple-choice part of those two compares with published numbers.
+scored by the judge of --judge_url, asked in other words than MMVU's, or else by ROUGE. So only the multiple-choice part
+of those two compares with published numbers.
 """
 
 from collections import defaultdict

@@ -21,7 +21,7 @@ TAIL = 2**20  # bytes read at each end of a file of weights
 
 
 class Predictions:
-    """The answers in a folder: `done` holds those of an earlier evaluation, `add` saves new ones.
+    """The answers in a folder: `done` holds those of an earlier evaluation that have a score, `add` saves new ones.
 
     While the model answers, every rank writes a file of its own; `merge` joins them in predictions.jsonl.
     """
@@ -37,6 +37,8 @@ class Predictions:
         self.merge()
         self.done = {}  # {(checkpoint, mode, control): {key of a sample: record}}
         for record in read_rows(self.folder / "predictions.jsonl", (*VARIANT, "key")):
+            if "unjudged" in record:
+                continue
             self.done.setdefault(tuple(record.pop(name) for name in VARIANT), {})[record["key"]] = record
 
     def add(self, variant: tuple, records: list[dict]) -> None:
@@ -73,7 +75,15 @@ def check_settings(path: Path, settings: dict) -> None:
 
 def settings_of(config: Config, samples: list[Sample], temperature: float, device: str) -> dict:
     """What answers depend on, besides checkpoint, mode and control: plain values under the names of their flags."""
-    names = ("prompt_template", "answer_form", "max_prompt_tokens", "max_new_tokens", "eval_batch")
+    names = (
+        "judge_model",
+        "judge_prompt",
+        "prompt_template",
+        "answer_form",
+        "max_prompt_tokens",
+        "max_new_tokens",
+        "eval_batch",
+    )
     return {
         **dataclasses.asdict(config.video_settings()),
         **{name: getattr(config, name) for name in names},

@@ -106,6 +106,9 @@ def evaluation_table(result: dict) -> str:
     lines += grounding_tables({name: summary.get("grounding", {}) for name, summary in results.items()})
     for name, score in result.get("score", {}).items():
         lines.append(f"the benchmark's own total, {name}: {score:.1%}")
+    for name, summary in results.items():
+        if failed := summary.get("unjudged"):
+            lines.append(f"{name}: the judge failed on {failed} answers, scored 0; the same command asks again")
     return "\n".join([*lines, f"{first['count']} questions; {first['skipped']} unreadable, counted neither way"])
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from grpo.errors import ConfigError
 from rewards import parse_rewards
+from rewards.judge import Judge
 from video.files import write_text
 from video.formats import printable
 from video.settings import TEMPLATE, VideoSettings, parse_forms
@@ -59,6 +60,11 @@ class Config:
 
     reward: tuple = flag(("accuracy:1",), "Rewards as name:weight, or file.py:function:weight.", section="rewards")
     reward_timeout: float = flag(30.0, "Seconds that your own reward functions have for a step.", gt=0.0)
+    judge_url: str | None = flag(None, "Server, with OpenAI's API, whose model scores free text in place of ROUGE.")
+    judge_model: str | None = flag(None, "Name of that model; its key is the environment variable JUDGE_API_KEY.")
+    judge_prompt: str | None = flag(None, "File with what it is asked: docs/rewards.md.")
+    judge_cache: str | None = flag(None, "Folder that keeps its replies, for any number of processes and runs.")
+    judge_concurrency: int = flag(128, "Most requests to it at once, of each process.", ge=1)
     temporal_bonus: float = flag(
         0.0, "Reward of a right answer where shuffled frames do no better (T-GRPO, which has 0.3); it samples half as "
         "many completions more of each video; 0 is off.", ge=0.0,
@@ -436,7 +442,7 @@ def check(config):
     try:
         config.video_settings()
         parse_forms(config.answer_form)
-        rewards = parse_rewards(config.reward)
+        rewards = parse_rewards(config.reward, Judge.of(config))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     for reward in rewards:
@@ -465,6 +471,8 @@ def check_combinations(config, given):
         ("ref_mixup_alpha", not config.ref_sync_steps, "does nothing without --ref_sync_steps"),
         ("tis_mode", config.tis_cap is None, "weighs nothing without --tis_cap"),
         ("gap_every", not config.eval_samples, "asks held-out questions; --eval_samples 0 holds none out"),
+        *((f"judge_{name}", not config.judge_url, "does nothing without --judge_url")
+          for name in ("model", "prompt", "cache", "concurrency")),
         ("answer_form", "{answer_form}" not in config.prompt_template, "does nothing without {answer_form} in "
          "--prompt_template"),
     ]  # fmt: skip

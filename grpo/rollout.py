@@ -9,7 +9,7 @@ from grpo.batch import chunked
 from grpo.engine.distributed import reduce_sum, unsharded
 from grpo.policy import features_of
 from grpo.sampler import SamplingSettings, generate, prompt_seed
-from rewards import accuracy, score_groups
+from rewards import score_groups
 from rewards.temporal import temporal_bonus
 from video.prompt import shuffle_frames
 
@@ -24,17 +24,24 @@ def rollout(policy, prompts, tokenizer, rewards, config, step):
     with unsharded(policy) as plain:
         groups = sample_groups(plain, prompts, config.group_size, tokenizer, config, step)
         shuffled = sample_groups(plain, timed, config.group_size // 2, tokenizer, config, step, shuffle=True)
-    shuffled = {group.prompt.sample.key: group.texts for group in shuffled}
-    samples, texts, lengths = zip(*((g.prompt.sample, g.texts, g.lengths) for g in groups)) if groups else ((), (), ())
-    scores = score_groups(rewards, texts, samples, lengths, config.reward_timeout, config.max_new_tokens)
-    for group, sample, scored in zip(groups, samples, scores):
-        group.rewards, group.parts, group.errors, group.logs = scored
-        if sample.key in shuffled:
-            without = [accuracy(text, sample) for text in shuffled[sample.key]]
-            bonus = temporal_bonus(group.parts["accuracy"], without, config.temporal_threshold, config.temporal_bonus)
+    only_accuracy = [reward for reward in rewards if reward.name == "accuracy"]
+    without = {g.prompt.sample.key: s for g, s in zip(shuffled, score(only_accuracy, shuffled, config))}
+    for group, scores in zip(groups, score(rewards, groups, config)):
+        group.rewards, group.parts, group.errors, group.logs = scores
+        if other := without.get(group.prompt.sample.key):
+            accuracies = group.parts["accuracy"], other.parts["accuracy"]
+            bonus = temporal_bonus(*accuracies, config.temporal_threshold, config.temporal_bonus)
             group.rewards = [reward + more for reward, more in zip(group.rewards, bonus)]
-            group.parts |= {"shuffled_accuracy": [fmean(without)] * len(bonus), "temporal_bonus": bonus}
+            group.parts |= {"shuffled_accuracy": [fmean(accuracies[1])] * len(bonus), "temporal_bonus": bonus}
+            group.errors |= {n: group.errors.get(n, []) + messages for n, messages in other.failures.items()}
     return groups
+
+
+def score(rewards, groups, config):
+    """The `rewards.Scores` of each group."""
+    texts, samples = [group.texts for group in groups], [group.prompt.sample for group in groups]
+    lengths = [group.lengths for group in groups]
+    return score_groups(rewards, texts, samples, lengths, config.reward_timeout, config.max_new_tokens)
 
 
 def resample(groups, more, config):

@@ -19,6 +19,7 @@ The reward `accuracy` depends on the sample's problem type: `rewards.problem_typ
 """
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -27,6 +28,7 @@ from typing import NamedTuple
 
 from rewards.answer import answer_text
 from rewards.grounding import timestamp_iou
+from rewards.judge import JUDGED, Judge
 from rewards.length import length_cosine, length_window, repetition, soft_overlong
 from rewards.problem_types import ACCURACY
 from rewards.think_format import tag_count, think_format
@@ -54,6 +56,7 @@ class Reward:
     form: str  # how it is called: see `form_of`
     function: Callable | None  # None if it is the user's
     file: RewardFile | None = None  # the user's file: a call of it may fail
+    judge: Judge | None = None  # of the accuracy of free text: a request of it may fail
 
     @property
     def user(self) -> bool:
@@ -87,6 +90,18 @@ def score_prediction(prediction: str | None, sample: Sample) -> float:
         raise ValueError(f"sample {sample.key!r}: {error}") from error
 
 
+def score_predictions(predictions: list[str | None], samples: list[Sample], judge: Judge | None) -> list[Outcome]:
+    """The outcome of each prediction: what the judge says of free text, if there is a judge; else `score_prediction`.
+
+    A prediction of no text is wrong unasked.
+    """
+    asked = [i for i, s in enumerate(samples) if judge and s.problem_type in JUDGED and predictions[i]]
+    judged = judge.outcomes([predictions[i] for i in asked], [samples[i] for i in asked]) if asked else []
+    found = dict(zip(asked, judged))
+    score = lambda i: found.get(i) or (score_prediction(predictions[i], samples[i]), {}, "")
+    return [score(i) for i in range(len(samples))]
+
+
 def accuracy(completion: str, sample: Sample) -> float:
     """How right the one answer in the answer tag is, in [0, 1]; 0.0 if there is no answer, or several."""
     return score_prediction(answer_text(completion), sample)
@@ -110,7 +125,7 @@ REWARDS: dict[str, Callable] = {
 NEED_ACCURACY = ("length_window", "length_cosine")
 
 
-def parse_rewards(specs: list[str]) -> list[Reward]:
+def parse_rewards(specs: list[str], judge: Judge | None = None) -> list[Reward]:
     """The rewards that `--reward` names: `NAME[:WEIGHT]` or `FILE.py:FUNCTION[:WEIGHT]`; the default weight is 1.
 
     A weight is any finite number: 0 only logs the reward, a negative weight makes it a penalty. Raises ValueError,
@@ -122,6 +137,7 @@ def parse_rewards(specs: list[str]) -> list[Reward]:
     for spec in specs:
         try:
             reward = _parse_reward(spec)
+            reward = replace(reward, judge=judge) if reward.name == "accuracy" and not reward.user else reward
             if reward.name in rewards or (reward.user and reward.name in REWARDS):
                 raise ValueError(f"the name {reward.name!r} is taken; give each reward a name of its own")
             rewards[reward.name] = reward
@@ -167,26 +183,33 @@ def score_groups(
     """The scores of completions[g], those of the prompt of samples[g], for each prompt of a step.
 
     `lengths` are in tokens; the length rewards need them, and soft_overlong needs `max_new_tokens`. All calls of the
-    user's rewards run at once, and have `reward_timeout` seconds together. A call that raises, is late, ends its
-    process or returns no finite number scores 0. Each call gets a copy of the sample. An error in a built-in reward is
-    a bug or a bad sample, and is raised.
+    user's rewards run at once; they and the judge have `reward_timeout` seconds together. A call that raises, is late,
+    ends its process or returns no finite number scores 0. Each call gets a copy of the sample. An error in a built-in
+    reward is a bug or a bad sample, and is raised.
     """
     # 1) Built-in rewards, accuracy first
-    lengths, outcomes = lengths or [[]] * len(samples), {}
+    lengths, outcomes, began = lengths or [[]] * len(samples), {}, time.monotonic()
     groups = [Group(texts, 0, own, [], max_new_tokens) for texts, own in zip(completions, lengths, strict=True)]
     for reward in rewards:
         if reward.user:
             continue
         if reward.form == "group" and any(len(group.lengths) != len(group.completions) for group in groups):
             raise ValueError(f"{reward.name} needs the length in tokens of each completion")
-        outcomes[reward.name] = [(reward.function(*call), {}, "") for call in _calls(reward, groups, samples)]
+        own = _calls(reward, groups, samples)
+        if reward.judge:
+            outcomes[reward.name] = score_predictions(
+                [answer_text(t) for t, _ in own], [s for _, s in own], reward.judge
+            )
+        else:
+            outcomes[reward.name] = [(reward.function(*call), {}, "") for call in own]
         if reward.name == "accuracy":
             values = (value for value, _, _ in outcomes["accuracy"])
             groups = [replace(group, accuracy=list(islice(values, len(group.completions)))) for group in groups]
 
     # 2) The user's, all at once
     calls = [(reward, call) for reward in rewards if reward.user for call in _calls(reward, groups, samples)]
-    results = call_files([(reward.file, reward.name, call) for reward, call in calls], reward_timeout)
+    left = max(0.1, reward_timeout - (time.monotonic() - began))
+    results = call_files([(reward.file, reward.name, call) for reward, call in calls], left)
     for (reward, _), found in zip(calls, results):
         outcomes.setdefault(reward.name, []).extend(found)
 

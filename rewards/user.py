@@ -122,7 +122,7 @@ class RewardFile:
             late = time.monotonic() > deadline
             if late or len(results) < count:
                 exit_code = self._end()
-        reason = f"no result within {seconds:g} s" if late else f"its process ended with exit code {exit_code}"
+        reason = f"no result within {seconds:.3g} s" if late else f"its process ended with exit code {exit_code}"
         return [results.get(i, (None, reason)) for i in range(count)]
 
 

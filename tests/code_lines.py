@@ -15,8 +15,8 @@ EVERYTHING = "all but tests and bench"
 # What there is, and room for a small change: one that needs more says why here. The published variants took ring 1
 # from 677 to 817, families of models with Qwen3-VL ring 2 from 1,087 to 1,255, grounded answers, their formats,
 # benchmarks and demo all from 6,014 to 6,410, rewards that score a step at once to 6,625. Watching and
-# steering a run take ring 3 from 1,289 to 1,496.
-LIMITS = {"ring 1": 860, "ring 2": 1270, "ring 3": 1505, EVERYTHING: 6850}
+# steering a run take ring 3 from 1,289 to 1,496. A judge of free text takes all from 6,795 to 6,999.
+LIMITS = {"ring 1": 860, "ring 2": 1270, "ring 3": 1525, EVERYTHING: 7020}
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

@@ -19,9 +19,10 @@ from grpo.batch import chunked
 from grpo.engine.distributed import gather, is_main, rank, unsharded, world_size
 from grpo.policy import Policy, features_of
 from grpo.sampler import SamplingSettings, generate, prompt_seed
-from rewards import score_prediction
+from rewards import score_predictions
 from rewards.answer import answer_text, choice_letter
 from rewards.grounding import OVERLAPS, overlaps
+from rewards.judge import Judge
 from video.formats import Sample, printable
 from video.frames import SampleError
 from video.loader import PromptLoader
@@ -41,6 +42,7 @@ class EvalSettings:
     batch: int  # prompts decoded together
     temperature: float = 0.0  # 0 is greedy
     control: str | None = None  # one of CONTROLS; None: the video as it is
+    judge: Judge | None = None  # who scores free text; None: ROUGE
 
 
 def predict(
@@ -49,7 +51,8 @@ def predict(
 ) -> list[dict]:  # fmt: skip
     """Returns one record for each sample, in their order, on every rank.
 
-    A record holds key, category, completion, prediction (None if no answer could be parsed), score in [0, 1], opposite
+    A record holds key, category, completion, prediction (None if no answer could be parsed), score in [0, 1] (0, with
+    `unjudged`, the reason, if the judge failed), opposite
     (whether the prediction is the row's `opposite`) and, of times and boxes, `overlaps` ({"temporal grounding: tIoU":
     overlap}); or key and `skipped`, the reason, if the video could not be read.
     All ranks plan the same batches over all samples, and each rank takes whole batches. So what decodes together, and
@@ -73,8 +76,8 @@ def predict(
             seeds = [prompt_seed(0, control or "", p.sample.key) for p in prompts]
             features = _shared_features(plain, prompts)
             groups = generate(plain, prompts, 1, sampling, seeds, tokenizer, features) if prompts else []
-            texts = iter([group.texts[0] for group in groups])
-            records = [_skip(p) if isinstance(p, Skipped) else _record(p.sample, next(texts)) for p in encoded]
+            answered = iter(_records([p.sample for p in prompts], [g.texts[0] for g in groups], settings.judge))
+            records = [_skip(p) if isinstance(p, Skipped) else next(answered) for p in encoded]
             made |= {record["key"]: record for record in records}
             if report:
                 report(records)
@@ -183,8 +186,14 @@ def category_of(sample: Sample) -> str:
     return sample.problem_type if category is None else printable(category, 60)
 
 
-def _record(sample, completion):
-    prediction = answer_text(completion, strict=False)
+def _records(samples, completions, judge):
+    predictions = [answer_text(completion, strict=False) for completion in completions]
+    outcomes = score_predictions(predictions, samples, judge)
+    return [_record(*answered) for answered in zip(samples, completions, predictions, outcomes)]
+
+
+def _record(sample, completion, prediction, outcome):
+    score, _, failure = outcome
     letter = choice_letter(prediction or "", sample.options)
     opposite = sample.meta.get("opposite")
     located = overlaps(prediction or "", sample) if sample.problem_type in OVERLAPS else {}
@@ -193,16 +202,17 @@ def _record(sample, completion):
         "category": category_of(sample),
         "completion": completion,
         "prediction": prediction,
-        "score": score_prediction(prediction, sample),
+        "score": score,
         "opposite": None if opposite is None else letter == opposite,
         **({"overlaps": {f"{sample.problem_type}: {name}": o for name, o in located.items()}} if located else {}),
+        **({"unjudged": failure} if failure else {}),
     }
 
 
 def summarise(records: list[dict], trained: Collection[str] | None = None) -> dict:
     """{"overall": share, "trained": share, "trained_interval": its `wilson` interval, "categories": {category: share},
-    "opposite": share or None, "unparsed": share, "count", "skipped"}; and "grounding", the `recalls`, if answers are
-    times or boxes.
+    "opposite": share or None, "unparsed": share, "count", "skipped"}; "grounding", the `recalls`, if answers are
+    times or boxes; and "unjudged", how many answers the judge failed to score, if there are any.
 
     "trained" is over the questions of the categories `trained`, those that the run trains on; over all questions if
     `trained` is None or no question is of these. Shares are of the readable samples; an answer that could not be parsed
@@ -223,6 +233,7 @@ def summarise(records: list[dict], trained: Collection[str] | None = None) -> di
         "count": len(read),
         "skipped": len(records) - len(read),
         **({"grounding": found} if (found := recalls(read)) else {}),
+        **({"unjudged": failed} if (failed := sum("unjudged" in r for r in read)) else {}),
     }
 
 

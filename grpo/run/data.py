@@ -12,6 +12,7 @@ import torch
 
 from rewards import check_sample
 from rewards.grounding import timestamp_iou
+from rewards.judge import JUDGED
 from video.dataset import leave_out, read_mixture, read_samples, read_skip_list
 from video.formats import DataError, each_row, printable
 
@@ -90,6 +91,7 @@ def read_questions(config, say):
         check_answers(train, partial(timestamp_iou, ""))
     for name, samples in (("to train on", train), ("held out", held_out), ("of --sft_data", sft)):
         say_text_only(samples, name, say)
+    say_free_text([*(train if "accuracy" in rewards else []), *held_out], "to score", config, say)
     return train, held_out, sft
 
 
@@ -128,3 +130,10 @@ def say_text_only(samples, name, say):
     """Says how many of the questions `name` have no video or image, if any: a misspelt field may be why."""
     if without := sum(not sample.media for sample in samples):
         say(f"{without} of {len(samples)} questions {name} have no video or image: they are asked as text alone")
+
+
+def say_free_text(samples, name, config, say):
+    """Says who scores the questions that are answered in free text, if there are any."""
+    if count := sum(sample.problem_type in JUDGED for sample in samples):
+        who = f"{config.judge_model} scores" if config.judge_url else "ROUGE scores; --judge_url has a model do it"
+        say(f"{count} of {len(samples)} questions {name} are answered in free text, which {who}")

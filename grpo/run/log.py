@@ -109,16 +109,20 @@ class RunLog:
             located = summary.get("grounding", {})
             found = {f"{kind} {at}": value for kind, row in located.items() for at, value in row.items()}
             lost, by_kind = gaps(summary, controls), ", ".join(f"{n} {v:.1%}" for n, v in summary["categories"].items())
-            self.write("eval", step, {**totals, **categories, **found, "unparsed": summary["unparsed"], **lost})
+            failed = {"unjudged": summary["unjudged"]} if "unjudged" in summary else {}
+            self.write(
+                "eval", step, {**totals, **categories, **found, "unparsed": summary["unparsed"], **lost, **failed}
+            )
             self.say(
                 f"step {step}: held-out accuracy {summary['trained']:.1%} ({100 * low:.1f}-{high:.1%}) of the "
                 f"categories trained on, {summary['overall']:.1%} of all {summary['count']} questions; "
                 f"{summary['skipped']} unreadable; {by_kind}"
                 + "".join(f"; {name.replace('_', ' ')} {value:.1%}" for name, value in lost.items())
+                + "".join(f"; the judge failed on {count}, scored 0" for count in failed.values())
             )
 
     def show_failures(self, step, groups):
-        """Names the user's own rewards that failed on this rank."""
+        """Names the user's own rewards that failed on this rank, and accuracy if the judge did."""
         failures = defaultdict(list)
         for name, messages in (item for group in groups for item in group.errors.items()):
             failures[name].append(messages[0])

@@ -20,6 +20,7 @@ from grpo.run.data import digest, draw_samples, read_questions, steps_of
 from grpo.run.folder import clear_run, data_before, find_checkpoint, made_before
 from grpo.run.log import RunLog, describe_groups, describe_run, describe_usage
 from grpo.run.stops import count_bad, memory_message, out_of_memory
+from rewards.judge import Judge
 from video.cache import FrameCache
 from video.formats import DataError
 from video.loader import PromptLoader
@@ -243,7 +244,7 @@ class Run:
         config, held_out, tokenizer, self.prompts = self.config, self.held_out, self.processor.tokenizer, []
         if not held_out:
             return {}
-        settings = EvalSettings(config.max_new_tokens, config.eval_batch, control=control)
+        settings = EvalSettings(config.max_new_tokens, config.eval_batch, control=control, judge=Judge.of(config))
         with Progress(control or "evaluation", len(held_out), leave=False) as progress:
             records = predict(policy, self.loader, held_out, tokenizer, settings, report=progress)
         return summarise(records, frozenset(map(category_of, self.train)))
