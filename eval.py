@@ -91,7 +91,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     variants = make_variants(arguments, folder, against)
     if config.threads:
         torch.set_num_threads(config.threads)
-    device, mesh = distributed.start(config.device)
+    device, mesh = distributed.start(config.device, sequence_parallel=config.sequence_parallel)
     say = print if is_main() else lambda line: None
     say_text_only(samples, "to answer", say)
     say_free_text(samples, "to answer", config, say)
@@ -139,6 +139,7 @@ def make_config(folder: Path, arguments: argparse.Namespace) -> Config:
     saved = folder / "run.json"
     config = load_config(saved) if saved.exists() else Config()
     given = {name: value for name, value in vars(arguments).items() if name in SHARED}
+    given = {"sequence_parallel": Config.sequence_parallel, **given}
     # Evaluation scores accuracy alone: reward files and the frame cache of the training machine need not be here.
     config = replace(config, **given, reward=("accuracy:1",), frame_cache=None, gradient_checkpointing=False)
     check(config)

@@ -86,7 +86,7 @@ def train(config, signalled):
     Once signalled() is the number of a signal, it saves a checkpoint at the next step and raises Stopped.
     """
     began = time.time()
-    device, mesh = distributed.start(config.device, config.shard_size)
+    device, mesh = distributed.start(config.device, config.shard_size, config.sequence_parallel)
     if config.threads:
         torch.set_num_threads(config.threads)
     check_inputs(config)

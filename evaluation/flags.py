@@ -8,11 +8,12 @@ from evaluation.benchmarks import BENCHMARKS
 from grpo.config import Config, OneLineParser, add_flag
 from grpo.errors import ConfigError
 
-# Flags of training that also say how to evaluate; without a flag, the value that the checkpoint was trained with holds.
+# Flags of training that also say how to evaluate; without a flag, the value that the checkpoint was trained with holds,
+# but for --sequence_parallel, which is about this machine.
 SHARED = ("fps", "nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "prompt_template",
           "answer_form", "max_prompt_tokens", "max_new_tokens", "eval_batch", "workers", "threads", "decode_timeout",
-          "device", "decode_graph", "text_only", "judge_url", "judge_model", "judge_prompt", "judge_cache",
-          "judge_concurrency", "reward_timeout")  # fmt: skip
+          "device", "decode_graph", "text_only", "sequence_parallel", "judge_url", "judge_model", "judge_prompt",
+          "judge_cache", "judge_concurrency", "reward_timeout")  # fmt: skip
 
 
 def parse_flags(description: str, arguments: list[str] | None = None) -> argparse.Namespace:

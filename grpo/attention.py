@@ -21,6 +21,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from grpo.sequence import Row
+
 # Names of the fast paths in use, of `grpo.engine.fast_paths.FAST_PATHS`.
 IN_USE = set()
 TEXT_ATTENTION = "grpo_shared_prompt"
@@ -66,6 +68,7 @@ class PackedLayout:
         sizes = [p + sum(cs) for p, cs in self.groups]
         self.starts = [0, *accumulate(sizes)][:-1]
         self.prompt_kv = {} if keep_prompt_kv else None
+        self.row = Row(sum(sizes))
 
     @cached_property
     def buckets(self):
@@ -108,13 +111,16 @@ class PackedLayout:
         return torch.cat(keys).to(self.device), *ends, max(queries), max(seen)
 
     def attend(self, layer, query, key, value, scaling):
-        """query (1, H, L, D), key and value (1, K, L, D) -> (1, H, L, D)."""
+        """query (1, H, l, D), key and value (1, K, l, D) -> (1, H, l, D): l tokens of a row are this rank's, all L
+        without sequence parallelism."""
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
         if self.prompt_kv is not None:
+            keys, values = self.row.all_tokens(key), self.row.all_tokens(value)
             spans = [slice(start, start + size) for start, (size, _) in zip(self.starts, self.groups)]
-            self.prompt_kv[layer] = [(key[s].transpose(0, 1).float(), value[s].transpose(0, 1)) for s in spans]
+            self.prompt_kv[layer] = [(keys[s].transpose(0, 1).float(), values[s].transpose(0, 1)) for s in spans]
         attend = self._attend_flash if flash_fits(query) else self._attend_buckets
-        return attend(query, key, value, scaling).transpose(0, 1)[None]
+        out = attend(*self.row.to_heads(query, key, value), scaling)
+        return self.row.to_tokens(out).transpose(0, 1)[None]
 
     def _attend_flash(self, query, key, value, scaling):
         index, *lengths = self.segments

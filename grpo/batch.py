@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
+from grpo import sequence
 from grpo.positions import media_spans, prompt_positions
 from video.prompt import Prompt
 
@@ -50,8 +51,9 @@ class MicroBatch:
     targets: torch.Tensor  # (N,) the completion tokens
     groups: list  # (P, (C_1, ..., C_G)) of each prompt
     placeholders: torch.Tensor | None = None  # (merged tokens,) where the media's tokens stand in the row
-    pixels: torch.Tensor | None = None  # (patches, values of a patch) of all media, in the order of placeholders
-    grids: torch.Tensor | None = None  # (media, 3)
+    encoders: torch.Tensor | None = None  # (merged tokens,) the rank of the sequence group that encodes each
+    pixels: torch.Tensor | None = None  # (patches, values of a patch) that this rank encodes, in this order
+    grids: torch.Tensor | None = None  # (media, 3) of these pixels
     features: torch.Tensor | None = None  # (merged tokens, hidden), if the vision tower has run already
     rollouts: list = field(default_factory=list)  # the `RolloutGroup`s; [] in a dummy, which trains nothing
     completion: torch.Tensor | None = None  # (N,) number of each token's completion in the micro-batch
@@ -115,22 +117,30 @@ def pack(prompts, completions, spec):
 
 
 def _pack_media(prompts, starts, spec):
-    """{"placeholders", "pixels", "grids"} of all images and videos, {} if there are none.
+    """{"placeholders", "encoders", "pixels", "grids"} of all images and videos, {} if there are none. A rank that
+    encodes none of them has no pixels.
 
     The row of prompt b begins at starts[b].
     """
-    placeholders, pixels, grids = [], [], []
+    placeholders, encoders, pixels, grids = [], [], [], []
     for prompt, start in zip(prompts, starts):
         videos = prompt.pixel_values_videos, prompt.video_grid_thw
         media = {True: (prompt.pixel_values, prompt.image_grid_thw), False: videos}
         split = {is_image: p.split(g.prod(-1).tolist()) for is_image, (p, g) in media.items() if p is not None}
-        for span in media_spans(prompt, spec):
+        spans = media_spans(prompt, spec)
+        for span, ranks in zip(spans, sequence.encoders([span.grid for span in spans]) if spans else ()):
+            _, rows, columns = span.grid
             placeholders += [torch.arange(start + first, start + stop) for first, stop, _ in span.runs]
-            pixels.append(split[span.is_image][span.index])
-            grids.append(span.grid)
-    if not grids:
+            encoders.append(ranks.repeat_interleave(rows * columns // spec.merge_size**2))
+            before, own = int((ranks < sequence.rank()).sum()), int((ranks == sequence.rank()).sum())
+            if own:
+                patches = split[span.is_image][span.index]
+                pixels.append(patches[before * rows * columns :][: own * rows * columns])
+                grids.append((own, rows, columns))
+    if not placeholders:
         return {}
-    return {"placeholders": torch.cat(placeholders), "pixels": torch.cat(pixels), "grids": torch.tensor(grids)}
+    own = {"pixels": torch.cat(pixels), "grids": torch.tensor(grids)} if grids else {}
+    return {"placeholders": torch.cat(placeholders), "encoders": torch.cat(encoders), **own}
 
 
 def pack_groups(groups, spec, frozen_vision=False):

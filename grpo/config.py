@@ -151,6 +151,7 @@ class Config:
     device: str = flag("auto", "Where to run.", choices=("auto", "cuda", "cpu"), section="memory and speed")
     threads: int = flag(0, "CPU threads of each process; 0 leaves torch's choice.", ge=0, le=1024)
     shard_size: int = flag(0, "Processes that share one copy of the weights; 0: those of a node.", ge=0)
+    sequence_parallel: int = flag(1, "Processes that share each prompt: its tokens, frames and completions.", ge=1)
     prompts_per_forward: int = flag(1, "Prompts packed into one forward and backward.", ge=1)
     prompts_per_rollout: int = flag(1, "Prompts whose completions are decoded together.", ge=1)
     gradient_checkpointing: bool = flag(True, "Recompute activations in backward.")

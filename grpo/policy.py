@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from grpo import sequence
 from grpo.attention import PackedLayout
 from grpo.batch import pack
 from grpo.engine import model as models
@@ -42,28 +43,31 @@ class Policy(nn.Module):
         return [*models.vision_tower(self.model).blocks, *models.decoder(self.model).layers]
 
     def vision_features(self, batch):
-        """(merged tokens, spec.feature_width) features of the batch's images and videos, None for text alone.
+        """(merged tokens, spec.feature_width) features of what this rank encodes of the batch's images and videos, None
+        for text alone.
 
         A sharded tower must run on every rank at every forward. So a sharded policy computes the features of one blank
-        patch group for text alone, and `_hidden` adds them with weight 0.
+        patch group for text alone, and `_hidden` adds them with weight 0. A rank that encodes nothing of its sequence
+        group's media computes these, too; nobody is sent them.
         """
         if batch.grids is not None:
             return self.spec.family.vision_features(self.model, batch.pixels, batch.grids)
-        if not self.sharded:
+        if not self.sharded and batch.placeholders is None:
             return None
         merge = self.spec.merge_size
         blank = batch.position_ids.new_zeros(merge * merge, self.spec.patch_values, dtype=torch.float32)
         return self.spec.family.vision_features(self.model, blank, batch.position_ids.new_tensor([[1, merge, merge]]))
 
     def _hidden(self, batch, layout):
-        embeds = models.decoder(self.model).embed_tokens(batch.input_ids)
+        """(1, l, hidden) of this rank's part of the row, `layout.row`."""
+        embeds = models.decoder(self.model).embed_tokens(layout.row.cut(batch.input_ids))
         features = self.vision_features(batch) if batch.features is None else batch.features
         more = {}
-        if batch.grids is not None:
-            embeds, more = self.spec.family.decoder_inputs(embeds, batch.placeholders, features)
+        if batch.placeholders is not None:
+            embeds, more = self.spec.family.decoder_inputs(embeds, *layout.row.media(batch, features))
         elif features is not None:
             embeds = embeds + 0 * features.sum()
-        return self._decoder(embeds, batch.position_ids, layout, **more)
+        return self._decoder(embeds, layout.row.cut(batch.position_ids), layout, **more)
 
     def _decoder(self, embeds, position_ids, layout, **more):
         out = models.decoder(self.model)(
@@ -90,18 +94,22 @@ class Policy(nn.Module):
         return chosen, spread
 
     def forward(self, batch, temperature=1.0, entropy=True, entropy_gradient=False):
-        hidden = self._hidden(batch, PackedLayout(batch.groups, self.device))[0][batch.predict]
+        layout = PackedLayout(batch.groups, self.device)
+        own, predict, targets = layout.row.predicted(batch.predict, batch.targets)
+        hidden = self._hidden(batch, layout)[0][predict]
         size = max(1, LOGITS_PER_CHUNK // self.model.lm_head.weight.shape[0])
-        chunks = list(zip(hidden.split(size), batch.targets.split(size)))
+        chunks = list(zip(hidden.split(size), targets.split(size)))
         # Each of several chunks is recomputed in backward: the whole (N, V) logits never exist.
         score = partial(models.recomputed, self._score) if len(chunks) > 1 else self._score
         scores = [score(h, t, temperature, entropy, entropy_gradient) for h, t in chunks]
-        return tuple(torch.cat(column) for column in zip(*scores))
+        columns = (torch.cat(column) for column in zip(*scores))
+        return tuple(sequence.joined(c, own, len(batch.targets)) if len(c) else c for c in columns)
 
     def prefill(self, batch):
         layout = PackedLayout(batch.groups, self.device, keep_prompt_kv=True)
         last = torch.tensor([size for size, _ in batch.groups], device=self.device).cumsum(0) - 1
-        hidden = self._hidden(batch, layout)[0][last]
+        own, here, _ = layout.row.predicted(last, last)
+        hidden = sequence.joined(self._hidden(batch, layout)[0][here], own, len(last))
         return self._logits(hidden), layout.prompt_kv
 
     def decode(self, tokens, positions, layout):
@@ -116,9 +124,9 @@ class Policy(nn.Module):
 def features_of(policy, prompts):
     """[(merged tokens, spec.feature_width)] vision features of each prompt, from one vision pass; 0 tokens for text."""
     batch = pack(prompts, [[] for _ in prompts], policy.spec).to(policy.device)
-    if batch.grids is None:
+    if batch.placeholders is None:
         weight = policy.model.get_input_embeddings().weight
         return [weight.new_zeros(0, policy.spec.feature_width)] * len(prompts)
     vision = torch.tensor([policy.spec.image_token_id, policy.spec.video_token_id])
     counts = [int(torch.isin(p.input_ids, vision).sum()) for p in prompts]
-    return list(policy.vision_features(batch).split(counts))
+    return list(sequence.all_features(batch, policy.vision_features(batch)).split(counts))

@@ -1,9 +1,11 @@
 """Completions of this rank's prompts, with rewards; and new prompts in place of groups without signal."""
 
+from functools import partial
 from statistics import fmean
 
 import torch
 
+from grpo import sequence
 from grpo.advantage import has_signal
 from grpo.batch import chunked
 from grpo.engine.distributed import reduce_sum, unsharded
@@ -38,10 +40,11 @@ def rollout(policy, prompts, tokenizer, rewards, config, step):
 
 
 def score(rewards, groups, config):
-    """The `rewards.Scores` of each group."""
+    """The `rewards.Scores` of each group; of ranks that share their prompts, the first one asks for them."""
     texts, samples = [group.texts for group in groups], [group.prompt.sample for group in groups]
     lengths = [group.lengths for group in groups]
-    return score_groups(rewards, texts, samples, lengths, config.reward_timeout, config.max_new_tokens)
+    given = rewards, texts, samples, lengths, config.reward_timeout, config.max_new_tokens
+    return sequence.from_first(partial(score_groups, *given))
 
 
 def resample(groups, more, config):

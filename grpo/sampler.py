@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from grpo import sequence
 from grpo.attention import IN_USE, DecodeLayout
-from grpo.batch import RolloutGroup, pack
+from grpo.batch import RolloutGroup, chunked, pack
 from grpo.engine.cuda_graph import record
 
 LOOK_EVERY = 8  # tokens between two looks at a GPU for rows that have ended
@@ -126,11 +127,13 @@ class Decoding:
         for name in ("rows", "ended", "last", "positions"):
             setattr(self, name, getattr(self, name)[keep])
 
-    def lengths(self):
-        """([completion length], [whether it ended by itself]), by line."""
-        is_eos = torch.isin(self.tokens, self.eos)
+    def rows_written(self):
+        """[(tokens (C,), their logprobs (C,), whether it ended by itself)] of each line, on the CPU."""
+        tokens, logprobs = self.tokens.cpu(), self.logprobs.cpu()
+        is_eos = torch.isin(tokens, self.eos.cpu())
         ended = is_eos.any(-1)
-        return torch.where(ended, is_eos.int().argmax(-1) + 1, is_eos.shape[1]).tolist(), ended.tolist()
+        lengths = torch.where(ended, is_eos.int().argmax(-1) + 1, is_eos.shape[1]).tolist()
+        return [(tokens[r, :n].clone(), logprobs[r, :n].clone(), bool(ended[r])) for r, n in enumerate(lengths)]
 
 
 def on_gpu(policy):
@@ -151,11 +154,13 @@ def generate(policy, prompts, group_size, settings, seeds, tokenizer, features=N
     limit, patient, graph = settings.max_new_tokens, on_gpu(policy), "decoding graph" in IN_USE
     batch = replace(pack(prompts, [[] for _ in prompts], policy.spec), features=features).to(policy.device)
     logits, prompt_kv = policy.prefill(batch)
-    prompt_of_row = torch.arange(len(prompts)).repeat_interleave(group_size)
+    own = sequence.own_rows(len(prompts) * group_size)
+    here, prompt_of_row = torch.unique(own // group_size, return_inverse=True)  # prompts that this rank decodes
+    prompt_kv = {layer: [pairs[prompt] for prompt in here] for layer, pairs in prompt_kv.items()}
     layout = DecodeLayout(prompt_kv, prompt_of_row, limit, static=graph)
     del prompt_kv
-    draws = uniforms(seeds, group_size, limit).to(policy.device)
-    decoding = Decoding(policy, settings, layout, logits, batch.next_position, draws)
+    draws, here = uniforms(seeds, group_size, limit)[own].to(policy.device), here.to(policy.device)
+    decoding = Decoding(policy, settings, layout, logits[here], batch.next_position[here], draws)
 
     # 2) Decode: one token a step for every row, dropping rows that have ended
     for sampled in range(1, limit):
@@ -166,24 +171,20 @@ def generate(policy, prompts, group_size, settings, seeds, tokenizer, features=N
             if ended >= (rows / 2 if patient else 1):
                 decoding.drop_ended()
         decoding.advance(graph and limit - sampled > 2 * LOOK_EVERY)  # recording pays only if several steps are left
-    if not bool(decoding.logprobs.isfinite().all()):
+    return _groups(sequence.all_rows(own, decoding.rows_written()), prompts, group_size, tokenizer)
+
+
+def _groups(rows, prompts, group_size, tokenizer):
+    """The `RolloutGroup` of each prompt from the `Decoding.rows_written` of all rows."""
+    if not all(bool(logprobs.isfinite().all()) for _, logprobs, _ in rows):
         raise FloatingPointError(
             "the model's logits are not finite: lower --learning_rate or raise --kl_coef, and go on from an earlier "
             "checkpoint"
         )
-    return _groups(decoding, prompts, group_size, tokenizer)
-
-
-def _groups(decoding, prompts, group_size, tokenizer):
-    """The `RolloutGroup` of each prompt from the lines that the rows have written."""
-    lengths, finished = decoding.lengths()
-    tokens, logprobs, groups = decoding.tokens.cpu(), decoding.logprobs.cpu(), []
-    for number, prompt in enumerate(prompts):
-        own = range(number * group_size, (number + 1) * group_size)
-        rows = [tokens[r, : lengths[r]] for r in own]
-        spoken = [t[:-1] if finished[r] else t for r, t in zip(own, rows)]
+    groups = []
+    for prompt, own in zip(prompts, chunked(rows, group_size)):
+        tokens, logprobs, finished = map(list, zip(*own))
+        spoken = [t[:-1] if ended else t for t, ended in zip(tokens, finished)]
         texts = tokenizer.batch_decode(spoken, skip_special_tokens=False)
-        groups.append(
-            RolloutGroup(prompt, rows, [logprobs[r, : lengths[r]] for r in own], texts, [finished[r] for r in own])
-        )
+        groups.append(RolloutGroup(prompt, tokens, logprobs, texts, finished))
     return groups

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from grpo.advantage import BATCH_VALUES, batch_moments, batch_std, group_advantages, has_signal
 from grpo.batch import chunked, dummy, pack_groups
-from grpo.engine.distributed import clip_grad_norm, gather, reduce_between_nodes, reduce_sum, world_size
+from grpo.engine.distributed import clip_grad_norm, gather, gather_data, reduce_between_nodes, reduce_sum, world_size
 from grpo.loss import completion_kl, policy_loss, token_weights
 
 
@@ -34,7 +34,7 @@ def mini_batches(groups, policy, config):
     kept = [g for g in groups if not config.dynamic_filter or has_signal(g.parts["accuracy"])]
     parts = [kept]
     if config.mini_batch_size:
-        drawn = sorted(slot for slots in gather([g.prompt.sample.slot for g in kept]) for slot in slots)
+        drawn = sorted(slot for slots in gather_data([g.prompt.sample.slot for g in kept]) for slot in slots)
         steps = chunked(drawn, config.mini_batch_size) or [[]]
         parts = [[g for g in kept if g.prompt.sample.slot in slots] for slots in steps]
     return [make_micro_batches(own, policy, config.prompts_per_forward, config.freeze_vision) for own in parts]

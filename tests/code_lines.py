@@ -10,7 +10,8 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ALGORITHM = ("advantage", "attention", "batch", "loss", "policy", "positions", "rollout", "sampler", "update")
+ALGORITHM = ("advantage", "attention", "batch", "loss", "policy", "positions", "rollout", "sampler", "sequence",
+             "update")  # fmt: skip
 EVERYTHING = "all but tests and bench"
 # What there is, and room for a small change: one that needs more says why here. The published variants took ring 1
 # from 677 to 817, families of models with Qwen3-VL ring 2 from 1,087 to 1,255, grounded answers, their formats,
@@ -18,6 +19,9 @@ EVERYTHING = "all but tests and bench"
 # steering a run take ring 3 from 1,289 to 1,496. A judge of free text takes all from 6,795 to 6,999.
 LIMITS = {"ring 1": 860, "ring 2": 1270, "ring 3": 1525, EVERYTHING: 7020}
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+# Sequence parallelism took ring 1 from 829 to 958 lines, ring 2 by 16, ring 3 by 15.
+for part, lines in {"ring 1": 128, "ring 2": 16, "ring 3": 15, EVERYTHING: 160}.items():
+    LIMITS[part] += lines
 
 
 def project_files():

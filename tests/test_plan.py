@@ -163,6 +163,30 @@ def test_each_saving_lowers_the_peak(seven):
     assert peak(plan=1, lora_rank=16) < 24 * GIB, "7B by adapters on one 24 GiB card"
 
 
+def test_what_a_shared_prompt_takes(seven):
+    """Activations of 4 ranks that share a prompt are a quarter, but for the features that are sent; the prompt's cache
+    is on each, and so are logits. Only so do four GPUs take 1,000 frames."""
+    pixels = {"max_pixels": 196 * 28 * 28, "total_pixels": 10**12}
+    base = Config(nframes=512, group_size=8, max_new_tokens=256, plan=4, **pixels)
+    four, tokens, trained = replace(base, sequence_parallel=4), memory_plan(*seven, base)["tokens"], seven[1]["all"]
+    whole, shared = (moments(*seven, settings, tokens, trained) for settings in (base, four))
+    for phase, parts in whole.items():
+        for ours, theirs in zip(shared[phase], parts, strict=True):
+            quarter = theirs.get("activations", 0) / 4
+            assert quarter <= ours.get("activations", 0) <= 1.1 * quarter
+            assert all(
+                ours[name] == theirs[name] for name in theirs if name not in ("activations", "KV cache", "logits")
+            )
+    caches = [parts["rollout"][-1]["KV cache"] / 6 / 28 / 512 for parts in (whole, shared)]  # tokens
+    assert caches == [tokens["prompt tokens"] + 8 * 256, tokens["prompt tokens"] + 2 * 256]
+    assert shared["update"][0]["logits"] == whole["update"][0]["logits"]
+
+    def most(settings):
+        return most_frames(lambda n: memory_plan(*seven, replace(settings, nframes=n)), 80 * GIB, 10**7)
+
+    assert most(base) < 1000 < most(four)
+
+
 def test_lora_count_by_hand(seven):
     """Rank 8 on 7B: q and o 3584+3584, k and v 3584+512, gate, up and down 3584+18944."""
     assert lora_count(seven[0], 8) == 8 * 28 * (2 * 7168 + 2 * 4096 + 3 * 22528)
@@ -182,6 +206,12 @@ def test_plan_is_printed_before_anything_loads(capsys, monkeypatch):
     assert shown.splitlines()[-2].endswith("most frames that fit: 80")
     assert train.main(["--plan", "4", "--model", "no/such"]) == 2
     assert "--model no/such" in capsys.readouterr().err
+    assert train.main(["--plan", "4", "--sequence_parallel", "4"]) == 0
+    assert "4 to a copy, 4 to a prompt" in capsys.readouterr().out
+    for more, reason in ((("--sequence_parallel", "3"), "the number of GPUs, 4"),
+                         (("--plan", "8", "--sequence_parallel", "8"), "the model's 28 attention heads")):  # fmt: skip
+        assert train.main(["--plan", "4", *more]) == 2
+        assert reason in capsys.readouterr().err
     for size in ("3", "8"):  # what training itself refuses
         assert train.main(["--plan", "4", "--shard_size", size]) == 2
         assert f"--shard_size {size}: must divide the number of GPUs, 4" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from grpo import sequence
 from grpo.errors import ConfigError
 
 # Rank 0 may build the demo or write 15 GB while the others wait. `watch_ranks` notices a rank that dies.
@@ -37,6 +38,16 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def data_rank() -> int:
+    """Which share of the prompts is this rank's; the ranks of a sequence group (`grpo.sequence`) have the same one."""
+    return rank() // sequence.size()
+
+
+def data_size() -> int:
+    """Into how many shares the prompts are split."""
+    return world_size() // sequence.size()
+
+
 def is_main() -> bool:
     return rank() == 0
 
@@ -47,11 +58,13 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def reduce_sum(values: dict[str, float]) -> dict[str, float]:
-    """{name: number} summed over all ranks; every rank must pass the same names."""
+    """{name: number} summed over all ranks, once for each sequence group, whose ranks have the same numbers; every rank
+    must pass the same names."""
     if world_size() == 1:
         return dict(values)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor([float(values[name]) for name in sorted(values)], dtype=torch.float64, device=device)
+    device, counts = "cuda" if dist.get_backend() == "nccl" else "cpu", sequence.rank() == 0
+    own = [float(values[name]) if counts else 0.0 for name in sorted(values)]
+    total = torch.tensor(own, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return dict(zip(sorted(values), total.tolist()))
 
@@ -64,23 +77,32 @@ def gather(item: object, group: dist.ProcessGroup | None = None) -> list:
     return items
 
 
+def gather_data(item: object) -> list:
+    """[item of data rank 0, item of data rank 1, ...] on every rank."""
+    return gather(item)[:: sequence.size()]
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
 
 
-def start(device: str = "auto", shard_size: int = 0) -> tuple[torch.device, DeviceMesh | None]:
+def start(
+    device: str = "auto", shard_size: int = 0, sequence_parallel: int = 1
+) -> tuple[torch.device, DeviceMesh | None]:
     """Joins torchrun's process group if there is one. Returns (device, mesh); the mesh is None on one CPU process.
 
     shard_size ranks (0: the ranks of one node) hold one copy of the weights; with more ranks, copies are replicated and
-    only gradients cross nodes. Raises ConfigError if shard_size does not divide the world size.
+    only gradients cross nodes. sequence_parallel neighbouring ranks share each prompt. Raises ConfigError if either
+    does not divide the world size.
     """
     world, size = _number("WORLD_SIZE", 1), shard_size or _number("LOCAL_WORLD_SIZE", 1)
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_gpu and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU; install a CUDA build and driver, or give --device cpu")
-    if world % size:
-        raise ConfigError(f"--shard_size {size}: must divide the number of processes, {world}")
+    for flag, count in (("shard_size", size), ("sequence_parallel", sequence_parallel)):
+        if world % count:
+            raise ConfigError(f"--{flag} {count}: must divide the number of processes, {world}")
     if not on_gpu and world == 1:
         return torch.device("cpu"), None
     place = torch.device("cuda", _number("LOCAL_RANK")) if on_gpu else torch.device("cpu")
@@ -91,6 +113,7 @@ def start(device: str = "auto", shard_size: int = 0) -> tuple[torch.device, Devi
     dist.init_process_group(collectives, store=store, rank=_number("RANK"), world_size=world, timeout=TIMEOUT)
     shape, names = ((world,), ("shard",)) if size == world else ((world // size, size), ("replicate", "shard"))
     mesh = init_device_mesh(place.type, shape, mesh_dim_names=names)
+    sequence.join(sequence_parallel, place.type)
     if world > 1:
         node = _number("GROUP_RANK")  # torchrun's name for it
         pids = [pid for other, pid in gather((node, os.getpid())) if other == node]
@@ -174,7 +197,8 @@ def clip_grad_norm(policy: nn.Module, max_norm: float) -> float:
 def unsharded(policy: nn.Module) -> Iterator[nn.Module]:
     """Gathers all weights of `policy`, and yields a Policy of plain modules that has them, for sampling.
 
-    The plain modules have no FSDP hooks, so nothing inside is collective: ranks decode at their own pace.
+    The plain modules have no FSDP hooks, so nothing inside is collective beyond a sequence group: groups decode at
+    their own pace.
     """
     if not policy.sharded:
         yield policy

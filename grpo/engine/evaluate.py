@@ -15,8 +15,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from grpo import sequence
 from grpo.batch import chunked
-from grpo.engine.distributed import gather, is_main, rank, unsharded, world_size
+from grpo.engine.distributed import data_rank, data_size, gather, is_main, unsharded
 from grpo.policy import Policy, features_of
 from grpo.sampler import SamplingSettings, generate, prompt_seed
 from rewards import score_predictions
@@ -65,13 +66,13 @@ def predict(
     done, control = done or {}, settings.control
     asked = [replace(s, videos=(), images=(), clips=()) for s in samples] if control == NO_VIDEO else samples
     left = [group for group in plan(asked, loader.encoder, settings.batch) if any(s.key not in done for s in group)]
-    own = left[rank() :: world_size()]
+    own = left[data_rank() :: data_size()]
 
     # 2) Answer them
     sampling = SamplingSettings(temperature=settings.temperature, max_new_tokens=settings.max_new_tokens)
     made = {}
     with unsharded(policy) as plain:
-        for encoded in encode(loader, own, control if control in FRAME_CONTROLS else None):
+        for encoded in map(sequence.agreed, encode(loader, own, control if control in FRAME_CONTROLS else None)):
             prompts = [p for p in encoded if not isinstance(p, Skipped)]
             seeds = [prompt_seed(0, control or "", p.sample.key) for p in prompts]
             features = _shared_features(plain, prompts)
@@ -93,7 +94,7 @@ class Progress:
     rank 0, which stays on the screen if `leave`."""
 
     def __init__(self, name: str, total: int, leave: bool = True, save: Callable = lambda records: None):
-        total = -(-total // world_size())
+        total = -(-total // data_size())
         self.bar = tqdm(desc=name, total=total, disable=not is_main(), dynamic_ncols=True, leave=leave)
         self.scores, self.save = [], save
 

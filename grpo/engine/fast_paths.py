@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from grpo import sequence
 from grpo.attention import IN_USE
 from grpo.batch import pack
 from grpo.config import Config
@@ -65,7 +66,8 @@ def choose_fast_paths(
     IN_USE.clear()
     if policy.device.type == "cuda":
         with closing(loader.batches([sample] for sample in samples[:SAMPLES])) as batches:
-            prompt = next((prompt for (prompt,) in batches if not isinstance(prompt, Skipped)), None)
+            agreed = map(sequence.agreed, batches)
+            prompt = next((prompt for (prompt,) in agreed if not isinstance(prompt, Skipped)), None)
         graph = config.decode_graph and config.max_new_tokens > 2 * LOOK_EVERY  # shorter ones are never recorded
         paths = [path for path in FAST_PATHS if graph or path.name != "decoding graph"]
         with unsharded(policy) as plain:

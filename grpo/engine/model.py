@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from grpo import attention
+from grpo import attention, sequence
 from grpo.engine.model_files import eos_ids, read_config, read_generation_config, reading
 from grpo.errors import ModelError
 from grpo.families import load_family
@@ -64,8 +64,9 @@ def model_spec(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Mo
 
 def empty_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The unmodified transformers model of a folder or hub name, entered through this project's kernels, on the meta
-    device: it takes no memory until `materialise`. Raises as `read_config`."""
+    device: it takes no memory until `materialise`. Raises as `read_config` and `grpo.sequence.check_heads`."""
     config = read_config(path)
+    sequence.check_heads(config.text_config.num_attention_heads, sequence.size())
     with reading("--model", path, "config.json"), torch.device("meta"):
         model = load_family(config.model_type).model_class._from_config(config, dtype=dtype)
     model.generation_config = read_generation_config(path, config)

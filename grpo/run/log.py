@@ -16,8 +16,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from grpo import sequence
 from grpo.config import save_config
-from grpo.engine.distributed import gather, is_main
+from grpo.engine.distributed import gather, gather_data, is_main
 from grpo.engine.evaluate import category_of, gaps, mean
 from grpo.run.tracker import start_tracker
 from rewards.diagnostics import answer_stats, pass_at_k
@@ -122,18 +123,20 @@ class RunLog:
             )
 
     def show_failures(self, step, groups):
-        """Names the user's own rewards that failed on this rank, and accuracy if the judge did."""
+        """Names the user's own rewards that failed on this rank, and accuracy if the judge did; once for a sequence
+        group."""
         failures = defaultdict(list)
         for name, messages in (item for group in groups for item in group.errors.items()):
             failures[name].append(messages[0])
         for name, messages in failures.items():
             where = f"{len(messages)} of {len(groups)} groups"
-            self.say(f"step {step}: reward {name} failed in {where}, scored 0: {messages[0]}", everywhere=True)
+            line = f"step {step}: reward {name} failed in {where}, scored 0: {messages[0]}"
+            self.say(line, everywhere=sequence.rank() == 0)
 
     def write_rollouts(self, step, groups):
         """Adds the groups of a step to rollouts.jsonl, those of all ranks, in the order in which the step drew their
         prompts."""
-        rows = sum(gather(rollout_rows(step, groups)), [])
+        rows = sum(gather_data(rollout_rows(step, groups)), [])
         if is_main():
             append_rows(self.rollouts, sorted(rows, key=lambda row: row["slot"]))
 
@@ -201,7 +204,7 @@ def describe_groups(groups):
     texts = [text for group in groups for text in group.texts]
     samples = [group.prompt.sample for group in groups for _ in group.texts]
     merged, all_texts, all_samples = defaultdict(list), [], []
-    for columns, texts, samples in gather((columns, texts, samples)):
+    for columns, texts, samples in gather_data((columns, texts, samples)):
         for name, values in columns.items():
             merged[name] += values
         all_texts += texts
@@ -217,7 +220,7 @@ def describe_groups(groups):
 def describe_usage(groups, seconds, device):
     """{"tokens_per_second": completion tokens of all ranks by the `seconds` of the step, "peak_memory_gib"}."""
     tokens, peaks = zip(*gather((sum(n for group in groups for n in group.lengths), peak_memory(device))))
-    return {"tokens_per_second": sum(tokens) / seconds, "peak_memory_gib": max(peaks)}
+    return {"tokens_per_second": sum(tokens[:: sequence.size()]) / seconds, "peak_memory_gib": max(peaks)}
 
 
 def peak_memory(device):

@@ -11,6 +11,9 @@ All sizes are bytes on one GPU. n parameters over S processes that share one cop
     logits               COPIES fp32 buffers of one chunk of `grpo.policy.LOGITS_PER_CHUNK` numbers
     overhead             CUDA context, NCCL buffers
 
+With --sequence_parallel R, tokens, patches and completions are those of one of the R ranks that share a prompt, 1/R of
+all; the KV cache of the prompt and the logits of one chunk are on each of them.
+
 Neither phases nor the moments of a phase add up: a phase takes what its largest moment takes, the peak is the largest
 phase. Without the overhead, this is what torch's allocator hands out; what it reserves is more (RESERVED). Both were
 held against torch's own allocator at the real shapes, within 10% (docs/performance.md). Not yet run on a GPU: OVERHEAD
@@ -28,6 +31,7 @@ from grpo.engine.model_files import read_config
 from grpo.errors import ConfigError, ModelError
 from grpo.families import load_family
 from grpo.policy import LOGITS_PER_CHUNK
+from grpo.sequence import check_heads
 from video.frames import frame_limit
 
 GIB = 2**30
@@ -149,7 +153,11 @@ class Sizes:
         text, vision, self.width = config.text_config, config.vision_config, copy_width(settings)
         self.counts, self.settings, self.lora = counts, settings, settings.lora_rank > 0
         self.depth, self.text_layers, self.words = vision.depth, text.num_hidden_layers, text.vocab_size
-        patches, self.prompt, self.packed = tokens["patches"], tokens["prompt tokens"], tokens["packed tokens"]
+        # What this rank holds of a prompt that it shares with others
+        part = {name: -(-count // settings.sequence_parallel) for name, count in tokens.items()}
+        patches, self.prompt, self.packed = part["patches"], part["prompt tokens"], part["packed tokens"]
+        self.completions = -(-settings.group_size // settings.sequence_parallel)
+        self.cached = tokens["prompt tokens"], tokens["prompt tokens"] + self.completions * settings.max_new_tokens
         self.rows, self.frozen = settings.prompts_per_forward, settings.freeze_vision or self.lora
         hidden, inner = text.hidden_size, text.intermediate_size
         family = load_family(config.model_type)
@@ -157,7 +165,8 @@ class Sizes:
         kv = text.num_key_value_heads * head_size(text)
         self.whole, self.root, self.layer, self.block = (2 * counts[n] for n in ("all", "root", "layer", "block"))
         self.pixels = 4 * patches * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        self.features = 2 * family.feature_width(config) * tokens["video tokens"]
+        shared = settings.sequence_parallel > 1  # what it encodes of the features, and what it is sent
+        self.features = 2 * (1 + shared) * family.feature_width(config) * part["video tokens"]
         # What one block holds at its peak, 2 bytes a bf16 number: read off the lists of blocks that torch's allocator
         # had out. The tower rotates queries and keys in fp32.
         self.see, self.see_backward = 2 * 17 * wide * patches, 2 * max(6 * tall + 5 * wide, 17 * wide) * patches
@@ -169,7 +178,8 @@ class Sizes:
             blocks = vision.depth * layer_bytes(wide, tall, wide, wide)
         self.layers = layers * self.packed * self.rows
         self.blocks = 0 if self.frozen else blocks * patches * self.rows
-        self.logits = COPIES * 4 * min(LOGITS_PER_CHUNK, (self.packed - self.prompt) * self.rows * self.words)
+        scored = settings.group_size * settings.max_new_tokens * self.rows  # all on one rank: they end the row
+        self.logits = COPIES * 4 * min(LOGITS_PER_CHUNK, scored * self.words)
         self.cache = (4 + 2) * text.num_hidden_layers * kv * settings.prompts_per_rollout  # a token
         self.head = 0 if self.lora else 2 * hidden * self.words  # lm_head's gradient in bf16, alive until the end
         self.gathers = 1 if self.width > 1 or not self.lora else 0  # alone, adapters compute with the base itself
@@ -180,10 +190,10 @@ def rollout_moments(s):
     return [
         {"gathered weights": s.gathers * (s.whole + s.layer)},
         {"gathered weights": whole, "activations": (1.5 * s.pixels + s.see) * kept},
-        {"gathered weights": whole, "KV cache": s.cache * s.prompt,
+        {"gathered weights": whole, "KV cache": s.cache * s.cached[0],
          "activations": (s.pixels + s.features + s.read * s.prompt) * kept},
-        {"gathered weights": whole, "KV cache": s.cache * s.packed, "activations": s.pixels * kept,
-         "logits": 40 * kept * s.settings.group_size * s.words},
+        {"gathered weights": whole, "KV cache": s.cache * s.cached[1], "activations": s.pixels * kept,
+         "logits": 40 * kept * s.completions * s.words},
     ]  # fmt: skip
 
 
@@ -238,12 +248,15 @@ def plan_text(config):
 
     Raises ConfigError where config.json cannot be had.
     """
-    if config.plan % copy_width(config):
-        raise ConfigError(f"--shard_size {config.shard_size}: must divide the number of GPUs, {config.plan}")
+    shared = config.sequence_parallel
+    for flag, count in (("shard_size", copy_width(config)), ("sequence_parallel", shared)):
+        if config.plan % count:
+            raise ConfigError(f"--{flag} {count}: must divide the number of GPUs, {config.plan}")
     try:
         model = published_config(config.model)
     except ModelError as error:
         raise ConfigError(str(error)) from error
+    check_heads(model.text_config.num_attention_heads, shared)
     counts, limit = parameter_counts(model), config.gpu_memory * GIB
     plan = memory_plan(model, counts, config)
     plan_of = lambda frames: memory_plan(model, counts, replace(config, nframes=frames))
@@ -257,7 +270,7 @@ def plan_text(config):
     return "\n".join(
         [
             f"{config.model}: {counts['all'] / 1e9:.2f}B parameters on {config.plan} GPUs, "
-            f"{copy_width(config)} to a copy",
+            f"{copy_width(config)} to a copy" + (f", {shared} to a prompt" if shared > 1 else ""),
             f"{frames_of(config)} frames of {frame_pixels(model, config)} pixels, G {config.group_size}, "
             f"C {config.max_new_tokens}: " + ", ".join(f"{count} {name}" for name, count in plan["tokens"].items()),
             row("GiB on each GPU", plan["phases"]),

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from grpo import sequence
 from grpo.config import Config
 from grpo.engine.checkpoint import Saver, load_state, note_if_best
-from grpo.engine.distributed import barrier, gather, is_main, rank, reduce_sum, world_size
+from grpo.engine.distributed import barrier, data_rank, data_size, gather, is_main, reduce_sum, world_size
 from grpo.engine.evaluate import GAPS, EvalSettings, Progress, category_of, predict, summarise
 from grpo.engine.fast_paths import choose_fast_paths
 from grpo.engine.model_files import read_family, read_processor
@@ -46,7 +47,7 @@ def make_encoder(config, template=None, path=None):
 
 def own_share():
     """The slice of a draw that is this rank's."""
-    return slice(rank(), None, world_size())
+    return slice(data_rank(), None, data_size())
 
 
 @contextmanager
@@ -143,8 +144,9 @@ class Run:
         if self.checkpoint:
             done = f"{self.state['step']} of {config.steps} steps are done"
             say(f"goes on from {self.checkpoint}, {done}; --resume no, or another --output, starts anew")
-        if config.prompts_per_step < world_size():
-            say(f"--prompts_per_step {config.prompts_per_step}: some of {world_size()} processes have none")
+        shared = f", {sequence.size()} of them to a prompt" if sequence.size() > 1 else ""
+        if config.prompts_per_step < data_size():
+            say(f"--prompts_per_step {config.prompts_per_step}: some of {world_size()} processes{shared}, have none")
 
     def grpo_batches(self):
         """The batches of the GRPO steps that are not done yet."""
@@ -174,8 +176,9 @@ class Run:
         used, asked = self.state.setdefault("used", {}), time.perf_counter()
         for step, batch in zip(steps, self.until_signalled(encoded)):
             waited = time.perf_counter() - asked
+            batch = sequence.agreed(batch)
             prompts = self.readable(batch)
-            stop = bool(self.signalled() or self.saver.error)
+            stop = any(sequence.gather_items(bool(self.signalled() or self.saver.error)))
             sums = reduce_sum({"used": len(prompts), "skipped": len(batch) - len(prompts), "stop": stop})
             if sums["stop"]:
                 raise Stopped(step, max(gather(self.signalled())))
@@ -192,10 +195,10 @@ class Run:
             raise DataError(f"{flag}: every sample was skipped, for the reasons above: nothing was trained")
 
     def readable(self, batch):
-        """The prompts of a batch; names the samples that could not be read."""
+        """The prompts of a batch; names the samples that could not be read, once for a sequence group."""
         for p in batch:
             if isinstance(p, Skipped):
-                self.log.say(f"skipped {p.key}: {p.path}: {p.reason}", everywhere=True)
+                self.log.say(f"skipped {p.key}: {p.path}: {p.reason}", everywhere=sequence.rank() == 0)
         return [p for p in batch if not isinstance(p, Skipped)]
 
     def begin_draws(self, step, position):
@@ -215,7 +218,7 @@ class Run:
     def draw(self, count, metrics):
         """This rank's prompts among the next `count` of the step, beyond those that it began with. Adds the samples
         that could not be read to metrics["skipped"]."""
-        batch = self.submit(count)()
+        batch = sequence.agreed(self.submit(count)())
         prompts = self.readable(batch)
         self.prompts = self.prompts + prompts
         sums = reduce_sum({"used": len(prompts), "skipped": len(batch) - len(prompts)})
