@@ -75,22 +75,10 @@ def check_settings(path: Path, settings: dict) -> None:
 
 def settings_of(config: Config, samples: list[Sample], temperature: float, device: str) -> dict:
     """What answers depend on, besides checkpoint, mode and control: plain values under the names of their flags."""
-    names = (
-        "judge_model",
-        "judge_prompt",
-        "prompt_template",
-        "answer_form",
-        "max_prompt_tokens",
-        "max_new_tokens",
-        "eval_batch",
-    )
-    return {
-        **dataclasses.asdict(config.video_settings()),
-        **{name: getattr(config, name) for name in names},
-        "temperature": temperature,
-        "device": device,
-        "questions": digest(samples),
-    }
+    names = "judge_model judge_prompt prompt_template answer_form max_prompt_tokens max_new_tokens eval_batch".split()
+    asked = {name: getattr(config, name) for name in names}
+    own = {"temperature": temperature, "device": device, "questions": digest(samples)}
+    return {**dataclasses.asdict(config.video_settings()), **asked, **own}
 
 
 def checkpoint_identity(folder: Path) -> str:

@@ -33,6 +33,7 @@ def summary_of(before: dict, after: dict, controls: dict[str, dict], seconds: fl
     """
     evaluated = {"before": before or None, "after": after or None}
     evaluated |= {name.replace(" ", "_"): controls.get(name) for name in CONTROLS}
+    categories = sorted(after.get("categories", {}))
     shares = lambda share: {name: summary and share(summary) for name, summary in evaluated.items()}
     found = {name: summary["grounding"] for name, summary in evaluated.items() if summary and "grounding" in summary}
     return {
@@ -40,10 +41,7 @@ def summary_of(before: dict, after: dict, controls: dict[str, dict], seconds: fl
         "opposite_when_reversed": controls["reversed"]["opposite"] if "reversed" in controls else None,
         "seconds": seconds,
         "overall": shares(lambda summary: summary["overall"]),
-        "categories": {
-            category: shares(lambda summary: summary["categories"].get(category))
-            for category in sorted(after.get("categories", {}))
-        },
+        "categories": {name: shares(lambda summary: summary["categories"].get(name)) for name in categories},
         "questions": after.get("count", 0),
         "skipped": after.get("skipped", 0),
         "unparsed": after.get("unparsed"),
@@ -59,17 +57,12 @@ def summary_table(summary: dict) -> str:
     if not summary["questions"]:
         return ""
     rows = {**summary["categories"], "all": summary["overall"]}
-    columns = {
-        name.replace("_", " "): {label: row[name] for label, row in rows.items()}
-        for name, overall in summary["overall"].items()
-        if overall is not None
-    }
-    text = text_table(columns, rows)
+    evaluated = [name for name, overall in summary["overall"].items() if overall is not None]
+    titled = lambda columns: {name.replace("_", " "): column for name, column in columns.items()}
+    text = text_table(titled({name: {label: row[name] for label, row in rows.items()} for name in evaluated}), rows)
     if summary["opposite_when_reversed"] is not None:
         text += f"\nopposite answer when the video is reversed: {summary['opposite_when_reversed']:.1%}"
-    return "\n".join(
-        [text, *grounding_tables({n.replace("_", " "): r for n, r in summary.get("grounding", {}).items()})]
-    )
+    return "\n".join([text, *grounding_tables(titled(summary.get("grounding", {})))])
 
 
 def grounding_tables(columns: dict[str, dict]) -> list[str]:

@@ -12,11 +12,8 @@ def with_intervals(summary, records):
     groups = {"overall": [score for scores in categories.values() for score in scores], **categories}
     shares = {"overall": summary["overall"], **summary["categories"]}
     intervals = {name: wilson(shares[name], len(scores)) for name, scores in groups.items()}
-    return {
-        **summary,
-        "intervals": intervals,
-        "counts": {category: len(scores) for category, scores in categories.items()},
-    }
+    counts = {category: len(scores) for category, scores in categories.items()}
+    return {**summary, "intervals": intervals, "counts": counts}
 
 
 def mcnemar(better, worse):
@@ -32,10 +29,9 @@ def paired(records, others):
     between 0 and 1 it is the exact sign test."""
     other = {r["key"]: r["score"] for r in others if "skipped" not in r}
     gains = [(r["category"], r["score"] - other[r["key"]]) for r in records if "skipped" not in r and r["key"] in other]
-    categories = sorted({category for category, _ in gains})
-    return _gain([g for _, g in gains]) | {
-        "categories": {category: _gain([g for k, g in gains if k == category]) for category in categories}
-    }
+    names = sorted({category for category, _ in gains})
+    categories = {name: _gain([gain for category, gain in gains if category == name]) for name in names}
+    return {**_gain([gain for _, gain in gains]), "categories": categories}
 
 
 def _gain(gains):

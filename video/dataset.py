@@ -175,10 +175,8 @@ def _moments(name: str, video: dict, place: str) -> list[dict]:
     sentences, times = video["sentences"], video.get("timestamps")
     if not isinstance(sentences, list) or not isinstance(times, list) or len(sentences) != len(times):
         raise DataError(f"{place}: {name!r:.100} must have as many timestamps as sentences")
-    return [
-        {"vid": name, "sentence": sentence, "timestamp": time, "duration": video.get("duration")}
-        for sentence, time in zip(sentences, times)
-    ]
+    of_video = {"vid": name, "duration": video.get("duration")}
+    return [{**of_video, "sentence": sentence, "timestamp": time} for sentence, time in zip(sentences, times)]
 
 
 def _charades_sta(path: Path, flag: str) -> Iterator[tuple[int, dict]]:

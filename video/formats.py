@@ -230,10 +230,8 @@ def _messages(row: Row) -> Sample:
     if len(turns["user"]) != 1 or len(turns["assistant"]) > 1:
         counts = f"{len(turns['user'])} user turns and {len(turns['assistant'])} of the assistant"
         raise row.error(f"has {counts}; one is needed")
-    parts, replies = (
-        [{"text": part} if isinstance(part, str) else part for part in itertools.chain(*turns[role])]
-        for role in ("user", "assistant")
-    )
+    as_dicts = lambda contents: [{"text": p} if isinstance(p, str) else p for p in itertools.chain(*contents)]
+    parts, replies = as_dicts(turns["user"]), as_dicts(turns["assistant"])
     if not all(isinstance(part, dict) and isinstance(part.get("text") or "", str) for part in (*parts, *replies)):
         raise row.error('a message\'s content must be a text or a list of parts such as {"type": "video", ...}')
     # 2) Files, if they are in the parts, else in the row's own fields

@@ -78,16 +78,14 @@ class PromptLoader(AbstractContextManager):
             future.set_result(_encode(self.encoder, sample, control))
         return list(zip(group, futures))
 
-    def _finish(self, calls: list[tuple[Sample, Future]]) -> list[Prompt | Skipped]:
-        return self._checked([self._collect(sample, future) for sample, future in calls])
-
     def __exit__(self, *_) -> None:
         """Ends the workers. (The server that forked them is shared by all loaders, and ends with this process.)"""
         if self._pool is not None:
             self._pool.close()
 
-    def _checked(self, batch: list[Prompt | Skipped]) -> list[Prompt | Skipped]:
-        """`batch`, unless it shows that no sample at all can be used."""
+    def _finish(self, calls: list[tuple[Sample, Future]]) -> list[Prompt | Skipped]:
+        """The outcomes of the calls, unless they show that no sample at all can be used."""
+        batch = [self._collect(sample, future) for sample, future in calls]
         self._reason_types |= {item.reason_type if isinstance(item, Skipped) else None for item in batch}
         self._seen += len(batch)
         all_alike = len(self._reason_types) == 1 and None not in self._reason_types

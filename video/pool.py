@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 
 # Imported once, by the server that processes are forked from: a replaced process then starts in a fraction of a second.
@@ -134,22 +135,17 @@ class _Worker:
         """(whether the call raised, what it raised or returned)."""
         for _ in range(STARTS):
             self._start_process()
-            if self.process and self._begin(args):
-                break
+            # If the process does not take the call, it had died or was stopped, and the call is not to blame.
+            with suppress(OSError, WorkerDied):  # TimeoutError is an OSError
+                if self.process:
+                    self.pipe.send(args)
+                    self._receive(self.pool.timeout)
+                    break
             self._end_process()
         else:
             reason = self.reason or "they end before they take a call; see their error above"
             raise WorkersDoNotStart(f"worker processes do not start: {reason}")
         return self._receive(self.pool.timeout)
-
-    def _begin(self, args: tuple) -> bool:
-        """Whether the process took the call. If not, it had died or was stopped, and the call is not to blame."""
-        try:
-            self.pipe.send(args)
-            self._receive(self.pool.timeout)
-        except (OSError, WorkerDied):  # TimeoutError is an OSError
-            return False
-        return True
 
     def _receive(self, seconds: float):
         """The next message of the process. Raises TimeoutError, or WorkerDied if the process has ended.

@@ -235,7 +235,9 @@ class PromptEncoder:
             if grid is not None:
                 places = tokens == processor.tokenizer.convert_tokens_to_ids(token)
                 repeats[places] = grid.prod(dim=1) // cut.merge_size**2
-        self._check_length(sample, int(repeats.sum()))  # again after planning: a header may lie about the frames
+        if (length := int(repeats.sum())) > self.max_prompt_tokens:  # also after planning: a header may lie
+            limit = f"--max_prompt_tokens {self.max_prompt_tokens}"
+            raise PromptTooLong(next(iter(sample.media), ""), f"prompt of {length} tokens is over {limit}")
         return tokens.repeat_interleave(repeats)
 
     def text(self, sample: Sample) -> str:
@@ -261,8 +263,3 @@ class PromptEncoder:
         """Vision tokens of `sample` by arithmetic on file headers."""
         grids = [grid for grid in self.plan(sample)[:2] if grid is not None]
         return sum(int(grid.prod(dim=1).sum()) for grid in grids) // self.video_processor.merge_size**2
-
-    def _check_length(self, sample: Sample, length: int) -> None:
-        if length > self.max_prompt_tokens:
-            path = next(iter(sample.media), "")
-            raise PromptTooLong(path, f"prompt of {length} tokens is over --max_prompt_tokens {self.max_prompt_tokens}")

@@ -97,6 +97,5 @@ def add_video_flags(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for each field of VideoSettings to `parser`: "--fps 2.0"."""
     for item in fields(VideoSettings):
         number = int if "int" in str(item.type) else float
-        parser.add_argument(
-            f"--{item.name}", type=number, default=item.default, help=f"As in train.py [{item.default}]."
-        )
+        text = f"As in train.py [{item.default}]."
+        parser.add_argument(f"--{item.name}", type=number, default=item.default, help=text)
