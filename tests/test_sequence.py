@@ -116,7 +116,7 @@ def test_a_run_that_shares_prompts_equals_one_process(world, tmp_path, processes
     alone = run_here(tmp_path / "1", world)
     together, output = launch(processes, tmp_path / "s", world, *shared)
     assert_same_run(together, alone, tmp_path / "s", tmp_path / "1")
-    assert f"{shared[1]} of them to a prompt" in output
+    assert f"on {processes} x cpu, {shared[1]} to a prompt: " in output
     assert evaluations_of(tmp_path / "s") == evaluations_of(tmp_path / "1")
 
 

@@ -137,16 +137,16 @@ class Run:
         config, say = self.config, self.log.say
         if config.top_k or config.top_p < 1:
             say("--top_k or --top_p is on: sampling sees fewer tokens than the log-probabilities are over")
+        shared = f", {sequence.size()} to a prompt" if sequence.size() > 1 else ""
         say(
-            f"{config.model} on {world_size()} x {self.device.type}: {len(self.train)} questions to train on, "
+            f"{config.model} on {world_size()} x {self.device.type}{shared}: {len(self.train)} questions to train on, "
             f"{len(self.held_out)} held out, {config.steps} steps"
         )
         if self.checkpoint:
             done = f"{self.state['step']} of {config.steps} steps are done"
             say(f"goes on from {self.checkpoint}, {done}; --resume no, or another --output, starts anew")
-        shared = f", {sequence.size()} of them to a prompt" if sequence.size() > 1 else ""
         if config.prompts_per_step < data_size():
-            say(f"--prompts_per_step {config.prompts_per_step}: some of {world_size()} processes{shared}, have none")
+            say(f"--prompts_per_step {config.prompts_per_step}: some of {world_size()} processes have none")
 
     def grpo_batches(self):
         """The batches of the GRPO steps that are not done yet."""
