@@ -128,7 +128,7 @@ def completions(row: dict) -> list[str]:
 
     A question for the direction gets one for each option: `<think> up B</think><answer>B</answer>` for "B. up". Any
     other question gets the one with its true answer, because a pretrained model would know how to see it. The letter
-    stands right after its word because the tiny model then learns in 290 steps, instead of 790, which letter that is.
+    stands right after its word because the tiny model then learns in half the steps which letter that is.
     """
     options = row["options"] if row["category"] == "direction" else [row["original_answer"]]
     return [f"<think> {option[3:]} {option[0]}</think><answer>{option[0]}</answer>" for option in options]
