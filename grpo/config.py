@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from grpo.errors import ConfigError
+from grpo.families import family_names
 from rewards import parse_rewards
 from rewards.judge import Judge
 from video.files import write_text
@@ -48,6 +49,7 @@ class Config:
         "anew (no).", choices=("auto", "anyway", "no"),
     )  # fmt: skip
     demo: bool = flag(False, "Build the demo's tiny model and videos, in runs/demo (runs/demo-seed-N for other seeds).")
+    family: str = flag("qwen2_vl", "Family of the demo's tiny model.", choices=family_names())
     seed: int = flag(42, "Seed of data order and sampling.", ge=0, le=2**32)
 
     prompts_per_step: int = flag(4, "Prompts of one step, over all processes.", ge=1, section="sampling")
@@ -221,11 +223,16 @@ with open(Path(__file__).with_name("presets.yaml"), encoding="utf-8") as file:
     }
 
 
-def preset_values(preset, seed):
+def preset_values(preset, seed, family):
     """{flag: value} of a preset. Each seed of the demo has a folder of its own, so that no demo touches the videos of
-    another: runs/demo for the default seed, else runs/demo-seed-N."""
+    another: runs/demo for the default seed, else runs/demo-seed-N. In it each family has its own start model and run:
+    start and run for the default family, else start-FAMILY and run-FAMILY."""
     values = PRESETS[preset]
-    if preset != "demo" or seed == Config.seed:
+    if preset != "demo":
+        return values
+    if family != Config.family:
+        values = values | {name: f"{values[name]}-{family}" for name in ("model", "output")}
+    if seed == Config.seed:
         return values
     move = lambda path: path.replace("runs/demo/", f"runs/demo-seed-{seed}/") if isinstance(path, str) else path
     return {n: tuple(map(move, v)) if isinstance(v, tuple) else move(v) for n, v in values.items()}
@@ -310,9 +317,9 @@ def renamed(saved):
     return settings
 
 
-def demo_makes(seed):
+def demo_makes(seed, family):
     """The paths of the model and the data that --demo makes. What other paths hold is the user's."""
-    own = preset_values("demo", seed)
+    own = preset_values("demo", seed, family)
     return {own["model"], *own["data"], own["eval_data"], own["sft_data"]}
 
 
@@ -371,7 +378,7 @@ def parse_config(arguments=None):
         add_flag(section, item, {**PRESETS[preset], **own, "preset": preset}.get(item.name, item.default))
     given = vars(parser.parse_args(arguments))
     given = {name: as_setting(value) for name, value in given.items()}
-    values = preset_values(preset, {**own, **given}.get("seed", Config.seed))
+    values = preset_values(preset, *({**vars(Config()), **own, **given}[name] for name in ("seed", "family")))
     base, values = Config(**values), overlay(values, own)
     config = Config(**overlay(values, {**given, "preset": preset}))
     check(config)
@@ -474,6 +481,8 @@ def check_combinations(config, given):
         ("gap_every", not config.eval_samples, "asks held-out questions; --eval_samples 0 holds none out"),
         *((f"judge_{name}", not config.judge_url, "does nothing without --judge_url")
           for name in ("model", "prompt", "cache", "concurrency")),
+        ("family", not config.demo or config.model not in demo_makes(config.seed, config.family),
+         "is of the model that --demo makes; any other --model has its family in config.json; leave it out"),
         ("answer_form", "{answer_form}" not in config.prompt_template, "does nothing without {answer_form} in "
          "--prompt_template"),
     ]  # fmt: skip

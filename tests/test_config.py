@@ -82,6 +82,8 @@ def test_a_frame_flag_counts_more_than_the_presets_nframes(flag):
     ("--dynamic_sampling 3 --reward format:1", ("--dynamic_sampling", "--reward")),
     ("--dynamic_filter --reward format:1", ("--dynamic_filter", "--reward")),
     ("--sft_steps 5", ("--sft_steps", "--sft_data")),
+    ("--family qwen3_vl", ("--family qwen3_vl", "--model")),
+    ("--preset demo --family qwen3_vl --model mine", ("--family qwen3_vl", "--model")),
     ("--prompt_template {problem} --answer_form math=x", ("--answer_form math=x", "--prompt_template")),
     ("--answer_form x", ("--answer_form x", "TYPE=WORDS")),
     ("--answer_form math=", ("--answer_form math=", "TYPE=WORDS")),

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import FAMILIES
 from processes import full_disk, held
 from safetensors.torch import load_file
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -23,6 +25,7 @@ from demo.synthetic import DemoSpec, make_demo_set
 from evaluation.plot import reward_metrics
 from grpo.config import METRICS, METRICS_OF_KINDS, PRESETS, Config, load_config, parse_config, save_config
 from grpo.engine.checkpoint import Saver
+from grpo.engine.model_files import read_config
 from grpo.errors import ConfigError, Stopped
 from grpo.run.data import draw_samples, steps_of
 from grpo.run.log import describe_run
@@ -688,6 +691,30 @@ def test_each_seed_has_a_demo_of_its_own(small_demo):
     assert Path(other.data[0]).read_text() != Path("runs/demo/data/train.jsonl").read_text()
     assert {path: path.stat().st_mtime_ns for path in Path("runs/demo").rglob("*")} == stamps
     assert sorted(path.name for path in Path("runs/demo").iterdir()) == ["data", "start"], "nothing is left over"
+
+
+def test_each_family_has_a_start_model_of_its_own_beside_the_same_videos(small_demo):
+    """And the default family's is the same, byte for byte, whether or not the flag is given."""
+    weights, configs = {}, {family: parse_config(["--preset", "demo", "--family", family]) for family in FAMILIES}
+    assert (configs["qwen3_vl"].model, configs["qwen3_vl"].output) == (
+        "runs/demo/start-qwen3_vl", "runs/demo/run-qwen3_vl"
+    )  # fmt: skip
+    for family, config in configs.items():
+        build_demo(config)
+        assert read_config(config.model).model_type == family
+        weights[family] = (Path(config.model) / "model.safetensors").read_bytes()
+    names = {path.name for path in Path("runs/demo").iterdir()}
+    assert names == {"data", *(Path(config.model).name for config in configs.values())}
+    plain = parse_config(["--preset", "demo"])
+    shutil.rmtree(plain.model)
+    build_demo(plain)
+    assert (Path(plain.model) / "model.safetensors").read_bytes() == weights["qwen2_vl"]
+    os.replace(configs["qwen3_vl"].model, "runs/aside")
+    shutil.copytree(plain.model, configs["qwen3_vl"].model)
+    build_demo(configs["qwen3_vl"])
+    assert read_config(configs["qwen3_vl"].model).model_type == "qwen3_vl", "one of another family is replaced"
+    other = parse_config(["--preset", "demo", "--family", "qwen3_vl", "--seed", "1"])
+    assert (other.model, other.output) == ("runs/demo-seed-1/start-qwen3_vl", "runs/demo-seed-1/run-qwen3_vl")
 
 
 def test_a_kill_while_the_demos_model_is_built_is_made_good(small_demo, monkeypatch):

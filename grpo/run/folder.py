@@ -36,7 +36,7 @@ def check_inputs(config):
         raise ConfigError("--lora_rank needs peft: pip install peft")
     check_tracker(config.tracker)
     missing = []
-    made = demo_makes(config.seed) if config.demo else set()
+    made = demo_makes(config.seed, config.family) if config.demo else set()
     absent = [path for path, _ in map(split_spec, config.data) if path not in made and not Path(path).is_file()]
     for path in absent[:1]:
         get = f"a relative path starts at {os.getcwd()}"
