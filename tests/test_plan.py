@@ -16,9 +16,11 @@ from grpo.config import Config, parse_config
 from grpo.engine.model import decoder, model_spec, use_own_kernels
 from grpo.engine.model_files import read_config
 from grpo.engine.optimizer import make_optimizer
+from grpo.families import load_family
 from grpo.policy import Policy
 from grpo.run.plan import (
     GIB,
+    TEXT_TOKENS,
     head_size,
     layer_bytes,
     lora_count,
@@ -50,6 +52,9 @@ def test_published_parameter_counts(seven):
     sizes = {"3B": 3_754_622_976, "7B": 8_292_166_656, "32B": 33_452_718_336, "72B": 73_410_777_344}
     for size, number in sizes.items():
         assert parameter_counts(published_config(f"Qwen/Qwen2.5-VL-{size}-Instruct"))["all"] == number
+    sizes = {"2B": 2_127_532_032, "4B": 4_437_815_808, "8B": 8_767_123_696, "32B": 33_357_390_064}
+    for size, number in sizes.items():
+        assert parameter_counts(published_config(f"Qwen/Qwen3-VL-{size}-Instruct"))["all"] == number
 
 
 def test_tokens_by_hand(seven):
@@ -58,6 +63,17 @@ def test_tokens_by_hand(seven):
     tokens = memory_plan(*seven, settings)["tokens"]
     assert tokens["video tokens"] == 8 * 196 and tokens["patches"] == 4 * 8 * 196
     assert tokens["packed tokens"] == tokens["prompt tokens"] + 8 * 256
+
+
+def test_tokens_of_qwen3_by_hand():
+    """128 frames of 512² pixels: 64 time steps of 16 x 16 merged tokens, beside each a stamp; its tower's features are
+    the tower's own and three of DeepStack. The published limit of --preset qwen3-vl-8b holds them."""
+    config = parse_config(["--preset", "qwen3-vl-8b", "--plan", "8"])
+    model = published_config(config.model)
+    tokens = memory_plan(model, parameter_counts(model), config)["tokens"]
+    assert tokens["video tokens"] == 64 * 256 and tokens["patches"] == 4 * 64 * 256
+    assert tokens["prompt tokens"] == 64 * (256 + 10) + TEXT_TOKENS <= config.max_prompt_tokens
+    assert load_family("qwen3_vl").feature_width(model) == 4 * 4096
 
 
 def test_the_recipe_fits_72_gib():
@@ -131,7 +147,7 @@ def test_layer_bytes_against_what_autograd_keeps(name):
     config = published_config(name)
     text, tokens = config.text_config, 1000
     with torch.device("meta"):
-        model = use_own_kernels(Qwen2VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16))
+        model = use_own_kernels(load_family(config.model_type).model_class._from_config(config, dtype=torch.bfloat16))
         hidden = torch.empty(1, tokens, text.hidden_size, dtype=torch.bfloat16, requires_grad=True)
         rotation = torch.empty(1, tokens, head_size(text), dtype=torch.bfloat16)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
