@@ -141,7 +141,7 @@ def make_config(folder: Path, arguments: argparse.Namespace) -> Config:
     given = {name: value for name, value in vars(arguments).items() if name in SHARED}
     given = {"sequence_parallel": Config.sequence_parallel, **given}
     # Evaluation scores accuracy alone: reward files and the frame cache of the training machine need not be here.
-    config = replace(config, **given, reward=("accuracy:1",), frame_cache=None, gradient_checkpointing=False)
+    config = replace(config, **given, reward=("accuracy:1",), frame_cache=None, activation_checkpointing="none")
     check(config)
     return config
 

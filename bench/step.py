@@ -9,6 +9,9 @@ trl:  TRL's `GRPOTrainer`, its own loop and defaults; vision and prompt are repe
 once: plain transformers with the easy fix: `generate(num_return_sequences=G)`, and a batch of G copies for reference
       and policy, whose vision features are computed once for each model and shared; same loss, same checkpointing.
 
+Each recomputes its activations. `ours:selective`, `ours:none`, `trl:none` and `once:none` recompute less: `--only
+ours,ours:none,trl,trl:none`. Ratios are to the first of ours. The least FLOPs are those with all recomputed.
+
 The same work: a random Qwen2-VL in fp32 with SDPA, one prompt, N images of 224x224 (64 visual tokens each, the vision
 work of a video of 2N frames: TRL trains on images only), G completions of exactly C tokens (EOS and vision ids
 suppressed), beta 0.04 with a reference model, temperature 1, one pass, activations recomputed, AdamW, the same reward.
@@ -66,6 +69,7 @@ from video.dataset import Sample
 from video.prompt import PromptEncoder
 
 NAMES = ("ours", "trl", "once")
+LIGHTER = ("ours:selective", "ours:none", "trl:none", "once:none")  # which recompute less
 PHASES = ("vision", "prefill", "decode", "reference", "policy", "backward", "optimizer", "other")
 MODELS = {
     "tiny": {},
@@ -273,12 +277,12 @@ def suppressed(processor):
     return sorted(ids | {tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in vision})
 
 
-def ours(case, folder, meter, ready):
+def ours(case, folder, meter, ready, checkpointing="full"):
     """Returns the step as a function; calls `ready` once both models are loaded."""
     config = parse_config([
         "--model", str(folder), "--prompt_template", "{problem}", "--device", "cpu", "--prompts_per_step", "1",
         "--group_size", str(case.group), "--max_new_tokens", str(case.completion), "--kl_coef", str(BETA),
-        "--loss_normaliser", "token",
+        "--loss_normaliser", "token", "--activation_checkpointing", checkpointing,
     ])  # fmt: skip
     device, processor = torch.device("cpu"), AutoProcessor.from_pretrained(folder)
     policy = build_policy(str(folder), config, processor, device)
@@ -309,7 +313,7 @@ def ours(case, folder, meter, ready):
     return step
 
 
-def once(case, folder, meter, ready):
+def once(case, folder, meter, ready, checkpointing="full"):
     """As `ours`."""
     processor = AutoProcessor.from_pretrained(folder)
     policy, reference = (
@@ -317,7 +321,8 @@ def once(case, folder, meter, ready):
         for _ in range(2)
     )
     reference.requires_grad_(False).eval()
-    policy.gradient_checkpointing_enable({"use_reentrant": False})
+    if checkpointing == "full":
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
     for model in (policy, reference):
         meter.watch_model(model)
     ready(policy, reference)
@@ -372,7 +377,7 @@ def once(case, folder, meter, ready):
     return step
 
 
-def run_trl(case, folder, meter, turns):
+def run_trl(case, folder, meter, turns, checkpointing="full"):
     """All of the steps in `GRPOTrainer.train`, each between the `begin` and `end` of `turns`."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -386,7 +391,8 @@ def run_trl(case, folder, meter, turns):
 
     class Turns(TrainerCallback):
         def on_step_begin(self, *_, **__):
-            assert any(getattr(module, "gradient_checkpointing", False) for module in policy.modules())
+            enabled = any(getattr(module, "gradient_checkpointing", False) for module in policy.modules())
+            assert enabled == (checkpointing == "full")
             turns.begin()
 
         def on_step_end(self, *_, **__):
@@ -403,6 +409,7 @@ def run_trl(case, folder, meter, turns):
             generation_kwargs={"suppress_tokens": suppressed(processor)},
             model_init_kwargs={"attn_implementation": "sdpa"},
             report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            gradient_checkpointing=checkpointing == "full",
         ),
     )  # fmt: skip
     policy, reference, compute_loss = trainer.model, trainer.ref_model, trainer._compute_loss
@@ -500,10 +507,12 @@ def work(name, case, folder):
     meter = Meter()
     meter.watch_training()
     turns = Turns(meter, replies)
+    name, _, checkpointing = name.partition(":")
+    checkpointing = checkpointing or "full"
     if name == "trl":
-        run_trl(case, folder, meter, turns)
+        run_trl(case, folder, meter, turns, checkpointing)
         return
-    step = {"ours": ours, "once": once}[name](case, folder, meter, turns.ready)
+    step = {"ours": ours, "once": once}[name](case, folder, meter, turns.ready, checkpointing)
     for number in range(1 + case.rounds):
         turns.begin()
         turns.end(step(number))
@@ -571,9 +580,13 @@ def least(found, name, phase):
     return min(step["seconds"][phase] for step in found[name]["steps"])
 
 
-def ratios(found, name, phase):
-    """Per-round times of `name` over ours; None where ours has none of that phase."""
-    others, own = ([step["seconds"][phase] for step in found[which]["steps"]] for which in (name, "ours"))
+def first_of_ours(names):
+    return next((name for name in names if name.startswith("ours")), None)
+
+
+def ratios(found, name, phase, mine):
+    """Per-round times of `name` over those of `mine`; None where `mine` has none of that phase."""
+    others, own = ([step["seconds"][phase] for step in found[which]["steps"]] for which in (name, mine))
     return [a / b for a, b in zip(others, own)] if all(own) else None
 
 
@@ -581,14 +594,14 @@ def spread(values):
     return f"{statistics.median(values):.2f} ({min(values):.2f}..{max(values):.2f})" if values else "–"
 
 
-def slower(found, others):
-    """Phases in which ours takes longer than another, in least seconds, by more than 1% of our step."""
-    margin = 0.01 * least(found, "ours", "whole")
+def slower(found, others, mine):
+    """Phases in which `mine` takes longer than another, in least seconds, by more than 1% of its step."""
+    margin = 0.01 * least(found, mine, "whole")
     return [
         f"{phase}: {own:.3f} s, {name} {other:.3f} s"
         for phase in (*PHASES, "whole")
         for name in others
-        if (own := least(found, "ours", phase)) > (other := least(found, name, phase)) + margin
+        if (own := least(found, mine, phase)) > (other := least(found, name, phase)) + margin
     ]
 
 
@@ -598,12 +611,13 @@ def row(*cells):
 
 def case_table(found, names):
     """Phases of one case: least seconds, medians and spreads of per-round ratios, memory, FLOPs."""
-    others = [name for name in names if name != "ours" and "ours" in names]
-    lines = [row("", *(f"{name}, s" for name in names), *(f"{name} / ours" for name in others)),
+    mine = first_of_ours(names)
+    others = [name for name in names if mine and name != mine]
+    lines = [row("", *(f"{name}, s" for name in names), *(f"{name} / {mine}" for name in others)),
              row(*["---"] * (1 + len(names) + len(others)))]  # fmt: skip
     for phase in (*PHASES, "whole", "wall clock"):
         seconds = [f"{least(found, name, phase):.3f}" for name in names]
-        lines.append(row(phase, *seconds, *(spread(ratios(found, name, phase)) for name in others)))
+        lines.append(row(phase, *seconds, *(spread(ratios(found, name, phase, mine)) for name in others)))
     alike = sum(found["minimum_as_counted"].values())
     for label, value in (
         ("step's memory, MiB", lambda it: it["peak"] - it["rss_before"]),
@@ -613,7 +627,7 @@ def case_table(found, names):
     ):
         values = {name: value(found[name]) for name in names}
         digits = 2 if label.startswith("of") else 0 if "MiB" in label else 1
-        cells = [f"{values[name] / values['ours']:.2f}" for name in others]
+        cells = [f"{values[name] / values[mine]:.2f}" for name in others]
         lines.append(row(label, *(f"{v:.{digits}f}" for v in values.values()), *cells))
     return lines
 
@@ -625,13 +639,16 @@ def size(found):
 
 def sweep_table(points, names):
     """A line for each point: least seconds of a whole step, median ratios, memory."""
-    others = [name for name in names if name != "ours" and "ours" in names]
-    head = [f"{name}, s" for name in names] + [f"{name} / ours" for name in others] + [f"{name}, MiB" for name in names]
+    mine = first_of_ours(names)
+    others = [name for name in names if mine and name != mine]
+    head = [f"{name}, s" for name in names] + [f"{name} / {mine}" for name in others]
+    head += [f"{name}, MiB" for name in names]
     lines = [row("", *head), row(*["---"] * (1 + len(head)))]
     for found in points:
         seconds = [f"{least(found, name, 'whole'):.2f}" for name in names]
         held = [f"{found[name]['peak'] - found[name]['rss_before']:.0f}" for name in names]
-        lines.append(row(size(found), *seconds, *(spread(ratios(found, name, "whole")) for name in others), *held))
+        factors = [spread(ratios(found, name, "whole", mine)) for name in others]
+        lines.append(row(size(found), *seconds, *factors, *held))
     return lines
 
 
@@ -650,7 +667,7 @@ def describe(names):
     """{"date", "cpu", "threads", "limits", "versions"}."""
     from importlib.metadata import version
 
-    packages = ["torch", "transformers", *(["trl", "accelerate"] if "trl" in names else [])]
+    packages = ["torch", "transformers", *(["trl", "accelerate"] if {"trl", "trl:none"} & {*names} else [])]
     return {"date": datetime.date.today().isoformat(), "cpu": cpu_model(), "threads": 1, "limits": machine_limits(),
             "versions": {name: version(name) for name in packages}}  # fmt: skip
 
@@ -673,9 +690,9 @@ def markdown(report):
     if report["sweep"] == "group":
         each = ", ".join(f"{name} {slope(points, name):.3f} s" for name in names)
         lines += [f"A further completion: {each}.", ""]
-    if "ours" in names:
-        others = [name for name in names if name != "ours"]
-        behind = [f"- {size(found)}: {line}" for found in points for line in slower(found, others)]
+    if mine := first_of_ours(names):
+        others = [name for name in names if not name.startswith("ours")]
+        behind = [f"- {size(found)}: {line}" for found in points for line in slower(found, others, mine)]
         lines += ["Where ours is slower, by more than 1% of its step:", "", *behind, ""] if behind else []
     return "\n".join(lines)
 
@@ -694,9 +711,9 @@ def parse(arguments=None):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     given.names = given.only.split(",")
-    if unknown := set(given.names) - set(NAMES):
-        parser.error(f"--only {', '.join(unknown)}: is none of {', '.join(NAMES)}")
-    if "trl" in given.names and find_spec("trl") is None:
+    if unknown := set(given.names) - {*NAMES, *LIGHTER}:
+        parser.error(f"--only {', '.join(unknown)}: is none of {', '.join((*NAMES, *LIGHTER))}")
+    if any(name.startswith("trl") for name in given.names) and find_spec("trl") is None:
         parser.error("TRL is not installed: pip install -r bench/requirements.txt, or leave it out: --only ours,once")
     for name in ("images", "group", "completion", "rounds"):
         if getattr(given, name) < (2 if name == "group" else 1):

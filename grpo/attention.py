@@ -69,6 +69,9 @@ class PackedLayout:
         self.starts = [0, *accumulate(sizes)][:-1]
         self.prompt_kv = {} if keep_prompt_kv else None
         self.row = Row(sum(sizes))
+        # Of the completions after a prompt of P tokens, {P: mask}; torch cannot make it inside a selective checkpoint.
+        longest = {p: max((c for q, cs in self.groups if q == p for c in cs), default=0) for p, _ in self.groups}
+        self.masks = {p: causal_lower_right(c, p + c) for p, c in longest.items()}
 
     @cached_property
     def buckets(self):
@@ -140,7 +143,7 @@ class PackedLayout:
                 own_q, own_k, own_v = (_take(x, bucket.completion) for x in (query, key, value))
                 own_k = torch.cat([k.index_select(0, bucket.prompt_of_row), own_k], dim=2)
                 own_v = torch.cat([v.index_select(0, bucket.prompt_of_row), own_v], dim=2)
-                mask = causal_lower_right(own_q.shape[2], own_k.shape[2])
+                mask = self.masks[q.shape[2]]
                 out = F.scaled_dot_product_attention(own_q, own_k, own_v, mask, scale=scaling, enable_gqa=True)
                 outputs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, bucket.real))
         return torch.cat(outputs).index_select(0, place)

@@ -156,7 +156,11 @@ class Config:
     sequence_parallel: int = flag(1, "Processes that share each prompt: its tokens, frames and completions.", ge=1)
     prompts_per_forward: int = flag(1, "Prompts packed into one forward and backward.", ge=1)
     prompts_per_rollout: int = flag(1, "Prompts whose completions are decoded together.", ge=1)
-    gradient_checkpointing: bool = flag(True, "Recompute activations in backward.")
+    activation_checkpointing: str = flag(
+        "full", "What backward recomputes: all activations, all but products and attention, or nothing. The less it "
+        "recomputes, the faster it is, and the more memory it takes: see --plan.",
+        choices=("full", "selective", "none"),
+    )  # fmt: skip
     compile: bool = flag(False, "Compile the decoder's norms and MLPs (the first steps then take minutes).")
     decode_graph: bool = flag(True, "Decode by CUDA graphs on a GPU, if they prove right and faster at the start.")
     plan: int = flag(0, "Print the memory that a run on so many GPUs takes, and end; 0: train.", ge=0)
@@ -203,6 +207,7 @@ RENAMED = {
     "clip_low": "clip_eps_low",
     "clip_high": "clip_eps_high",
     "filter_groups": "dynamic_filter",
+    "gradient_checkpointing": "activation_checkpointing",
     "importance_cap": "tis_cap",
     "scale_advantages": "advantage",
     "updates_per_batch": "ppo_epochs",

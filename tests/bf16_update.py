@@ -27,7 +27,7 @@ def first_moments(folder, device, mesh=None):
     """({metric: value}, {name: whole first moment}) of an update of PROMPTS prompts, shared out over the ranks."""
     config = parse_config(
         ["--preset", "demo", "--model", str(folder), "--prompts_per_step", str(PROMPTS), "--prompts_per_forward", "1",
-         "--kl_coef", "0.1", "--gradient_checkpointing", "--grad_clip", "1e9"]
+         "--kl_coef", "0.1", "--activation_checkpointing", "full", "--grad_clip", "1e9"]
     )  # fmt: skip
     processor = AutoProcessor.from_pretrained(folder)
     policy = build_policy(folder, config, processor, device, mesh)

@@ -107,7 +107,7 @@ def sampled(policy, tokenizer, count, kinds, frozen):
 
 def outcome(folder, device, mesh=None):
     config, processor = (
-        parse_config(["--preset", "demo", "--gradient_checkpointing"]),
+        parse_config(["--preset", "demo", "--activation_checkpointing", "full"]),
         AutoProcessor.from_pretrained(folder),
     )
     policy, tokenizer = build_policy(folder, config, processor, device, mesh), processor.tokenizer

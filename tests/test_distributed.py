@@ -48,6 +48,15 @@ def test_a_sample_skipped_in_one_process_does_not_hang(world, tmp_path, frozen):
     assert [row["skipped"] for row in together] == [row["skipped"] for row in alone]
 
 
+@pytest.mark.slow
+def test_sharded_layers_may_recompute_all_or_some(world, tmp_path):
+    """One process that keeps all activations, against two that recompute."""
+    alone = run_here(tmp_path / "1", world)
+    for setting in ("full", "selective"):
+        together, _ = launch(2, tmp_path / setting, world, "--activation_checkpointing", setting)
+        assert_same_run(together, alone, tmp_path / setting, tmp_path / "1")
+
+
 def test_shards_must_divide_the_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match="--shard_size 3: must divide the number of processes, 4"):

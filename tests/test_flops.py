@@ -16,12 +16,12 @@ spec.loader.exec_module(bench)
 IMAGES, COMPLETION = 3, 12
 
 
-def count(folder, group):
+def count(folder, group, checkpointing="full"):
     """({phase: counted FLOPs}, {phase: least FLOPs counted alike}, the true least) of one step of this project."""
     case = bench.Case("tiny", IMAGES, group, COMPLETION)
     bench.make_inputs(folder, case)
     meter = bench.Meter()
-    step = bench.ours(case, folder, meter, lambda *models: None)
+    step = bench.ours(case, folder, meter, lambda *models: None, checkpointing)
     meter.begin(counting=True)
     sizes = step()
     _, counted, _ = meter.end()
@@ -52,6 +52,12 @@ def test_a_completion_costs_its_own_tokens(counts):
     assert measured == pytest.approx(own, rel=0.15)
     for phase in ("vision", "prefill"):
         assert counts[32][0][phase] == counts[2][0][phase]
+
+
+def test_selective_checkpointing_repeats_no_product(tmp_path):
+    settings = ("full", "selective", "none")
+    full, selective, none = (count(tmp_path / name, 2, name)[0]["backward"] for name in settings)
+    assert full > 1.2 * none and selective == none
 
 
 def test_the_least_is_below_what_is_counted(counts):

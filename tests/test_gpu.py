@@ -137,7 +137,7 @@ def test_decoding_by_graphs_gives_the_same_completions(checkpoints):
 def test_an_update_as_the_recipe_runs_it(checkpoints):
     """build_policy's own precision (bf16 compute, fp32 masters on a GPU): finite, and masters move by a lr of 1e-6."""
     folder = checkpoints["qwen2_vl"]
-    config = parse_config(["--preset", "demo", "--model", str(folder), "--gradient_checkpointing"])
+    config = parse_config(["--preset", "demo", "--model", str(folder), "--activation_checkpointing", "full"])
     device, mesh = distributed.start()
     try:
         processor = AutoProcessor.from_pretrained(folder)

@@ -51,6 +51,23 @@ def test_the_reference_is_the_base_whatever_the_adapters_hold(built):
         assert (policy(packed)[0] - expected).abs().max() > 0.01
 
 
+def test_checkpointing_changes_no_bit_of_the_adapters_gradients(built):
+    policy, _, _, packed, config = built
+    processor = AutoProcessor.from_pretrained(config.model)
+
+    def gradients(setting):
+        config.activation_checkpointing = setting
+        policy = build_policy(config.model, config, processor, torch.device("cpu"), adapters=True)
+        for _, parameter in adapters(policy.model):
+            torch.nn.init.constant_(parameter, 0.01)
+        policy(packed)[0].square().sum().backward()
+        return [parameter.grad for _, parameter in adapters(policy.model)]
+
+    expected = gradients("none")
+    for setting in ("full", "selective"):
+        assert all(map(torch.equal, gradients(setting), expected)), setting
+
+
 def test_only_adapters_are_trained(built):
     policy, _, _, packed, config = built
     names = {name for name, p in policy.named_parameters() if p.requires_grad}

@@ -91,7 +91,7 @@ def flags_of(name, **values):
     run = {"preset": name, "eval_samples": 0, "workers": 0, "threads": 1, "device": "cpu", "prompts_per_forward": 8,
            "prompts_per_rollout": 8}  # fmt: skip
     words = [word for flag, value in {**run, **small, **values}.items() for word in (f"--{flag}", str(value))]
-    return [*words, "--no-gradient_checkpointing"]
+    return [*words, "--activation_checkpointing", "none"]
 
 
 @pytest.fixture(scope="module")

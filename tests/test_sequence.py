@@ -133,7 +133,7 @@ def evaluations_of(folder):
         ("--temporal_bonus", "0.3", "--reward", "accuracy:1", f"{ROOT}/tests/toy_reward.py:vowels:1"),
         ("--mini_batch_size", "4", "--ppo_epochs", "2", "--loss", "gspo"),
         ("--dynamic_sampling", "3", "--reward", "accuracy:1", f"{ROOT}/tests/toy_reward.py:vowels:1"),
-        ("--no-gradient_checkpointing", "--kl_in", "reward", "--kl_estimator", "k1", "--ref_sync_steps", "2"),
+        ("--activation_checkpointing", "none", "--kl_in", "reward", "--kl_estimator", "k1", "--ref_sync_steps", "2"),
     ],
     ids=lambda more: more[0],
 )

@@ -237,15 +237,15 @@ def test_out_of_memory_before_the_first_step_is_one_line_too(world, tmp_path, mo
 
 
 def test_out_of_memory_in_an_evaluation_names_its_flag():
-    config = SimpleNamespace(eval_batch=4, gradient_checkpointing=True, freeze_vision=True)
+    config = SimpleNamespace(eval_batch=4, activation_checkpointing="selective", freeze_vision=True)
 
     message = memory_message([], config, torch.OutOfMemoryError("CUDA out of memory."))
-    assert re.search("an evaluation: lower .*--eval_batch", message)
+    assert re.search("an evaluation: lower .*--eval_batch.*or set --activation_checkpointing full", message)
 
 
 def test_out_of_memory_names_the_longest_three_prompts():
     config = SimpleNamespace(
-        prompts_per_forward=1, prompts_per_rollout=1, gradient_checkpointing=True, freeze_vision=True
+        prompts_per_forward=1, prompts_per_rollout=1, activation_checkpointing="full", freeze_vision=True
     )
     prompts = [SimpleNamespace(sample=SimpleNamespace(key=f"f:{n}"), input_ids=[0] * n) for n in (3, 9, 5, 7, 1)]
     message = memory_message(prompts, config, MemoryError())

@@ -516,7 +516,7 @@ def test_the_default_preset_is_open_r1_video():
         model="Qwen/Qwen2-VL-7B-Instruct", learning_rate=1e-6, lr_schedule="linear", kl_coef=0.1, prompts_per_step=4,
         group_size=8, max_new_tokens=256, max_prompt_tokens=8192, temperature=1.0, epochs=1.0, seed=42, fps=2.0,
         max_frames=16, min_pixels=128 * 28**2, max_pixels=196 * 28**2, reward=("accuracy:1",),
-        loss_normaliser="sequence", gradient_checkpointing=True, ppo_epochs=1, top_k=0, top_p=1.0,
+        loss_normaliser="sequence", activation_checkpointing="full", ppo_epochs=1, top_k=0, top_p=1.0,
     )  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
     assert "<think>" in config.prompt_template and "<answer>" in config.prompt_template

@@ -28,8 +28,9 @@ def build_policy(
         vision_tower(model).requires_grad_(False)
     if adapters:
         lora.add_adapters(model, config)
-    if config.gradient_checkpointing and trained:
-        checkpoint_activations(model, vision=not config.freeze_vision)
+    if config.activation_checkpointing != "none" and trained:
+        selective = config.activation_checkpointing == "selective"
+        checkpoint_activations(model, selective, vision=not config.freeze_vision)
     policy = Policy(model, model_spec(model, processor.tokenizer))
     # Gathering copies the weights: one process whose weights are in the computing precision needs no copy.
     if mesh is not None and (mesh.size() > 1 or trained and not adapters):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from grpo import attention, sequence
@@ -15,6 +15,18 @@ from grpo.engine.model_files import eos_ids, read_config, read_generation_config
 from grpo.errors import ModelError
 from grpo.families import load_family
 from grpo.families.base import Family
+
+# Whose outputs selective checkpointing keeps: products with weights, and attention's kernels. Not bmm: attention that
+# no kernel fits would keep its scores.
+KEPT = frozenset({
+    "aten.mm.default",
+    "aten.addmm.default",
+    "aten._scaled_dot_product_flash_attention_for_cpu.default",
+    "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_efficient_attention.default",
+    "aten._efficient_attention_forward.default",
+    "flash_attn._flash_attn_varlen_forward.default",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,22 +128,35 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     return model.model.language_model
 
 
-def checkpoint_activations(model: PreTrainedModel, vision: bool = True) -> None:
-    """Recomputes every decoder layer (and vision block) in backward instead of keeping its activations.
+def checkpoint_activations(model: PreTrainedModel, selective: bool = False, vision: bool = True) -> None:
+    """Recomputes every decoder layer (and vision block) in backward instead of keeping its activations; `selective`:
+    all but the outputs of `KEPT`, so that only norms, rotations and activation functions are computed twice.
 
     Wraps `forward`, below the module's hooks, so that a sharded layer's weights are gathered once for recomputation
     and gradient together.
     """
     blocks = [*decoder(model).layers, *(vision_tower(model).blocks if vision else ())]
+    run = partial(recomputed, context_fn=keeping_products) if selective else recomputed
     for block in blocks:
-        block.forward = partial(recomputed, block.forward)  # a copy of the model calls its own blocks
+        block.forward = partial(run, block.forward)  # a copy of the model calls its own blocks
 
 
-def recomputed(forward, *args, **kwargs):
+def recomputed(forward, *args, context_fn=noop_context_fn, **kwargs):
     """forward(...), run again in backward. If there is no backward, as in sampling, it is a plain call."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return checkpoint(
+        forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn, **kwargs
+    )  # fmt: skip
+
+
+def keeping_products():
+    """The contexts of a forward that keeps the outputs of `KEPT`, and of the second forward, which reuses them."""
+
+    def policy(_, operator, *args, **kwargs):
+        return CheckpointPolicy.PREFER_SAVE if str(operator) in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 def compile_layers(model: PreTrainedModel) -> None:

@@ -78,6 +78,16 @@ class Family(VideoText):
         """(width of a block of the tower, width inside its MLP)."""
         return vision.hidden_size, vision.intermediate_size
 
+    def layer_rest(self, text: PreTrainedConfig) -> int:
+        """Numbers of a token that backward needs of a decoder layer beside its input and what its products and
+        attention make: two norms in fp32, attention's output in order, the activation and its product with `up`."""
+        return 6 * text.hidden_size + text.num_attention_heads * self.head_size(text) + 2 * text.intermediate_size
+
+    def tower_rest(self, vision: PreTrainedConfig) -> int:
+        """The same of a block of the tower: two LayerNorms, rotated queries and keys, the activation's parts."""
+        wide, tall = self.tower_sizes(vision)
+        return 3 * wide + 2 * tall
+
     # What config.json must say
 
     def rules(self, config: PreTrainedConfig) -> Iterator[Rule]:

@@ -22,6 +22,10 @@ class Qwen25VL(Family):
         multiplies (0.5 becomes 0); transformers 5 and this function do not."""
         return (torch.arange(steps) * seconds * vision.tokens_per_second).long()
 
+    def tower_rest(self, vision):
+        wide, tall = self.tower_sizes(vision)
+        return 8 * wide + 2 * tall  # its norms are RMSNorms in fp32
+
     def tiny_processor(self, tokenizer, chat_template):
         cut = transformers.Qwen2VLImageProcessor(), tokenizer, transformers.Qwen2VLVideoProcessor()
         return transformers.Qwen2_5_VLProcessor(*cut, chat_template)

@@ -74,6 +74,14 @@ class Qwen3VL(Family):
         here[0, placeholders] = True
         return embeds, {"visual_pos_masks": here, "deepstack_visual_embeds": deep}
 
+    def layer_rest(self, text):
+        heads = text.num_attention_heads + text.num_key_value_heads
+        return super().layer_rest(text) + 3 * heads * self.head_size(text)  # norms of queries and keys
+
+    def tower_rest(self, vision):
+        wide, tall = self.tower_sizes(vision)
+        return 3 * wide + tall
+
     def head_rules(self, text):
         yield "text_config.head_dim", "an even number above 0", lambda size: is_positive(size) and size % 2 == 0
 

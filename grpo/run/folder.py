@@ -89,7 +89,8 @@ def _lock(stack, folder):
 
 
 # A run goes on even if these settings have changed; of --epochs, --steps says what it comes to.
-FREE_TO_CHANGE = {"compile", "config", "controls", "decode_graph", "decode_timeout", "device", "epochs", "eval_batch",
+FREE_TO_CHANGE = {"activation_checkpointing",
+                  "compile", "config", "controls", "decode_graph", "decode_timeout", "device", "epochs", "eval_batch",
                   "eval_every", "frame_cache", "frame_cache_gb", "gap_every", "gpu_memory", "judge_cache",
                   "judge_concurrency", "judge_url", "keep_checkpoints", "lora_merge", "max_bad_updates", "output",
                   "plan", "prompts_per_rollout", "resume", "reward_timeout", "rollouts_every", "save_every",

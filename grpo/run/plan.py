@@ -6,8 +6,8 @@ All sizes are bytes on one GPU. n parameters over S processes that share one cop
     gathered (rollout)   b2 n: all weights at once    gathered (else)  the root (embedding, head) and two blocks in bf16
     reduction            bf16 gradients on their way to fp32 shards: lm_head's, a layer's, at the end the root's
     KV cache             (b4 + b2) · layers · key/value heads · head size · (P + G C) for each prompt of a rollout
-    activations          saved inputs of each decoder layer (P + G C tokens) and vision block (patches), and what one of
-                         them holds while it is computed or differentiated; without checkpointing, all that is saved
+    activations          what --activation_checkpointing keeps of each decoder layer (P + G C tokens) and vision block
+                         (patches), and what one of them holds while it is computed or differentiated
     logits               COPIES fp32 buffers of one chunk of `grpo.policy.LOGITS_PER_CHUNK` numbers
     overhead             CUDA context, NCCL buffers
 
@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch import nn
 
 from grpo.engine.model_files import read_config
 from grpo.errors import ConfigError, ModelError
@@ -79,14 +80,17 @@ def vision_tokens(config, frames, pixels):
 
 def parameter_counts(config):
     """{"block": one vision block, "layer": one decoder layer, "root": the rest, "vision", "all"}: numbers of weights,
-    counted on the meta device; tied embeddings count once."""
+    counted on the meta device; tied embeddings count once. {"block outputs", "layer outputs"}: how many numbers its
+    linear layers make of a token."""
     with torch.device("meta"):
         model = load_family(config.model_type).model_class(config)
     count = lambda module: sum(p.numel() for p in module.parameters())
+    outputs = lambda module: sum(part.out_features for part in module.modules() if isinstance(part, nn.Linear))
     visual, text = model.model.visual, model.model.language_model
     block, layer, everything = count(visual.blocks[0]), count(text.layers[0]), count(model)
     root = everything - block * len(visual.blocks) - layer * len(text.layers)
-    return {"block": block, "layer": layer, "root": root, "vision": count(visual), "all": everything}
+    made = {"block outputs": outputs(visual.blocks[0]), "layer outputs": outputs(text.layers[0])}
+    return {"block": block, "layer": layer, "root": root, "vision": count(visual), "all": everything, **made}
 
 
 def lora_count(config, rank):
@@ -102,10 +106,10 @@ def head_size(text):
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def layer_bytes(hidden, inner, heads, kv):
-    """Bytes for each token that autograd keeps of one bf16 block that is not checkpointed: two norms in fp32, q, k, v
-    before and after rotation, residuals, gate, up, their activation and product; counted on the meta device."""
-    return 2 * (27 * hidden + 3 * (heads + 2 * kv) + 4 * inner)
+def kept_bytes(setting, width, products, rest):
+    """Bytes for each token that autograd keeps of one bf16 block, by --activation_checkpointing: its input; unless
+    that is "full", what its products and attention make; if it is "none", the rest. All in numbers of a token."""
+    return 2 * (width + products * (setting != "full") + rest * (setting == "none"))
 
 
 def memory_plan(config, counts, settings):
@@ -171,13 +175,13 @@ class Sizes:
         # had out. The tower rotates queries and keys in fp32.
         self.see, self.see_backward = 2 * 17 * wide * patches, 2 * max(6 * tall + 5 * wide, 17 * wide) * patches
         self.read, self.read_backward = 2 * (3 * inner + 4 * hidden), 2 * (6 * inner + 15 * hidden)  # a token
-        # Saved for backward, a token: the inputs of all layers and blocks, or everything.
-        layers, blocks = text.num_hidden_layers * 2 * hidden, (vision.depth + 4) * 2 * wide
-        if not settings.gradient_checkpointing:
-            layers = text.num_hidden_layers * layer_bytes(hidden, inner, text.num_attention_heads * head_size(text), kv)
-            blocks = vision.depth * layer_bytes(wide, tall, wide, wide)
-        self.layers = layers * self.packed * self.rows
-        self.blocks = 0 if self.frozen else blocks * patches * self.rows
+        # Kept for backward, of all layers and blocks.
+        setting, heads = settings.activation_checkpointing, text.num_attention_heads * head_size(text)
+        products = counts["layer outputs"] * (3 if self.lora else 1) + heads  # those of adapters are in fp32
+        layer = kept_bytes(setting, hidden, products, family.layer_rest(text))
+        block = kept_bytes(setting, wide, counts["block outputs"] + wide, family.tower_rest(vision))
+        self.layers = text.num_hidden_layers * layer * self.packed * self.rows
+        self.blocks = 0 if self.frozen else (vision.depth * block + 4 * 2 * wide) * patches * self.rows
         scored = settings.group_size * settings.max_new_tokens * self.rows  # all on one rank: they end the row
         self.logits = COPIES * 4 * min(LOGITS_PER_CHUNK, scored * self.words)
         self.cache = (4 + 2) * text.num_hidden_layers * kv * settings.prompts_per_rollout  # a token
@@ -263,7 +267,9 @@ def plan_text(config):
     names = list(dict.fromkeys(name for parts in plan["phases"].values() for name in parts))
     row = lambda name, cells: f"{name:<18}" + "".join(f"{cell:>12}" for cell in cells)
     part = lambda phase, name: f"{plan['phases'][phase].get(name, 0) / GIB:.2f}"
-    fits = "fits" if plan["peak"] <= limit else "does not fit"
+    fits = lambda plan: f"{plan['peak'] / GIB:.1f} GiB {'fits' if plan['peak'] <= limit else 'does not fit'}"
+    others = [name for name in ("full", "selective", "none") if name != config.activation_checkpointing]
+    plan_with = lambda setting: memory_plan(model, counts, replace(config, activation_checkpointing=setting))
     reserved = RESERVED * (plan["peak"] - OVERHEAD) + OVERHEAD
     most = most_frames(plan_of, limit, config.max_prompt_tokens)
     skipped = plan["tokens"]["prompt tokens"] > config.max_prompt_tokens
@@ -276,8 +282,9 @@ def plan_text(config):
             row("GiB on each GPU", plan["phases"]),
             *(row(name, [part(phase, name) for phase in plan["phases"]]) for name in names),
             row("sum", [f"{sum(parts.values()) / GIB:.2f}" for parts in plan["phases"].values()]),
-            f"peak {plan['peak'] / GIB:.1f} GiB {fits} --gpu_memory {config.gpu_memory:g} (torch reserves up to "
-            f"{reserved / GIB:.1f} if there is room); most frames that fit: {most}",
+            f"peak {fits(plan)} --gpu_memory {config.gpu_memory:g} (torch reserves up to {reserved / GIB:.1f} if there "
+            f"is room); most frames that fit: {most}",
+            "with --activation_checkpointing " + "; ".join(f"{name}: {fits(plan_with(name))}" for name in others),
             f"prompts this long {'are SKIPPED: raise' if skipped else 'fit'} --max_prompt_tokens "
             f"{config.max_prompt_tokens}; a formula (grpo/run/plan.py), not yet run on a GPU",
         ]

@@ -88,7 +88,7 @@ def memory_message(prompts, config, error):
     crowded = ("prompts_per_forward", "prompts_per_rollout") if prompts else ("eval_batch",)
     mends += [f"--{name}" for name in crowded if getattr(config, name) > 1]
     mends += [] if prompts else ["for weights take more processes, or set --lora_rank"]
-    mends += [] if config.gradient_checkpointing else ["or set --gradient_checkpointing"]
+    mends += [] if config.activation_checkpointing == "full" else ["or set --activation_checkpointing full"]
     mends += [] if config.freeze_vision else ["or set --freeze_vision"]
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return f"out of memory on {samples}: lower {', '.join(mends)}; see --plan ({reason})"
