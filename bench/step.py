@@ -59,7 +59,7 @@ from transformers import AutoProcessor, GenerationConfig, Qwen2VLForConditionalG
 from demo.tiny import build_tiny_model
 from grpo import update
 from grpo.advantage import group_advantages
-from grpo.config import OneLineParser, parse_config
+from grpo.config import parse_config
 from grpo.engine.build import build_policy, build_reference
 from grpo.engine.optimizer import make_optimizer, set_learning_rate
 from grpo.loss import policy_loss
@@ -67,6 +67,7 @@ from grpo.policy import LOGITS_PER_CHUNK
 from grpo.sampler import SamplingSettings, generate
 from video.dataset import Sample
 from video.prompt import PromptEncoder
+from video.terminal import OneLineParser
 
 NAMES = ("ours", "trl", "once")
 LIGHTER = ("ours:selective", "ours:none", "trl:none", "once:none")  # which recompute less

@@ -5,8 +5,9 @@ import math
 from dataclasses import fields
 
 from evaluation.benchmarks import BENCHMARKS
-from grpo.config import Config, OneLineParser, add_flag
+from grpo.config import SYNONYMS, Config, add_flag
 from grpo.errors import ConfigError
+from video.terminal import OneLineParser
 
 # Flags of training that also say how to evaluate; without a flag, the value that the checkpoint was trained with holds,
 # but for --sequence_parallel, which is about this machine.
@@ -35,7 +36,9 @@ def parse_flags(description: str, arguments: list[str] | None = None) -> argpars
 def _parser(description):
     layout = argparse.RawDescriptionHelpFormatter
     note = "Frames, pixels and prompt are as in training; a value in brackets holds if the checkpoint has none."
-    parser = OneLineParser(description=description, formatter_class=layout, allow_abbrev=False, epilog=note)
+    parser = OneLineParser(
+        description=description, formatter_class=layout, allow_abbrev=False, epilog=note, synonyms=SYNONYMS
+    )
     add = parser.add_argument
     add("--ckpt", required=True, help="Checkpoint of a run, or any Hugging Face folder or hub name of this family.")
     add("--data", help="Questions, in place of the run's own held-out ones.")

@@ -6,8 +6,9 @@ python -m evaluation.plot runs/a runs/b [--output compare.png]
 import argparse
 from pathlib import Path
 
-from grpo.config import METRICS, METRICS_OF_KINDS, OneLineParser
+from grpo.config import METRICS, METRICS_OF_KINDS
 from video.files import read_rows
+from video.terminal import OneLineParser
 
 PANELS = {  # title: the metric that it shows of each step
     "reward": "reward",

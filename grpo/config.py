@@ -4,11 +4,9 @@ import argparse
 import dataclasses
 import json
 import math
-import re
 import sys
 import typing
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
@@ -20,6 +18,7 @@ from rewards.judge import Judge
 from video.files import write_text
 from video.formats import printable
 from video.settings import TEMPLATE, VideoSettings, parse_forms
+from video.terminal import OneLineParser, meant
 
 
 def flag(default, sentence, **limits):
@@ -275,7 +274,7 @@ def read_settings(path):
         settings = {name: value for name, value in renamed(settings).items() if name not in OF_A_COMMAND}
     for name in settings:
         if name not in fields:
-            close = [flag[2:] for flag in meant(f"--{name}", [f"--{known}" for known in fields])]
+            close = [flag[2:] for flag in meant(f"--{name}", [f"--{known}" for known in fields], SYNONYMS)]
             hint = f"did you mean {' '.join(close)}?" if close else "see --help"
             raise ConfigError(f"--config {path}: unknown setting {name} ({hint})")
         if name in OF_A_COMMAND:
@@ -328,8 +327,9 @@ def demo_makes(seed, family):
     return {own["model"], *own["data"], own["eval_data"], own["sft_data"]}
 
 
-# What other trainers call these flags.
-ELSEWHERE = {
+# What other trainers, and earlier versions, call these flags.
+SYNONYMS = {
+    **{f"--{old}": [f"--{new}"] for old, new in RENAMED.items()},
     "--lr": ["--learning_rate"],
     "--beta": ["--kl_coef"],
     "--num_generations": ["--group_size"],
@@ -340,24 +340,6 @@ ELSEWHERE = {
     "--max_steps": ["--steps"],
     "--output_dir": ["--output"],
 }
-
-
-def meant(typed_flag, flags):
-    """Those of the flags that a flag may mean which is misspelt, of another trainer, or of an earlier version."""
-    known = {**ELSEWHERE, **{f"--{old}": [f"--{new}"] for old, new in RENAMED.items()}}
-    return known.get(typed_flag) or get_close_matches(typed_flag, flags, 1, 0.7)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line, with the flags that a misspelt flag may mean."""
-
-    def error(self, message):
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        misspelt = re.findall(r"(?<!\S)--\w+", message) if message.startswith("unrecognized") else []
-        matches = [match for flag in misspelt for match in meant(flag, flags)]
-        hint = f"did you mean {' '.join(matches)}?" if matches else "see --help"
-        print(f"{self.prog}: error: {message} ({hint})", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def parse_config(arguments=None):
@@ -375,7 +357,8 @@ def parse_config(arguments=None):
     source = f"--preset {preset}" + (f" and --config {asked.config}" if asked.config else "")
     parser = OneLineParser(
         description="Trains Qwen2-VL, Qwen2.5-VL or Qwen3-VL on video questions with GRPO.",
-        usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False, epilog=f"In brackets: the values of {source}.",
+        usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False, synonyms=SYNONYMS,
+        epilog=f"In brackets: the values of {source}.",
     )  # fmt: skip
     for item in dataclasses.fields(Config):
         if "section" in item.metadata:

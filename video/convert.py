@@ -14,7 +14,7 @@ import sys
 from video.dataset import READERS, read_samples
 from video.files import write_rows
 from video.formats import CLIP_FIELDS, MARKS, MULTIPLE_CHOICE, DataError, Sample, printable
-from video.terminal import run_program
+from video.terminal import OneLineParser, run_program
 
 
 def to_row(sample: Sample) -> dict:
@@ -60,7 +60,8 @@ def convert(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(prog="video.convert", description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("source", metavar="IN", help=f"A file of one of the types {', '.join(READERS)}.")
     parser.add_argument("target", metavar="OUT", help="The .jsonl file to write.")
     parser.add_argument("--video_root", help="Folder that video paths are under (default: that of IN).")

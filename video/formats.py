@@ -13,6 +13,7 @@ import re
 import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -153,7 +154,21 @@ def parse_row(fields: dict, key: str, root: Path, source: str = "") -> Sample:
             if set(needed.split()) <= names:
                 return parse(Row(fields, key, root, source))
     known = "; ".join(needed.replace(" ", " + ") for needed in FORMATS)
-    raise DataError(f"{key}: has the fields {sorted(fields)!r:.200}, of no known format; needed are: {known}")
+    hint = next(filter(None, (misspelt(fields, needed.split()) for needed in FORMATS)), "")
+    raise DataError(f"{key}: has the fields {sorted(fields)!r:.200}, of no known format{hint}; needed are: {known}")
+
+
+def misspelt(fields: Iterable[str], needed: list[str]) -> str:
+    """A question that names the needed fields and how they are spelt, "" unless each that is missing has a likeness.
+
+    in:  ["probelm", "solution"], ["problem", "solution"]
+    out: " (did you mean problem by probelm?)"
+    """
+    others = [name for name in fields if name not in needed]
+    close = {name: get_close_matches(name, others, 1, 0.7) for name in needed if name not in fields}
+    if not all(close.values()):
+        return ""
+    return f" (did you mean {', '.join(f'{name} by {found[0]}' for name, found in close.items())}?)"
 
 
 def reroot(path: str, root: Path) -> str:

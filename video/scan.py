@@ -26,7 +26,7 @@ from video.frames import read_image, read_video
 from video.loader import PromptLoader
 from video.prompt import Skipped, with_clips
 from video.settings import VideoSettings, add_video_flags
-from video.terminal import run_program
+from video.terminal import OneLineParser, run_program
 
 BATCH = 64  # files handed to the workers at a time
 FACTOR = 28  # of Qwen2-VL; which files can be read does not depend on it
@@ -71,7 +71,8 @@ def scan(samples: list[Sample], settings: VideoSettings, workers: int, timeout: 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(prog="video.scan", description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--data", nargs="+", required=True, help="Data files, as train.py takes them.")
     parser.add_argument("--video_root", help="Folder that video paths are under (default: the data file's folder).")
     parser.add_argument("--output", default="bad.jsonl", help="The list to write, for --skip_list [bad.jsonl].")

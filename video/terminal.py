@@ -1,10 +1,13 @@
 """A program's terminal: Ctrl-C, a reader of its output who leaves, and mistakes that are answered in one line."""
 
+import argparse
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 
 from video.formats import printable
 from video.pool import WorkersDoNotStart
@@ -34,6 +37,30 @@ def prepare_terminal() -> None:
             number = os.open(os.devnull, os.O_WRONLY)
         buffer = io.BufferedWriter(_Lasting(number, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=True))
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line, with the flags that a misspelt flag may mean.
+
+    synonyms: {flag that this program has not: flags that it stands for elsewhere}.
+    """
+
+    def __init__(self, *given, synonyms: dict[str, list[str]] | None = None, **named):
+        super().__init__(*given, **named)
+        self.synonyms = synonyms or {}
+
+    def error(self, message):
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        wrong = re.findall(r"(?<!\S)--\w+", message) if message.startswith("unrecognized") else []
+        matches = [match for flag in wrong for match in meant(flag, flags, self.synonyms)]
+        hint = f"did you mean {' '.join(matches)}?" if matches else "see --help"
+        print(f"{self.prog}: error: {message} ({hint})", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def meant(wrong: str, flags: list[str], synonyms: dict[str, list[str]]) -> list[str]:
+    """Those of the flags that a wrong one may mean, by its synonyms or its spelling."""
+    return [flag for flag in synonyms.get(wrong, []) if flag in flags] or get_close_matches(wrong, flags, 1, 0.7)
 
 
 def exit_code(name: str, error: Exception) -> int:

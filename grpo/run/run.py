@@ -24,7 +24,7 @@ from grpo.run.stops import count_bad, memory_message, out_of_memory
 from rewards.judge import Judge
 from video.cache import FrameCache
 from video.formats import DataError
-from video.loader import PromptLoader
+from video.loader import ADVICE, PromptLoader
 from video.pool import WorkersDoNotStart
 from video.prompt import PromptEncoder, Skipped
 from video.settings import parse_forms
@@ -129,6 +129,7 @@ class Run:
     prompts: list = field(default_factory=list)  # those at work
     bad: int = 0  # steps in a row whose update was skipped
     checked: bool = False  # whether fast paths have been chosen
+    skipped: Skipped | None = None  # the last sample of this rank that could not be read
     drawn: int = 0  # prompts that the step has drawn, with dynamic sampling
     ahead: Callable | None = None  # waits for the first prompts of the next step, with dynamic sampling
 
@@ -192,12 +193,14 @@ class Run:
     def check_used(self, flag):
         """Raises DataError if no sample of all steps could be used."""
         if not self.state["used"][flag]:
-            raise DataError(f"{flag}: every sample was skipped, for the reasons above: nothing was trained")
+            advice = f"; {ADVICE[self.skipped.reason_type]}" if self.skipped else ""
+            raise DataError(f"{flag}: every sample was skipped, for the reasons above: nothing was trained{advice}")
 
     def readable(self, batch):
         """The prompts of a batch; names the samples that could not be read, once for a sequence group."""
         for p in batch:
             if isinstance(p, Skipped):
+                self.skipped = p
                 self.log.say(f"skipped {p.key}: {p.path}: {p.reason}", everywhere=sequence.rank() == 0)
         return [p for p in batch if not isinstance(p, Skipped)]
 
