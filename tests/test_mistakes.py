@@ -325,8 +325,9 @@ MISTAKES = {
         ("skipped rows.jsonl:2: ", "tokens is over --max_prompt_tokens 200"),
     ),
     "a prompt that is too long in an evaluation": (
-        "eval", lambda b: ["--max_prompt_tokens", "200", "--data", b.rows(b.row(problem="Why? " * 200 + "\nA. x"))], 0,
-        ("0 questions; 1 unreadable",),
+        "eval", lambda b: [
+            "--max_prompt_tokens", "200", "--data", b.rows(b.row(), b.row(1, problem="Why? " * 200 + "\nA. x"))], 0,
+        ("1 questions; 1 unreadable",),
     ),
     "a misspelt field of the question": (
         "train", lambda b: ["--data", b.rows(b.row(), b.row(1, problem=..., probelm="?"))], 2,
