@@ -321,12 +321,12 @@ MISTAKES = {
     ),
     "a prompt that is too long": (
         "train", lambda b: [
-            "--max_prompt_tokens", "200", "--data", b.rows(b.row(), b.row(1, problem="Why? " * 200 + "\nA. x"))], 0,
-        ("skipped rows.jsonl:2: ", "tokens is over --max_prompt_tokens 200"),
+            "--max_prompt_tokens", "400", "--data", b.rows(b.row(), b.row(1, problem="Why? " * 400 + "\nA. x"))], 0,
+        ("skipped rows.jsonl:2: ", "tokens is over --max_prompt_tokens 400"),
     ),
     "a prompt that is too long in an evaluation": (
         "eval", lambda b: [
-            "--max_prompt_tokens", "200", "--data", b.rows(b.row(), b.row(1, problem="Why? " * 200 + "\nA. x"))], 0,
+            "--max_prompt_tokens", "400", "--data", b.rows(b.row(), b.row(1, problem="Why? " * 400 + "\nA. x"))], 0,
         ("1 questions; 1 unreadable",),
     ),
     "a misspelt field of the question": (

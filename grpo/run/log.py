@@ -109,17 +109,18 @@ class RunLog:
             totals |= {"interval_low": low, "interval_high": high}
             located = summary.get("grounding", {})
             found = {f"{kind} {at}": value for kind, row in located.items() for at, value in row.items()}
-            lost, by_kind = gaps(summary, controls), ", ".join(f"{n} {v:.1%}" for n, v in summary["categories"].items())
+            lost = gaps(summary, controls)
             failed = {"unjudged": summary["unjudged"]} if "unjudged" in summary else {}
+            parts = [", ".join(f"{name} {value:.1%}" for name, value in summary["categories"].items())]
+            parts += [f"{name.replace('_', ' ')} {value:.1%}" for name, value in lost.items()]
+            parts += [f"the judge failed on {count}, scored 0" for count in failed.values()]
             self.write(
                 "eval", step, {**totals, **categories, **found, "unparsed": summary["unparsed"], **lost, **failed}
             )
             self.say(
                 f"step {step}: held-out accuracy {summary['trained']:.1%} ({100 * low:.1f}-{high:.1%}) of the "
                 f"categories trained on, {summary['overall']:.1%} of all {summary['count']} questions; "
-                f"{summary['skipped']} unreadable; {by_kind}"
-                + "".join(f"; {name.replace('_', ' ')} {value:.1%}" for name, value in lost.items())
-                + "".join(f"; the judge failed on {count}, scored 0" for count in failed.values())
+                f"{summary['skipped']} unreadable" + "".join(f"; {part}" for part in parts if part)
             )
 
     def show_failures(self, step, groups):

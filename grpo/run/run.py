@@ -193,8 +193,9 @@ class Run:
     def check_used(self, flag):
         """Raises DataError if no sample of all steps could be used."""
         if not self.state["used"][flag]:
-            advice = f"; {ADVICE[self.skipped.reason_type]}" if self.skipped else ""
-            raise DataError(f"{flag}: every sample was skipped, for the reasons above: nothing was trained{advice}")
+            advice = ADVICE.get(self.skipped.reason_type) if self.skipped else None
+            reason = f"{flag}: every sample was skipped, for the reasons above: nothing was trained"
+            raise DataError("; ".join(filter(None, (reason, advice))))
 
     def readable(self, batch):
         """The prompts of a batch; names the samples that could not be read, once for a sequence group."""
