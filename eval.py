@@ -95,6 +95,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     say = print if is_main() else lambda line: None
     say_text_only(samples, "to answer", say)
     say_free_text(samples, "to answer", config, say)
+    asking = EvalSettings(config.max_new_tokens, config.eval_batch, arguments.temperature, judge=Judge.of(config))
 
     # 3) The answers: those that the folder has, and the others
     output = Path(arguments.output or default_output(arguments))
@@ -102,7 +103,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     with sole_use(output):
         predictions = Predictions(output, settings)
         build = functools.partial(build_policy, config=config, device=device, mesh=mesh, trained=False)
-        columns = answer(variants, samples, config, arguments.temperature, predictions, build, say)
+        columns = answer(variants, samples, config, asking, predictions, build, say)
         predictions.merge()
 
     # 4) Accuracies, and the comparison of the two checkpoints on the videos as they are
@@ -134,11 +135,11 @@ def find_checkpoint(flag: str, path: str) -> Path:
     return folder
 
 
-def make_config(folder: Path, arguments: argparse.Namespace) -> Config:
-    """The Config of the checkpoint's run (the defaults if no run made it), with the flags that are given."""
+def make_config(folder: Path, arguments: argparse.Namespace, names: tuple[str, ...] = SHARED) -> Config:
+    """The Config of the checkpoint's run (the defaults if no run made it), with the flags of `names` that are given."""
     saved = folder / "run.json"
     config = load_config(saved) if saved.exists() else Config()
-    given = {name: value for name, value in vars(arguments).items() if name in SHARED}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
     given = {"sequence_parallel": Config.sequence_parallel, **given}
     # Evaluation scores accuracy alone: reward files and the frame cache of the training machine need not be here.
     config = replace(config, **given, reward=("accuracy:1",), frame_cache=None, activation_checkpointing="none")
@@ -191,20 +192,20 @@ def answer(
     variants: list[Variant],
     samples: list[Sample],
     config: Config,
-    temperature: float,
+    asking: EvalSettings,
     predictions: Predictions,
     build: Callable,
     say: Callable,
 ) -> dict[str, list[dict]]:
     """{name of a variant: one record for each sample}. A checkpoint is loaded only if answers of it are missing.
 
-    build: returns the policy of (folder, processor=...); say: takes a line for the user.
+    asking: how the questions are asked, but for the control, which is each variant's. build: returns the policy of
+    (folder, processor=...); say: takes a line for the user.
     """
     places = {v: (checkpoint_identity(v.folder), v.mode, v.control) for v in variants}
     done = {v: predictions.done.get(place, {}) for v, place in places.items()}
     missing = [v for v in variants if any(s.key not in done[v] for s in samples)]
     policy = loaded = None
-    judge = Judge.of(config)
     for (folder, mode), group in itertools.groupby(missing, lambda v: (v.folder, v.mode)):
         questions = ask(samples, mode)
         with open_loader(folder, mode, config) as loader:
@@ -217,7 +218,7 @@ def answer(
                 loaded = folder
             for v in group:
                 save = functools.partial(predictions.add, places[v])
-                settings = EvalSettings(config.max_new_tokens, config.eval_batch, temperature, v.control, judge)
+                settings = replace(asking, control=v.control)
                 with Progress(v.name, len(samples) - len(done[v]), save=save) as progress:
                     records = predict(policy, loader, questions, tokenizer, settings, done=done[v], report=progress)
                 done[v] = {record["key"]: record for record in records}

@@ -25,6 +25,9 @@ for part, lines in {"ring 1": 128, "ring 2": 16, "ring 3": 15, EVERYTHING: 160}.
 # Selective checkpointing and its plan take ring 2 from 1,286 to 1,317 lines, ring 3 by 12.
 for part, lines in {"ring 2": 36, "ring 3": 16, EVERYTHING: 50}.items():
     LIMITS[part] += lines
+# The filter of questions takes ring 2 by 12, all by 173.
+for part, lines in {"ring 2": 12, EVERYTHING: 173}.items():
+    LIMITS[part] += lines
 
 
 def project_files():

@@ -64,6 +64,9 @@ ANSWERS = {
     "eval.py --ckpt x --temperature nan": (
         2, "eval.py: error: --temperature nan: must be at least 0.0, and finite\n"
     ),
+    "-m evaluation.filter --ckpt x --data y --output z --group_sise 8": (
+        2, "evaluation.filter: error: unrecognized arguments: --group_sise 8 (did you mean --group_size?)\n"
+    ),
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
@@ -94,6 +95,37 @@ def read_samples(
             "video, videos, image or images, or give --text_only to train.py or eval.py"
         )
     return samples
+
+
+def copy_rows(path: str | Path, target: str | Path, numbers: set[int], flag: str = "--data") -> None:
+    """Writes the rows of a data file that have these numbers, as in their keys, unchanged to a file of the same type.
+
+    Lines keep their bytes, rows of a .parquet file their columns; .json becomes an array. Raises DataError, as
+    `read_samples` does, and OSError, which names the file.
+    """
+    path, reader = Path(path), _reader(Path(path), flag)
+    if reader is _parquet:
+        import pyarrow.parquet
+
+        table, buffer = pyarrow.parquet.read_table(path), pyarrow.BufferOutputStream()
+        pyarrow.parquet.write_table(table.take([number - 1 for number in sorted(numbers)]), buffer)
+        content = buffer.getvalue().to_pybytes()
+    elif reader is _array:
+        rows = [row for number, row in _array(path, flag) if number in numbers]
+        content = json.dumps(rows, indent=1).encode()
+    elif reader is _table:
+        names, rows = [], []
+        for number, (names, cells) in _table(path, flag):
+            rows += [cells] if number in numbers else []
+        text = io.StringIO()
+        separator = "\t" if path.suffix == ".tsv" else ","
+        csv.writer(text, delimiter=separator, lineterminator="\n").writerows([names, *rows])
+        content = text.getvalue().encode()
+    else:
+        with _open(path, flag) as file:
+            lines = [line.rstrip(b"\n") + b"\n" for number, line in enumerate(file, start=1) if number in numbers]
+        content = b"".join(lines)
+    write_bytes(target, gzip.compress(content) if path.suffix == ".gz" else content)
 
 
 def repeat(samples: list[Sample], weight: float, name: str) -> list[Sample]:

@@ -44,6 +44,9 @@ class EvalSettings:
     temperature: float = 0.0  # 0 is greedy
     control: str | None = None  # one of CONTROLS; None: the video as it is
     judge: Judge | None = None  # who scores free text; None: ROUGE
+    group_size: int = 1  # completions of each question
+    top_k: int = 0  # see `SamplingSettings`, likewise top_p
+    top_p: float = 1.0
 
 
 def predict(
@@ -56,6 +59,8 @@ def predict(
     `unjudged`, the reason, if the judge failed), opposite
     (whether the prediction is the row's `opposite`) and, of times and boxes, `overlaps` ({"temporal grounding: tIoU":
     overlap}); or key and `skipped`, the reason, if the video could not be read.
+    If settings.group_size is above 1, a record holds key, category, `scores`, one of each completion, and their mean,
+    `score`.
     All ranks plan the same batches over all samples, and each rank takes whole batches. So what decodes together, and
     with it every bit of an answer, depends neither on the world size nor on an interruption.
 
@@ -69,15 +74,16 @@ def predict(
     own = left[data_rank() :: data_size()]
 
     # 2) Answer them
-    sampling = SamplingSettings(temperature=settings.temperature, max_new_tokens=settings.max_new_tokens)
+    sampling = SamplingSettings(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens)
     made = {}
     with unsharded(policy) as plain:
         for encoded in map(sequence.agreed, encode(loader, own, control if control in FRAME_CONTROLS else None)):
             prompts = [p for p in encoded if not isinstance(p, Skipped)]
             seeds = [prompt_seed(0, control or "", p.sample.key) for p in prompts]
             features = _shared_features(plain, prompts)
-            groups = generate(plain, prompts, 1, sampling, seeds, tokenizer, features) if prompts else []
-            answered = iter(_records([p.sample for p in prompts], [g.texts[0] for g in groups], settings.judge))
+            ask = partial(generate, plain, prompts, settings.group_size, sampling, seeds, tokenizer, features)
+            groups = ask() if prompts else []
+            answered = iter(_records([p.sample for p in prompts], [g.texts for g in groups], settings.judge))
             records = [_skip(p) if isinstance(p, Skipped) else next(answered) for p in encoded]
             made |= {record["key"]: record for record in records}
             if report:
@@ -187,10 +193,21 @@ def category_of(sample: Sample) -> str:
     return sample.problem_type if category is None else printable(category, 60)
 
 
-def _records(samples, completions, judge):
-    predictions = [answer_text(completion, strict=False) for completion in completions]
-    outcomes = score_predictions(predictions, samples, judge)
-    return [_record(*answered) for answered in zip(samples, completions, predictions, outcomes)]
+def _records(samples, texts, judge):
+    """The record of each sample; texts: its completions."""
+    every = [(sample, text) for sample, own in zip(samples, texts) for text in own]
+    predictions = [answer_text(text, strict=False) for _, text in every]
+    outcomes = score_predictions(predictions, [sample for sample, _ in every], judge)
+    if len(every) > len(samples):
+        groups = chunked(outcomes, len(every) // len(samples))
+        return [_scores(sample, own) for sample, own in zip(samples, groups)]
+    return [_record(*one, prediction, outcome) for one, prediction, outcome in zip(every, predictions, outcomes)]
+
+
+def _scores(sample, outcomes):
+    scores, failed = [score for score, *_ in outcomes], [failure for *_, failure in outcomes if failure]
+    unjudged = {"unjudged": failed[0]} if failed else {}
+    return {"key": sample.key, "category": category_of(sample), "scores": scores, "score": mean(scores), **unjudged}
 
 
 def _record(sample, completion, prediction, outcome):
