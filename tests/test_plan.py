@@ -241,7 +241,7 @@ def test_plan_is_printed_before_anything_loads(capsys, monkeypatch):
     assert train.main(["--plan", "4", "--max_frames", "128"]) == 0  # 12,800 tokens; 80 frames are 8,096, 82 are 8,292
     shown = capsys.readouterr().out
     assert "prompts this long are SKIPPED: raise --max_prompt_tokens 8192" in shown
-    assert shown.splitlines()[-2].endswith("most frames that fit: 80")
+    assert shown.splitlines()[-3].endswith("most frames that fit: 80")
     assert train.main(["--plan", "4", "--model", "no/such"]) == 2
     assert "--model no/such" in capsys.readouterr().err
     assert train.main(["--plan", "4", "--sequence_parallel", "4"]) == 0
