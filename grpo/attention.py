@@ -71,7 +71,7 @@ class PackedLayout:
         self.row = Row(sum(sizes))
         # Of the completions after a prompt of P tokens, {P: mask}; torch cannot make it inside a selective checkpoint.
         longest = {p: max((c for q, cs in self.groups if q == p for c in cs), default=0) for p, _ in self.groups}
-        self.masks = {p: causal_lower_right(c, p + c) for p, c in longest.items()}
+        self.masks = {p: causal_lower_right(c, p + c) for p, c in longest.items() if c}
 
     @cached_property
     def buckets(self):

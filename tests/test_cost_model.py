@@ -334,7 +334,8 @@ def test_links_as_fsdp_uses_them(small, monkeypatch):
             monkeypatch.setattr(dist, name, note(what, getattr(dist, name)))
         at = torch.arange(6)
         pixels, grid = torch.randn(24, 1176), torch.tensor([[1, 4, 6]])
-        batch = MicroBatch(at[None], at.expand(3, 1, -1), at[-1:] + 1, at[:5], at[:5], [(6, ())], at, pixels, grid)
+        row = (at[None], at.expand(3, 1, -1), at[-1:] + 1, at[:5], at[:5], [(6, ())])
+        batch = MicroBatch(*row, placeholders=at, pixels=pixels, grids=grid)
         logprobs, _ = policy(batch)
         assert moved == {"gather": 2 * counts["all"], "reduce": 0}
         logprobs.sum().backward()

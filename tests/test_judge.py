@@ -234,7 +234,7 @@ def test_a_key_that_no_header_may_hold_is_not_shown(server, monkeypatch):
 
 def test_evaluation_counts_what_the_judge_fails_on_and_asks_again(server, tmp_path):
     samples = [replace(SAMPLE, key=f"k:{n}") for n in range(2)]
-    records = _records(samples, ["<answer>score 0.5</answer>", "<answer>404</answer>"], judge_of(server))
+    records = _records(samples, [["<answer>score 0.5</answer>"], ["<answer>404</answer>"]], judge_of(server))
     assert [record["score"] for record in records] == [0.5, 0.0] and "unjudged" not in records[0]
     assert records[1]["unjudged"].startswith("ConnectionError: ") and summarise(records)["unjudged"] == 1
     predictions = Predictions(tmp_path, {})
@@ -259,4 +259,4 @@ def test_a_run_says_who_scores_free_text(judged, world, tmp_path, capsys):
     said = capsys.readouterr().out
     who = "m scores" if judged else "ROUGE scores; --judge_url has a model do it"
     assert f"questions to score are answered in free text, which {who}" in said
-    assert ("unreadable; the judge failed on " in said) == judged
+    assert ("; the judge failed on " in said) == judged

@@ -17,7 +17,7 @@ from grpo.engine import build, distributed
 from grpo.engine.build import build_policy
 
 
-def one_process_mesh(*_):
+def one_process_mesh(*_, **named):
     """What `distributed.start` returns on one GPU, on the CPU."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     return torch.device("cpu"), init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
