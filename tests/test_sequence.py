@@ -29,9 +29,8 @@ from grpo.errors import ConfigError
 from video.files import read_rows
 
 
-@pytest.mark.parametrize(
-    "count, families", [(2, FAMILIES[1:2]), *(pytest.param(n, FAMILIES, marks=pytest.mark.slow) for n in (2, 4))]
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("count, families", [(2, FAMILIES[1:2]), (2, FAMILIES), (4, FAMILIES)])
 def test_ranks_that_share_a_prompt_equal_one_process(checkpoints, tmp_path, count, families):
     """All families, several kinds of prompts, rows that 2 and 4 do not divide, more ranks than key/value heads (4 to
     2), than frames or than completions."""
