@@ -29,7 +29,8 @@ def test_several_processes_equal_one(world, tmp_path, tie, counts):
         assert [row["slot"] for row in ours] == list(range(6)), "step 0, in the order of the draw"
 
 
-@pytest.mark.parametrize("frozen", ["--no-freeze_vision", pytest.param("--freeze_vision", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", ["--no-freeze_vision", "--freeze_vision"])
 def test_a_sample_skipped_in_one_process_does_not_hang(world, tmp_path, frozen):
     data, _ = world
     rows = [json.loads(line) for line in open(data["train"])]

@@ -141,6 +141,7 @@ def test_what_the_order_is(alone):
     assert alone[name]["order"] == [[4], [0, 1], [2, 3], [2, 3], [4], [0, 1]]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(alone, folders, tmp_path):
     """Same mini-batches in the same order, same deviation of the batch, same update. Slots 0, 2 and 4 are of rank 0:
     the mini-batch [4] is a dummy's on rank 1."""

@@ -60,6 +60,7 @@ def test_on_one_gpu_the_policy_is_sharded_and_the_reference_is_not(checkpoints, 
         distributed.stop()
 
 
+@pytest.mark.slow
 def test_resumed_after_the_reference_moved_equals_uninterrupted(world, tmp_path):
     """It moves after steps 2 and 4; the run that stopped after 3 has a policy, a start and a reference that differ."""
     more = ("--steps", "5", "--save_every", "1", "--keep_checkpoints", "9", "--eval_samples", "0", "--ref_sync_steps",

@@ -129,10 +129,10 @@ def warmed(choices, tmp_path_factory):
     return root / "run" / "warmup"
 
 
-SLOW = [pytest.param("qwen2.5-vl-7b", marks=pytest.mark.slow)]  # video-r1 has all its values but the model's name
+SLOW = ("qwen2.5-vl-7b", "qwen3-vl-8b", "time-r1")
 
 
-@pytest.mark.parametrize("name", [*(name for name in PUBLISHED if name != "qwen2.5-vl-7b"), *SLOW])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in PUBLISHED])
 def test_a_preset_trains_a_tiny_model_for_three_steps(name, warmed, choices, moments, checkpoints, tmp_path):
     """video-r1 and time-r1 in two stages; the first also teaches the model to answer a prompt of other words.
     qwen3-vl-8b too: its tiny model is of its own family, and not warmed."""

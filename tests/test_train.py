@@ -181,6 +181,7 @@ def test_a_run_whose_rates_would_have_been_others_is_not_extended(flags, capsys)
     assert "--model" in line and "--resume no" in line
 
 
+@pytest.mark.slow
 def test_the_evaluation_of_a_run_may_change(flags, demo_set, capsys):
     folder = run(flags, "--sft_steps", "0", "--no-controls")
     trained = [row for row in metrics_of(folder) if row["phase"] == "train"]
