@@ -14,6 +14,7 @@ A row takes well under a second if the mistake is found before any weight loads.
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -314,6 +315,20 @@ MISTAKES = {
     "more frames than a video has": (
         "train", lambda b: ["--nframes", "64"], 2, ("every sample was skipped, for the reasons above",),
     ),
+    "prompts that are all too long": (
+        "train", lambda b: ["--max_prompt_tokens", "10"], 2,
+        ("every sample was skipped, for the reasons above: nothing was trained; raise --max_prompt_tokens; lower ",),
+    ),
+    "a prompt that is too long": (
+        "train", lambda b: [
+            "--max_prompt_tokens", "400", "--data", b.rows(b.row(), b.row(1, problem="Why? " * 400 + "\nA. x"))], 0,
+        ("skipped rows.jsonl:2: ", "tokens is over --max_prompt_tokens 400"),
+    ),
+    "a prompt that is too long in an evaluation": (
+        "eval", lambda b: [
+            "--max_prompt_tokens", "400", "--data", b.rows(b.row(), b.row(1, problem="Why? " * 400 + "\nA. x"))], 0,
+        ("1 questions; 1 unreadable",),
+    ),
     "a misspelt field of the question": (
         "train", lambda b: ["--data", b.rows(b.row(), b.row(1, problem=..., probelm="?"))], 2,
         ("rows.jsonl:2: has the fields", "of no known format (did you mean problem by probelm?)"),
@@ -341,6 +356,14 @@ MISTAKES = {
     ),
     "a folder in place of a file of settings": (
         "train", lambda b: ["--config", b.folder], 2, ("--config ", ": Is a directory"),
+    ),
+    "a video root that is not there": (
+        "train", lambda b: ["--video_root", b.folder / "vidoes", "--data", b.rows(b.row(video="a.mp4"))], 2,
+        ("every sample was skipped", "python -m video.scan --data ... lists all such files"),
+    ),
+    "a folder in place of data": ("train", lambda b: ["--data", b.folder], 2, ("--data ", ": no such file",)),
+    "a checkpoint that is not there": (
+        "eval", lambda b: ["--ckpt", b.folder / "chekpoint-9"], 2, ("--ckpt ", "chekpoint-9: "),
     ),
 }  # fmt: skip
 
@@ -439,3 +462,19 @@ def test_a_mistake_is_answered_in_words(name, world, checkpoints, tmp_path, capf
         told = error.splitlines()[-1]
         assert "error: " in told and len(told) < 2000
     assert [text for text in words if text not in told] == [], told
+
+
+@pytest.mark.parametrize("module, flags, words", [
+    ("peft", lambda b: ["--lora_rank", "4"], "--lora_rank needs peft: pip install peft"),
+    ("pyarrow", lambda b: ["--data", b.rows(name="rows.parquet")], "parquet files are read by pyarrow: pip install"),
+    ("math_verify", lambda b: ["--data", b.rows(b.row(problem_type="math", solution="<answer>1</answer>"))],
+     "rows of type 'math' are checked by math-verify: pip install"),
+    ("wandb", lambda b: ["--tracker", "wandb"], "--tracker wandb needs the package wandb: pip install wandb"),
+    ("swanlab", lambda b: ["--tracker", "swanlab"], "needs the package swanlab: pip install swanlab"),
+])  # fmt: skip
+def test_a_missing_package_is_one_line(module, flags, words, world, checkpoints, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)  # importing it fails now, whether it is installed or not
+    bench = Bench(tmp_path, world[0], checkpoints["qwen2_vl"])
+    assert train.main([str(flag) for flag in (*TINY["train"](bench), *flags(bench))]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("train.py: error: ") and words in line
