@@ -23,6 +23,7 @@ if "softgpu" in sys.modules:  # the GPU that is not there
     import null_train  # noqa: F401
 
 FAMILIES = family_names()
+ONE_FAST = [name if name == "qwen2_vl" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 PIXEL_FIELDS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
@@ -39,6 +40,15 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     models = {tie: build_tiny_model(root / f"tie{tie}", tie=tie, seed=3) for tie in (False, True)}
     return make_demo_set(root / "data", DemoSpec(train=24, val=8, warmup=8)), models
+
+
+@pytest.fixture(scope="session")
+def worlds(world, tmp_path_factory):
+    """{family: its `world`}, of the same videos."""
+    root, (data, models) = tmp_path_factory.mktemp("worlds"), world
+    build = lambda family, tie: build_tiny_model(root / f"{family}{tie}", family, tie=tie, seed=3)
+    others = {name: {tie: build(name, tie) for tie in models} for name in FAMILIES if name != "qwen2_vl"}
+    return {name: (data, folders) for name, folders in {"qwen2_vl": models, **others}.items()}
 
 
 @pytest.fixture(params=FAMILIES)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import load_model
+from conftest import FAMILIES, load_model
 from processes import assert_same_run, back_to, command, kill, launch, metrics_of, run_here, start, wait_for, weights_of
 from safetensors.torch import load_file
 from transformers import AutoProcessor
@@ -62,6 +62,24 @@ def test_killed_at_any_moment_and_resumed(world, tmp_path, processes):
     assert [c.name for c in checkpoints_of(folder)][-1] == "checkpoint-12"
     ours, theirs = weights_of(folder, 12), weights_of(tmp_path / "whole", 12)
     assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen2_vl"])
+def test_killed_and_resumed_in_the_other_families(worlds, family, tmp_path):
+    """SIGKILL after the third step of six; `from_pretrained` loads the last checkpoint."""
+    more, folder = ("--steps", "6", "--save_every", "1"), tmp_path / "killed"
+    whole = metrics_of_run(1, tmp_path / "whole", worlds[family], *more)
+    process = start(1, folder, worlds[family], *more)
+    wait_for(lambda: len([r for r in metrics_of(folder) if r["phase"] == "train"]) >= 3, process)
+    kill(process)
+    process.communicate()
+    assert metrics_of_run(1, folder, worlds[family], *more) == whole
+    ours, theirs = weights_of(folder, 6), weights_of(tmp_path / "whole", 6)
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+    model = load_model(folder / "checkpoint-6")
+    naive = type(model).from_pretrained(folder / "checkpoint-6")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), naive.parameters(), strict=True))
 
 
 def metrics_of_run(processes, folder, world, *more):

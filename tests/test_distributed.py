@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from conftest import FAMILIES
 from processes import ROOT, assert_same_run, finish, free_port, launch, metrics_of, run_here, start, start_command
 
 from grpo.engine.distributed import start as start_group
@@ -27,6 +28,17 @@ def test_several_processes_equal_one(world, tmp_path, tie, counts):
         theirs, ours = (read_rows(tmp_path / name / "rollouts.jsonl", ()) for name in (str(count), "1"))
         assert [{**row, "advantages": 0} for row in theirs] == [{**row, "advantages": 0} for row in ours]
         assert [row["slot"] for row in ours] == list(range(6)), "step 0, in the order of the draw"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen2_vl"])
+def test_two_processes_equal_one_in_the_other_families(worlds, family, tie, tmp_path):
+    """With the tower trained, and frozen."""
+    for frozen in ("--no-freeze_vision", "--freeze_vision"):
+        alone = run_here(tmp_path / f"1{frozen}", worlds[family], frozen, tie=tie)
+        together, _ = launch(2, tmp_path / f"2{frozen}", worlds[family], frozen, tie=tie)
+        assert_same_run(together, alone, tmp_path / f"2{frozen}", tmp_path / f"1{frozen}")
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import load_model
+from conftest import ONE_FAST, load_model
 from processes import full_disk, held
 from transformers import AutoProcessor
 
@@ -187,9 +187,11 @@ def test_controls_change_the_video_and_no_video_leaves_it_out(parts, demo, monke
     assert len(pixels["blank"].unique()) <= 3
 
 
-def test_a_whole_evaluation_with_modes_controls_and_another_checkpoint(tmp_path, demo, checkpoints, tiny_folder):
+@pytest.mark.parametrize("family", ONE_FAST)
+def test_a_whole_evaluation_with_modes_controls_and_another_checkpoint(tmp_path, demo, checkpoints, worlds, family):
     flags = ("--data", str(demo), "--samples", "9", "--eval_batch", "4", "--mode", "both", "--controls")
-    code, result = run(tiny_folder, tmp_path / "out", *flags, "--against", str(checkpoints["qwen2_vl"]))
+    tiny_folder = worlds[family][1][False]
+    code, result = run(tiny_folder, tmp_path / "out", *flags, "--against", str(checkpoints[family]))
     assert code == 0
     assert list(result["results"]) == [
         *("think", "think shuffled", "think reversed", "think blank", "think no video"),

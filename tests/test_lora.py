@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import load_model, make_prompt, random_completions
+from conftest import FAMILIES, ONE_FAST, load_model, make_prompt, random_completions
 from processes import assert_same_run, command, launch, metrics_of, run_here
 from safetensors.torch import load_file
 from transformers import AutoProcessor
@@ -25,10 +25,10 @@ peft = pytest.importorskip("peft")
 FLAGS = ("--lora_rank", "4", "--steps", "4", "--save_every", "2", "--keep_checkpoints", "9", "--learning_rate", "1e-2")
 
 
-@pytest.fixture
-def built(checkpoints):
+@pytest.fixture(params=FAMILIES)
+def built(request, checkpoints):
     """(policy with adapters, reference, its base alone, a packed group, config)."""
-    folder = checkpoints["qwen2_vl"]
+    folder = checkpoints[request.param]
     config = parse_config(["--preset", "demo", "--model", str(folder), "--lora_rank", "4"])
     processor, device = AutoProcessor.from_pretrained(folder), torch.device("cpu")
     policy = build_policy(folder, config, processor, device, adapters=True)
@@ -99,10 +99,11 @@ def merged_by_peft(base, adapters):
     return peft.PeftModel.from_pretrained(naive, adapters).merge_and_unload()
 
 
-def test_a_run_with_adapters(world, tmp_path):
+@pytest.mark.parametrize("family", ONE_FAST)
+def test_a_run_with_adapters(worlds, family, tmp_path):
     """KL 0 at step 1, adapters that peft reads, merged weights that agree with them, and resume bit for bit."""
-    data, models = world
-    flags = command(1, tmp_path / "run", world, *FLAGS, "--lora_merge")[2:]
+    data, models = worlds[family]
+    flags = command(1, tmp_path / "run", worlds[family], *FLAGS, "--lora_merge")[2:]
     assert train.main(flags) == 0
     whole = metrics_of(tmp_path / "run")
     steps = [row for row in whole if row["phase"] == "train"]
@@ -122,7 +123,7 @@ def test_a_run_with_adapters(world, tmp_path):
     for (name, a), b, c in zip(ours.named_parameters(), theirs.parameters(), base.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0, msg=name)
         changed += not torch.equal(a, c)
-    assert changed == 7 * 2
+    assert changed == 7 * len(base.model.language_model.layers)
 
     for checkpoint in checkpoints(tmp_path / "run"):
         if checkpoint.name != "checkpoint-2":
@@ -134,11 +135,12 @@ def test_a_run_with_adapters(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(world, tmp_path):
-    alone = run_here(tmp_path / "1", world, *FLAGS, "--lora_merge")
-    together, _ = launch(2, tmp_path / "2", world, *FLAGS, "--lora_merge")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_processes_equal_one(worlds, family, tmp_path):
+    alone = run_here(tmp_path / "1", worlds[family], *FLAGS, "--lora_merge")
+    together, _ = launch(2, tmp_path / "2", worlds[family], *FLAGS, "--lora_merge")
     assert_same_run(together, alone, tmp_path / "2", tmp_path / "1", step=4)
-    _, models = world
+    _, models = worlds[family]
     ours, theirs = load_model(tmp_path / "2" / "merged"), merged_by_peft(models[False], tmp_path / "2" / "checkpoint-4")
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0, msg=name)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import PROMPT_KINDS, make_prompt
+from conftest import ONE_FAST, PROMPT_KINDS, make_prompt
 from processes import assert_same_run, launch, run_here
 
 import grpo.rollout
@@ -27,19 +27,23 @@ def config_of(*more):
 
 
 def frames_of(patches, grid):
-    """(2 t, h, w, 1176 / 2) of one video's patches, place by place in plain loops: the oracle of the vectorised one."""
+    """(2 t, h w, 3, pixels of a patch) of one video's patches, place by place in plain loops: the oracle of the
+    vectorised one."""
     t, h, w = grid
-    frames = torch.empty(2 * t, h * w, 3, 14 * 14)
+    area = patches.shape[1] // 6  # 14 x 14, or 16 x 16
+    frames = torch.empty(2 * t, h * w, 3, area)
     for row, patch in enumerate(patches):
         for frame in range(2):
             for colour in range(3):
-                frames[2 * (row // (h * w)) + frame, row % (h * w), colour] = patch[(colour * 2 + frame) * 196 :][:196]
+                frames[2 * (row // (h * w)) + frame, row % (h * w), colour] = patch[(colour * 2 + frame) * area :][
+                    :area
+                ]
     return frames
 
 
 @pytest.mark.parametrize("kind", ["video", "two videos", "image and video"])
-def test_frames_are_permuted_each_video_by_itself_and_nothing_else_changes(tiny_vl, kind):
-    prompt = make_prompt(tiny_vl[2], PROMPT_KINDS[kind])
+def test_frames_are_permuted_each_video_by_itself_and_nothing_else_changes(tiny, kind):
+    prompt = make_prompt(tiny[2], PROMPT_KINDS[kind])
     kept = prompt.pixel_values_videos.clone()
     mixed, orders = shuffle_frames(prompt, "k"), []
     sizes = prompt.video_grid_thw.prod(dim=1).tolist()
@@ -131,10 +135,11 @@ def test_rollouts_do_not_depend_on_the_prompts_beside_them(tiny_vl):
         assert alone.texts == group.texts and alone.rewards == group.rewards and alone.parts == group.parts
 
 
-def test_a_run_with_temporal_contrast(tmp_path, checkpoints, capsys):
+@pytest.mark.parametrize("family", ONE_FAST)
+def test_a_run_with_temporal_contrast(tmp_path, checkpoints, family, capsys):
     data = make_demo_set(tmp_path / "data", DemoSpec(train=16, val=2, warmup=16))
     flags = [
-        "--preset", "demo", "--no-demo", "--model", str(checkpoints["qwen2_vl"]), "--output", str(tmp_path / "run"),
+        "--preset", "demo", "--no-demo", "--model", str(checkpoints[family]), "--output", str(tmp_path / "run"),
         "--data", str(data["train"]), "--sft_data", str(data["warmup"]), "--sft_steps", "30",
         "--sft_learning_rate", "2e-3",
         "--steps", "4", "--prompts_per_step", "4", "--group_size", "6", "--max_new_tokens", "20", "--eval_samples", "0",

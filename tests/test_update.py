@@ -14,7 +14,6 @@ from grpo.batch import pack
 from grpo.config import parse_config
 from grpo.engine.optimizer import learning_rate, make_optimizer, set_learning_rate
 from grpo.engine.warmup import determined, supervised_step, target_groups
-from grpo.families.base import Family
 from grpo.policy import Policy
 from grpo.rollout import rollout
 from grpo.sampler import SamplingSettings, generate
@@ -238,13 +237,14 @@ def test_schedules_by_hand():
     assert rates("cosine", 0) == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2])
 
 
-def test_a_frozen_tower_runs_once_a_step_for_sampler_reference_and_policy(checkpoints, monkeypatch):
+def test_a_frozen_tower_runs_once_a_step_for_sampler_reference_and_policy(tiny, monkeypatch):
     """On two videos and a text; the log-probabilities are those of towers that run each time."""
-    policy, _, tokenizer = load_pair(checkpoints["qwen2_vl"])
+    policy, _, tokenizer = tiny
     kinds = [PROMPT_KINDS["video"], PROMPT_KINDS["text"], PROMPT_KINDS["video"]]
     prompts = [make_prompt(tokenizer, kind, seed=i) for i, kind in enumerate(kinds)]
-    passes, tower = [], Family.vision_features
-    monkeypatch.setattr(Family, "vision_features", lambda *given: passes.append(1) or tower(*given))
+    passes, family = [], type(policy.spec.family)
+    tower = family.vision_features
+    monkeypatch.setattr(family, "vision_features", lambda *given: passes.append(1) or tower(*given))
 
     def step(*flags):
         config = config_of("--prompts_per_rollout", "3", "--prompts_per_forward", "1", *flags)
