@@ -65,7 +65,7 @@ class Config:
     judge_model: str | None = flag(None, "Name of that model; its key is the environment variable JUDGE_API_KEY.")
     judge_prompt: str | None = flag(None, "File with what it is asked: docs/rewards.md.")
     judge_cache: str | None = flag(None, "Folder that keeps its replies, for any number of processes and runs.")
-    judge_concurrency: int = flag(128, "Most requests to it at once, of each process.", ge=1)
+    judge_concurrency: int = flag(256, "Most requests to it at once, of each process.", ge=1)
     temporal_bonus: float = flag(
         0.0, "Reward of a right answer where shuffled frames do no better (T-GRPO, which has 0.3); it samples half as "
         "many completions more of each video; 0 is off.", ge=0.0,

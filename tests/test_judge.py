@@ -81,7 +81,7 @@ def server():
 
 
 def judge_of(server, **changes):
-    flags = {"judge_prompt": None, "judge_cache": None, "judge_concurrency": 128, "reward_timeout": 20.0}
+    flags = {"judge_prompt": None, "judge_cache": None, "judge_concurrency": 256, "reward_timeout": 20.0}
     return Judge.of(SimpleNamespace(judge_url=server.url, judge_model="m", **{**flags, **changes}))
 
 
