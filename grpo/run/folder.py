@@ -27,7 +27,7 @@ DEMO_COMMAND = "python train.py --preset demo"
 def check_inputs(config):
     """Raises ConfigError before anything loads where weights or data are missing: what, and how to get them."""
     removed = {path.resolve() for path in files_of_run(config.output)} if config.resume == "no" else set()
-    for name in ("model", "data", "eval_data", "sft_data", "skip_list", "video_root", "frame_cache"):
+    for name in ("model", "data", "eval_data", "sft_data", "skip_list", "video_root", "frame_cache", "feature_cache"):
         given = getattr(config, name)
         for path in [split_spec(spec)[0] for spec in given] if name == "data" else filter(None, [given]):
             if removed & {Path(path).resolve(), *Path(path).resolve().parents}:
@@ -89,12 +89,13 @@ def _lock(stack, folder):
 
 
 # A run goes on even if these settings have changed; of --epochs, --steps says what it comes to.
-FREE_TO_CHANGE = {"activation_checkpointing",
-                  "compile", "config", "controls", "decode_graph", "decode_timeout", "device", "epochs", "eval_batch",
-                  "eval_every", "frame_cache", "frame_cache_gb", "gap_every", "gpu_memory", "judge_cache",
-                  "judge_concurrency", "judge_url", "keep_checkpoints", "lora_merge", "max_bad_updates", "output",
-                  "plan", "prompts_per_rollout", "resume", "reward_timeout", "rollouts_every", "save_every",
-                  "shard_size", "show_every", "text_only", "threads", "tracker", "video_root", "workers"}  # fmt: skip
+FREE_TO_CHANGE = {"activation_checkpointing", "compile", "config", "controls", "decode_graph",
+                  "decode_timeout", "device", "epochs", "eval_batch", "eval_every", "feature_cache",
+                  "feature_cache_gb", "frame_cache", "frame_cache_gb", "gap_every", "gpu_memory",
+                  "judge_cache", "judge_concurrency", "judge_url", "keep_checkpoints", "lora_merge",
+                  "max_bad_updates", "output", "plan", "prompts_per_rollout", "resume", "reward_timeout",
+                  "rollouts_every", "save_every", "sequence_parallel", "shard_size", "show_every",
+                  "text_only", "threads", "tracker", "video_root", "workers"}  # fmt: skip
 
 
 def on_this_machine(model):
