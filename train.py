@@ -32,6 +32,7 @@ from grpo.engine import distributed
 from grpo.engine.build import build_policy, build_reference
 from grpo.engine.checkpoint import load_training
 from grpo.engine.evaluate import CONTROLS
+from grpo.engine.feature_cache import keep_features
 from grpo.engine.optimizer import make_optimizer, schedule
 from grpo.engine.warmup import warm_up
 from grpo.errors import Stopped
@@ -114,6 +115,8 @@ def train_and_evaluate(run):
     start = supervised(run) if config.sft_steps else config.model
     policy = build_policy(start, config, run.processor, run.device, run.mesh, adapters=config.lora_rank > 0)
     run.choose_fast_paths(policy)
+    if config.feature_cache:
+        keep_features(policy, config.feature_cache, config.feature_cache_gb)
     reference = build_reference(start, policy, config, run.processor, run.device, run.mesh)
     moving = reference if config.ref_sync_steps else None
     optimizer = make_optimizer(policy, config)

@@ -148,6 +148,8 @@ class Config:
     skip_list: str | None = flag(None, "List of bad files that python -m video.scan wrote; their rows are left out.")
     frame_cache: str | None = flag(None, "Folder that keeps decoded frames, for any number of processes and runs.")
     frame_cache_gb: float = flag(20.0, "Largest size of that folder, in GB.", gt=0.0)
+    feature_cache: str | None = flag(None, "Folder that keeps what a frozen vision tower makes of videos and images.")
+    feature_cache_gb: float = flag(20.0, "Largest size of that folder, in GB.", gt=0.0)
 
     device: str = flag("auto", "Where to run.", choices=("auto", "cuda", "cpu"), section="memory and speed")
     threads: int = flag(0, "CPU threads of each process; 0 leaves torch's choice.", ge=0, le=1024)
@@ -466,6 +468,8 @@ def check_combinations(config, given):
         ("ref_sync_steps", config.lora_rank > 0, "with --lora_rank the reference is the model without adapters"),
         ("ref_mixup_alpha", not config.ref_sync_steps, "does nothing without --ref_sync_steps"),
         ("tis_mode", config.tis_cap is None, "weighs nothing without --tis_cap"),
+        ("feature_cache", not (config.freeze_vision or config.lora_rank),
+         "the vision tower is trained, so that its features change; add --freeze_vision or leave it out"),
         ("gap_every", not config.eval_samples, "asks held-out questions; --eval_samples 0 holds none out"),
         *((f"judge_{name}", not config.judge_url, "does nothing without --judge_url")
           for name in ("model", "prompt", "cache", "concurrency")),

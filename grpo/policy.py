@@ -27,6 +27,7 @@ class Policy(nn.Module):
     Logits of `spec.never_sampled` are -inf in all three.
     """
 
+    cached_tower = None  # called in place of a frozen tower: see `grpo.engine.feature_cache`
     plain = None  # if the policy is sharded: the same modules without FSDP, see `grpo.engine.distributed.unsharded`
 
     def __init__(self, model, spec):
@@ -51,7 +52,8 @@ class Policy(nn.Module):
         group's media computes these, too; nobody is sent them.
         """
         if batch.grids is not None:
-            return self.spec.family.vision_features(self.model, batch.pixels, batch.grids)
+            encode = partial(self.spec.family.vision_features, self.model)
+            return (self.cached_tower or encode)(batch.pixels, batch.grids)
         if not self.sharded and batch.placeholders is None:
             return None
         merge = self.spec.merge_size

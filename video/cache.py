@@ -1,4 +1,5 @@
-"""Picked and resized frames of videos, kept on disk, so that a second epoch, or another run, decodes nothing."""
+"""Tensors kept on disk by any number of processes; and the frames of videos, picked and resized, kept so, that a second
+epoch, or another run, decodes nothing."""
 
 import hashlib
 import os
@@ -18,21 +19,21 @@ from video.formats import WHOLE, Clip, DataError
 from video.frames import Picked
 from video.settings import VideoSettings
 
-VERSION = 5  # of what is stored; raise it when frames are picked or resized in another way
-SUFFIX = ".frames"  # of an entry: safetensors, and the crc32 of its bytes in the last four
 KEEP = 0.9  # of the limit is left after evicting
-SCANS_PER_LIMIT = 256  # how often the folder's size is measured while a limit's worth of frames is written
+SCANS_PER_LIMIT = 256  # how often the folder's size is measured while a limit's worth of entries is written
 STALE_SECONDS = 600  # after which a half-written file is the leftover of a process that died
 
 
-class FrameCache:
-    """Reads videos as `frames.read_video` does, and keeps the frames in `folder`, at most `gigabytes` (10**9 bytes).
+class DiskCache:
+    """Tensors in `folder`, at most `gigabytes` (10**9 bytes) of them.
 
-    An entry belongs to a file's real path, size and time of change (its content is not hashed: reading 100 GB for that
-    would cost what the cache saves), to the clip, all settings and the patch factor. Any number of processes may share
-    a folder: entries are written atomically, and a damaged or missing entry is a cache miss. The limit is kept to
-    within 1/256 for each process that writes; the entries longest unused go first.
+    Any number of processes may share a folder: entries are written atomically, and a damaged or missing entry is a
+    cache miss. The limit is kept to within 1/256 for each process that writes; the entries longest unused go first.
+    A subclass says what names an entry.
     """
+
+    flag, suffix = "", ""  # the flag that names the folder; of an entry: safetensors, and the crc32 of its bytes
+    version = 0  # of what is stored
 
     def __init__(self, folder: str | Path, gigabytes: float = 20.0):
         self.folder, self.limit = Path(folder), int(gigabytes * 1e9)
@@ -41,41 +42,36 @@ class FrameCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
-            raise DataError(f"--frame_cache {folder}: cannot be written to ({error.strerror})") from error
+            raise DataError(f"{self.flag} {folder}: cannot be written to ({error.strerror})") from error
 
-    def read(self, path: str, settings: VideoSettings, factor: int, clip: Clip = WHOLE) -> tuple[torch.Tensor, Picked]:
-        """As `frames.read_video`; raises VideoError as that does."""
-        entry = self.entry(path, settings, factor, clip)
-        if entry and (found := _load(entry)):
-            return found
-        fresh = frames.read_video(path, settings, factor, clip)
-        try:
-            if entry:
-                self._store(entry, *fresh)
-        except OSError as error:  # a full disk costs time, not samples
-            warnings.warn(f"--frame_cache {self.folder}: {error.strerror}; frames are not kept", stacklevel=2)
-        return fresh
+    def place(self, identity: str) -> Path:
+        """Where the entry of this identity is kept."""
+        return self.folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}{self.suffix}"
 
-    def entry(self, path: str, settings: VideoSettings, factor: int, clip: Clip) -> Path | None:
-        """Where the frames of a video are kept; None if there is no such video."""
+    def get(self, entry: Path) -> dict[str, torch.Tensor] | None:
+        """What `entry` holds, marked as just used; None if it is missing or damaged."""
         try:
-            files = [path, *frames.frame_files(path)] if os.path.isdir(path) else [path]
-            status = [(os.path.realpath(file), os.stat(file)) for file in files]
-        except (OSError, frames.VideoError):
+            whole = entry.read_bytes()  # in one go: another process may remove it at any time
+            os.utime(entry)
+        except OSError:
             return None
-        identity = [(real, found.st_size, found.st_mtime_ns) for real, found in status]
-        text = repr((VERSION, identity, settings, factor, clip))
-        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}{SUFFIX}"
+        return load(whole[:-4]) if whole[-4:] == self._checksum(whole[:-4]) else None
 
-    def _store(self, entry: Path, pixels: torch.Tensor, picked: Picked) -> None:
-        size = pixels.numel()
-        if self._unmeasured + size > self.limit / SCANS_PER_LIMIT:
-            self._evict(size)
-            self._unmeasured = 0
-        self._unmeasured += size
-        rates = torch.tensor([picked.rate, picked.fps], dtype=torch.float64)
-        stored = save({"frames": pixels.contiguous(), "numbers": torch.tensor(picked.numbers), "rates": rates})
-        write_bytes(entry, stored + _checksum(stored), aside=self.folder / f"{uuid.uuid4().hex}.tmp", sync=False)
+    def put(self, entry: Path, tensors: dict[str, torch.Tensor]) -> None:
+        """Stores an entry. A full disk costs time, not samples: it warns."""
+        stored = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        try:
+            if self._unmeasured + len(stored) > self.limit / SCANS_PER_LIMIT:
+                self._evict(len(stored))
+                self._unmeasured = 0
+            self._unmeasured += len(stored)
+            aside = self.folder / f"{uuid.uuid4().hex}.tmp"
+            write_bytes(entry, stored + self._checksum(stored), aside=aside, sync=False)
+        except OSError as error:
+            warnings.warn(f"{self.flag} {self.folder}: {error.strerror}; {self.suffix[1:]} are not kept", stacklevel=3)
+
+    def _checksum(self, stored: bytes) -> bytes:
+        return zlib.crc32(stored, self.version).to_bytes(4, "little")
 
     def _evict(self, coming: int) -> None:
         """Removes the longest unused entries if they and `coming` bytes would be over the limit."""
@@ -87,28 +83,43 @@ class FrameCache:
                 continue
             if item.name.endswith(".tmp") and now - status.st_mtime > STALE_SECONDS:
                 Path(item.path).unlink(missing_ok=True)
-            elif item.name.endswith((SUFFIX, ".tmp")):
+            elif item.name.endswith((self.suffix, ".tmp")):
                 found.append((status.st_mtime_ns, status.st_size, item.path))
         total = sum(size for _, size, _ in found) + coming
         goal = self.limit * KEEP if total > self.limit else total
         for _, size, path in sorted(found):
-            if total > goal and path.endswith(SUFFIX):
+            if total > goal and path.endswith(self.suffix):
                 Path(path).unlink(missing_ok=True)
                 total -= size
 
 
-def _load(entry: Path) -> tuple[torch.Tensor, Picked] | None:
-    """What `entry` holds, marked as just used; None if it is missing or damaged."""
-    try:
-        whole = entry.read_bytes()  # in one go: another process may remove it at any time
-        os.utime(entry)
-    except OSError:
-        return None
-    if whole[-4:] != _checksum(whole[:-4]):
-        return None
-    stored = load(whole[:-4])
-    return stored["frames"], Picked(stored["numbers"].tolist(), *stored["rates"].tolist())
+class FrameCache(DiskCache):
+    """Reads videos as `frames.read_video` does, and keeps the frames.
 
+    An entry belongs to a file's real path, size and time of change (its content is not hashed: reading 100 GB for that
+    would cost what the cache saves), to the clip, all settings and the patch factor.
+    """
 
-def _checksum(stored: bytes) -> bytes:
-    return zlib.crc32(stored, VERSION).to_bytes(4, "little")
+    flag, suffix = "--frame_cache", ".frames"
+    version = 5  # raise it when frames are picked or resized in another way
+
+    def read(self, path: str, settings: VideoSettings, factor: int, clip: Clip = WHOLE) -> tuple[torch.Tensor, Picked]:
+        """As `frames.read_video`; raises VideoError as that does."""
+        entry = self.entry(path, settings, factor, clip)
+        if entry and (found := self.get(entry)):
+            return found["frames"], Picked(found["numbers"].tolist(), *found["rates"].tolist())
+        pixels, picked = frames.read_video(path, settings, factor, clip)
+        if entry:
+            rates = torch.tensor([picked.rate, picked.fps], dtype=torch.float64)
+            self.put(entry, {"frames": pixels, "numbers": torch.tensor(picked.numbers), "rates": rates})
+        return pixels, picked
+
+    def entry(self, path: str, settings: VideoSettings, factor: int, clip: Clip) -> Path | None:
+        """Where the frames of a video are kept; None if there is no such video."""
+        try:
+            files = [path, *frames.frame_files(path)] if os.path.isdir(path) else [path]
+            status = [(os.path.realpath(file), os.stat(file)) for file in files]
+        except (OSError, frames.VideoError):
+            return None
+        identity = [(real, found.st_size, found.st_mtime_ns) for real, found in status]
+        return self.place(repr((self.version, identity, settings, factor, clip)))
