@@ -256,7 +256,7 @@ def show(
     if (run / "metrics.jsonl").exists():
         picture = plot_runs([run], output / "training.png")
     title = f"{arguments.ckpt} on {arguments.benchmark or arguments.data or 'the questions that its run held out'}"
-    with open_loader(first.folder, first.mode, config) as loader:
+    with open_loader(first.folder, first.mode, replace(config, sequence_parallel=1)) as loader:  # of whole videos
         return write_report(output / "report.html", title, result, questions, loader, arguments.report_samples, picture)
 
 

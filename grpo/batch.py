@@ -12,7 +12,7 @@ import torch
 
 from grpo import sequence
 from grpo.positions import media_spans, prompt_positions
-from video.prompt import Prompt
+from video.prompt import WHOLE_PROMPT, Prompt, encoders
 
 
 @dataclass
@@ -122,25 +122,25 @@ def _pack_media(prompts, starts, spec):
 
     The row of prompt b begins at starts[b].
     """
-    placeholders, encoders, pixels, grids = [], [], [], []
+    placeholders, encoded, pixels, grids = [], [], [], []
     for prompt, start in zip(prompts, starts):
-        videos = prompt.pixel_values_videos, prompt.video_grid_thw
-        media = {True: (prompt.pixel_values, prompt.image_grid_thw), False: videos}
-        split = {is_image: p.split(g.prod(-1).tolist()) for is_image, (p, g) in media.items() if p is not None}
+        media, at = {True: prompt.pixel_values, False: prompt.pixel_values_videos}, {True: 0, False: 0}
+        whole = prompt.share == WHOLE_PROMPT  # of which this rank's share is cut here
         spans = media_spans(prompt, spec)
-        for span, ranks in zip(spans, sequence.encoders([span.grid for span in spans]) if spans else ()):
-            _, rows, columns = span.grid
+        for span, ranks in zip(spans, encoders([span.grid for span in spans], sequence.size()) if spans else ()):
+            steps, rows, columns = span.grid
+            step, is_image = rows * columns, span.is_image
             placeholders += [torch.arange(start + first, start + stop) for first, stop, _ in span.runs]
-            encoders.append(ranks.repeat_interleave(rows * columns // spec.merge_size**2))
+            encoded.append(ranks.repeat_interleave(step // spec.merge_size**2))
             before, own = int((ranks < sequence.rank()).sum()), int((ranks == sequence.rank()).sum())
             if own:
-                patches = split[span.is_image][span.index]
-                pixels.append(patches[before * rows * columns :][: own * rows * columns])
+                pixels.append(media[is_image][at[is_image] + whole * before * step :][: own * step])
                 grids.append((own, rows, columns))
+            at[is_image] += (steps if whole else own) * step
     if not placeholders:
         return {}
     own = {"pixels": torch.cat(pixels), "grids": torch.tensor(grids)} if grids else {}
-    return {"placeholders": torch.cat(placeholders), "encoders": torch.cat(encoders), **own}
+    return {"placeholders": torch.cat(placeholders), "encoders": torch.cat(encoded), **own}
 
 
 def pack_groups(groups, spec, frozen_vision=False):

@@ -1,10 +1,10 @@
 """Sequence parallelism (Ulysses, arXiv 2309.14509): S neighbouring ranks, a sequence group, work on the same prompts.
 
-Each rank of the group encodes its share of the frames and holds 1/S of the tokens of a packed row: embeddings, norms,
-MLPs and logits see these tokens alone. Attention exchanges tokens for heads, and back. The log-probabilities that the
-ranks find are put together: advantages and loss are the same on all S ranks, the gradient of each is that of its own
-tokens. Each decodes its share of the completions, from the keys and values of the whole prompt. So a sequence group
-acts as one rank: `grpo.engine.distributed.data_rank` numbers the groups.
+Each rank of the group reads and encodes its share of the frames, and holds 1/S of the tokens of a packed row:
+embeddings, norms, MLPs and logits see these tokens alone. Attention exchanges tokens for heads, and back. The
+log-probabilities that the ranks find are put together: advantages and loss are the same on all S ranks, the gradient of
+each is that of its own tokens. Each decodes its share of the completions, from the keys and values of the whole prompt.
+So a sequence group acts as one rank: `grpo.engine.distributed.data_rank` numbers the groups.
 
 A row of 7 tokens with 4 heads, S = 2: rank 0 holds tokens 0 to 3 and attends with heads 0 and 1 of all tokens; rank 1
 holds tokens 4 to 6 and a token of padding, which attention never sees, and attends with heads 2 and 3.
@@ -66,10 +66,19 @@ def from_first(make):
 
 
 def agreed(batch):
-    """The batch of `video.prompt.Prompt` or Skipped, with what any of the S ranks has skipped skipped on all; empty if
-    it is empty on any, which a signal has stopped."""
-    skips = gather_items([item if isinstance(item, Skipped) else None for item in batch])
-    return [next(filter(None, column), item) for item, *column in zip(batch, *skips)]
+    """The batch of `video.prompt.Prompt` or Skipped, with what any of the S ranks has skipped, or read otherwise than
+    the first, skipped on all; empty if it is empty on any, which a signal has stopped."""
+    told = gather_items([item if isinstance(item, Skipped) else item.shape for item in batch])
+    return [_agreed(item, column) for item, *column in zip(batch, *told)]
+
+
+def _agreed(item, told):
+    """An item of a batch; told: what each of the S ranks has of it."""
+    if skipped := next((other for other in told if isinstance(other, Skipped)), None):
+        return skipped
+    if any(other != told[0] for other in told):
+        return Skipped(item.sample.key, next(iter(item.sample.media)), "two processes that share it read other frames")
+    return item
 
 
 def own_rows(count):
@@ -82,17 +91,6 @@ def all_rows(own, rows):
     """[what each row gave]; rows: what the rows `own` of this rank gave, plain values or tensors on the CPU."""
     merged = {number: row for part in gather_items(dict(zip(own.tolist(), rows))) for number, row in part.items()}
     return [merged[number] for number in sorted(merged)]
-
-
-def encoders(grids):
-    """For each (t, h, w) grid, in patches, of one prompt's media a (t,) tensor: which of the S ranks encodes each time
-    step. Ranks take neighbouring steps, of as many patches each as whole steps allow.
-
-    A video of 4 steps of 6 x 6 patches and an image of 4 x 4, S = 2: [0 0 1 1] and [1].
-    """
-    patches = torch.tensor([h * w for t, h, w in grids for _ in range(t)])
-    ranks = (2 * patches.cumsum(0) - patches) * size() // (2 * patches.sum())  # of a step's middle
-    return ranks.split([t for t, _, _ in grids])
 
 
 class _Exchange(torch.autograd.Function):

@@ -29,6 +29,7 @@ from grpo.engine.distributed import start as start_group
 from grpo.engine.model_files import read_config
 from grpo.errors import ConfigError
 from video.files import read_rows
+from video.prompt import encoders
 
 
 @pytest.mark.slow
@@ -100,11 +101,9 @@ def test_ranks_that_cannot_share_are_refused_in_one_line(monkeypatch):
         start_group("cpu", sequence_parallel=3)
 
 
-def test_time_steps_are_shared_by_patches(monkeypatch):
-    monkeypatch.setattr(sequence, "size", lambda: 2)
-    assert [ranks.tolist() for ranks in sequence.encoders([(4, 6, 6), (1, 4, 4)])] == [[0, 0, 1, 1], [1]]
-    monkeypatch.setattr(sequence, "size", lambda: 4)
-    assert sequence.encoders([(6, 2, 2)])[0].tolist() == [0, 1, 1, 2, 3, 3]  # by the middles of the steps
+def test_time_steps_are_shared_by_patches():
+    assert [ranks.tolist() for ranks in encoders([(4, 6, 6), (1, 4, 4)], 2)] == [[0, 0, 1, 1], [1]]
+    assert encoders([(6, 2, 2)], 4)[0].tolist() == [0, 1, 1, 2, 3, 3]  # by the middles of the steps
 
 
 S2, S4 = ("--sequence_parallel", "2"), ("--sequence_parallel", "4")

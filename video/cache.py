@@ -97,24 +97,28 @@ class FrameCache(DiskCache):
     """Reads videos as `frames.read_video` does, and keeps the frames.
 
     An entry belongs to a file's real path, size and time of change (its content is not hashed: reading 100 GB for that
-    would cost what the cache saves), to the clip, all settings and the patch factor.
+    would cost what the cache saves), to the clip, all settings, the patch factor and the part.
     """
 
     flag, suffix = "--frame_cache", ".frames"
     version = 5  # raise it when frames are picked or resized in another way
 
-    def read(self, path: str, settings: VideoSettings, factor: int, clip: Clip = WHOLE) -> tuple[torch.Tensor, Picked]:
+    def read(
+        self, path: str, settings: VideoSettings, factor: int, clip: Clip = WHOLE, part: slice = frames.ALL
+    ) -> tuple[torch.Tensor, Picked]:
         """As `frames.read_video`; raises VideoError as that does."""
-        entry = self.entry(path, settings, factor, clip)
+        entry = self.entry(path, settings, factor, clip, part)
         if entry and (found := self.get(entry)):
             return found["frames"], Picked(found["numbers"].tolist(), *found["rates"].tolist())
-        pixels, picked = frames.read_video(path, settings, factor, clip)
+        pixels, picked = frames.read_video(path, settings, factor, clip, part)
         if entry:
             rates = torch.tensor([picked.rate, picked.fps], dtype=torch.float64)
             self.put(entry, {"frames": pixels, "numbers": torch.tensor(picked.numbers), "rates": rates})
         return pixels, picked
 
-    def entry(self, path: str, settings: VideoSettings, factor: int, clip: Clip) -> Path | None:
+    def entry(
+        self, path: str, settings: VideoSettings, factor: int, clip: Clip, part: slice = frames.ALL
+    ) -> Path | None:
         """Where the frames of a video are kept; None if there is no such video."""
         try:
             files = [path, *frames.frame_files(path)] if os.path.isdir(path) else [path]
@@ -122,4 +126,4 @@ class FrameCache(DiskCache):
         except (OSError, frames.VideoError):
             return None
         identity = [(real, found.st_size, found.st_mtime_ns) for real, found in status]
-        return self.place(repr((self.version, identity, settings, factor, clip)))
+        return self.place(repr((self.version, identity, settings, factor, clip, part)))

@@ -20,7 +20,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import accumulate, chain
@@ -50,6 +50,7 @@ WHOLE_SHARE = 0.9  # of the frames that a header counts; a file with fewer is ta
 SEEK_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # each packet has the time at which it is shown
 SEEK_CODECS = ("h264", "hevc", "vp8", "vp9", "libdav1d")  # a decoder may begin at any of their key frames
 SKIP_CODECS = ("h264", "hevc")  # frames that no other is predicted from can be left out, as late as at decoding
+ALL = slice(None)  # of the frames that are picked of a video
 CONTEXT_TOKENS = 128_000  # qwen-vl-utils' budget of a whole video is 90% of this, in merged patches
 
 Numbered = Iterator[tuple[int | None, av.VideoFrame]]  # frames as they are decoded, each after its number if known
@@ -250,15 +251,18 @@ def frame_files(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in sorted(names, key=parts.get)]
 
 
-def read_video(path: str, settings: VideoSettings, factor: int, clip: Clip = WHOLE) -> tuple[torch.Tensor, Picked]:
-    """(frames, uint8 (T, 3, H, W) resized; which frames of the video they are).
+def read_video(
+    path: str, settings: VideoSettings, factor: int, clip: Clip = WHOLE, part: slice = ALL
+) -> tuple[torch.Tensor, Picked]:
+    """(frames, uint8 (T, 3, H, W) resized; which frames of the video all picked ones are, whatever the part).
 
-    `factor` is the model's patch size x merge size: H and W are multiples of it. Raises VideoError.
+    `factor` is the model's patch size x merge size: H and W are multiples of it. part: which of the picked frames are
+    read. Raises VideoError.
     """
     probe(path, clip)  # refuses frames that are too large
     reader = _read_folder if os.path.isdir(path) else _read_file
     with blamed(path):
-        return reader(path, settings, factor, clip)
+        return reader(path, settings, factor, clip, part)
 
 
 def image_size(path: str, settings: VideoSettings, factor: int) -> tuple[int, int]:
@@ -353,24 +357,25 @@ class _Packets:
         return needed
 
 
-def _read_file(path: str, settings: VideoSettings, factor: int, clip: Clip) -> tuple[torch.Tensor, Picked]:
-    """As `read_video`. Decodes what the picked frames need, or all up to the last if that is not known for sure."""
+def _read_file(path: str, settings: VideoSettings, factor: int, clip: Clip, part: slice) -> tuple[torch.Tensor, Picked]:
+    """As `read_video`. Decodes what the frames need, or all up to the last picked one if that is not known for sure."""
     with _opened(path, "cannot be decoded: ") as (container, stream):
         packets = _Packets(container, stream)
     _check_whole(path, packets.count, packets.told)
-    picked = pick_frames(packets.count, packets.fps, settings, clip)
-    indices, found = picked.numbers, {}
+    picked, found = pick_frames(packets.count, packets.fps, settings, clip), {}
+    size_of = lambda height, width: frame_size(height, width, len(picked.numbers), settings, factor)
+    indices, last = picked.numbers[part], picked.numbers[-1]
     if packets.numbers:
         with suppress(VideoError):  # damaged, or not as its packets say: then all is decoded, which decides
-            found, _ = _take(_decode_needed(path, packets, indices), indices, settings, factor)
+            found, _ = _take(_decode_needed(path, packets, indices), indices, indices[-1], size_of)
     if len(found) < len(indices):
-        to_end = indices[-1] == packets.count - 1
-        found, count = _take(_decode_all(path), indices, settings, factor, to_end)
-        if count <= indices[-1] or to_end and count != packets.count:  # a packet need not be a frame in every codec
+        to_end = last == packets.count - 1
+        found, count = _take(_decode_all(path), indices, math.inf if to_end else last, size_of)
+        if count <= last or to_end and count != packets.count:  # a packet need not be a frame in every codec
             _check_whole(path, count, packets.told)
             picked = pick_frames(count, packets.fps, settings, clip)
-            indices = picked.numbers
-            found, _ = _take(_decode_all(path), indices, settings, factor)
+            indices = picked.numbers[part]
+            found, _ = _take(_decode_all(path), indices, indices[-1], size_of)
     if missing := len(indices) - len(found):
         raise VideoError(path, f"cannot be decoded: {missing} of the {len(indices)} frames chosen are damaged")
     return torch.cat([found[index] for index in indices]), picked
@@ -413,12 +418,10 @@ def _decode_needed(path: str, packets: _Packets, wanted: list[int]) -> Numbered:
                 yield packets.numbers.get(frame.pts) if whole else None, frame
 
 
-def _take(
-    frames: Numbered, wanted: list[int], settings: VideoSettings, factor: int, to_end: bool = False
-) -> tuple[dict[int, torch.Tensor], int]:
+def _take(frames: Numbered, wanted: list[int], last: float, size_of: Callable) -> tuple[dict[int, torch.Tensor], int]:
     """({number: frame (1, 3, H, W), resized} of the frames `wanted` that are not damaged, how many frames came).
 
-    It stops at the last frame wanted, or goes on `to_end`, to count all.
+    It stops at the frame `last`; math.inf: at the end, to count all. size_of: see `frame_size`.
     """
     converter, found, seen = VideoReformatter(), {}, 0
     for seen, (number, frame) in enumerate(frames, 1):
@@ -427,19 +430,20 @@ def _take(
                 width, height = frame.width, frame.height  # of all frames: they may change within a file
             image = converter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
             upright = np.ascontiguousarray(np.rot90(image.to_ndarray(), frame.rotation // 90 % 4))
-            size = frame_size(*upright.shape[:2], len(wanted), settings, factor)
-            tensor = torch.from_numpy(upright).permute(2, 0, 1)[None]
+            tensor, size = torch.from_numpy(upright).permute(2, 0, 1)[None], size_of(*upright.shape[:2])
             found[number] = resize(tensor, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
-        if number == wanted[-1] and not to_end:
+        if number == last:
             break
     return found, seen
 
 
-def _read_folder(path: str, settings: VideoSettings, factor: int, clip: Clip) -> tuple[torch.Tensor, Picked]:
+def _read_folder(
+    path: str, settings: VideoSettings, factor: int, clip: Clip, part: slice
+) -> tuple[torch.Tensor, Picked]:
     """As `read_video`, of a folder of frames; PIL resizes them as it does images, as qwen-vl-utils does with a list."""
     picked, size = plan_frames(path, settings, factor, clip)
     files, frames, (*_, height, width) = frame_files(path), [], probe(path, clip)
-    for file in (files[number] for number in picked.numbers):
+    for file in (files[number] for number in picked.numbers[part]):
         with _open_image(file) as image:
             if image.size != (width, height):
                 raise VideoError(path, f"{os.path.basename(file)} is {image.size}, the first frame {(width, height)}")

@@ -1,24 +1,28 @@
 """The pictures in a Prompt as the model saw them."""
 
+import math
+
 import torch
 from transformers import ProcessorMixin
 
-from video.prompt import Prompt
+from video.prompt import Prompt, own_steps
 
 
 def frames_of(prompt: Prompt, processor: ProcessorMixin) -> list[torch.Tensor]:
     """One uint8 tensor (T, 3, H, W) for each video of the prompt, then one with T = 1 for each image: the patches are
-    put together again, and their normalisation is undone."""
+    put together again, and their normalisation is undone. Of the prompt's share, if processes share it."""
+    of_images, of_videos = own_steps(prompt.image_grid_thw, prompt.video_grid_thw, prompt.share)
     media = (
-        (prompt.pixel_values_videos, prompt.video_grid_thw, processor.video_processor, 1),
-        (prompt.pixel_values, prompt.image_grid_thw, processor.image_processor, 2),  # an image is a frame shown twice
+        (prompt.pixel_values_videos, prompt.video_grid_thw, of_videos, processor.video_processor, 1),
+        # an image is a frame shown twice
+        (prompt.pixel_values, prompt.image_grid_thw, of_images, processor.image_processor, 2),
     )
-    return [
-        _unpatch(patches, grid, cutter)[::step]
-        for pixels, grids, cutter, step in media
-        if pixels is not None
-        for patches, grid in zip(pixels.split(grids.prod(-1).tolist()), grids.tolist())
-    ]
+    shown = []
+    for pixels, grids, steps, cutter, every in media:
+        own = [[len(taken), *grid[1:]] for grid, taken in zip([] if pixels is None else grids.tolist(), steps) if taken]
+        patches = pixels.split([math.prod(grid) for grid in own]) if own else ()
+        shown += [_unpatch(cut, grid, cutter)[::every] for cut, grid in zip(patches, own)]
+    return shown
 
 
 def _unpatch(patches: torch.Tensor, grid: list[int], cutter) -> torch.Tensor:

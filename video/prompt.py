@@ -14,10 +14,46 @@ from transformers import AutoProcessor, ProcessorMixin
 
 from video.cache import FrameCache
 from video.formats import MARKS, WHOLE, Clip, Sample
-from video.frames import FRAME_FACTOR, SampleError, image_size, plan_frames, read_image, read_video
+from video.frames import (
+    ALL,
+    FRAME_FACTOR,
+    Picked,
+    SampleError,
+    VideoError,
+    image_size,
+    plan_frames,
+    read_image,
+    read_video,
+)
 from video.settings import FORMS, TEMPLATE, VideoSettings, answer_form
 
 GREY = 128  # a blank frame: the middle of the range, so near the mean after normalising
+
+
+WHOLE_PROMPT = (0, 1)  # the share of one process that shares its prompts with no other
+
+
+def encoders(grids: list[list[int]], count: int) -> tuple[torch.Tensor, ...]:
+    """For each [t, h, w] grid, in patches, of one prompt's media a (t,) tensor: which of `count` processes that share
+    the prompt encodes each time step. They take neighbouring steps, of as many patches each as whole steps allow.
+
+    A video of 4 steps of 6 x 6 patches and an image of 4 x 4, for 2 processes: [0 0 1 1] and [1].
+    """
+    patches = torch.tensor([h * w for t, h, w in grids for _ in range(t)])
+    ranks = (2 * patches.cumsum(0) - patches) * count // (2 * patches.sum())  # of a step's middle
+    return ranks.split([t for t, _, _ in grids])
+
+
+def own_steps(
+    images: torch.Tensor | None, videos: torch.Tensor | None, share: tuple[int, int]
+) -> tuple[list[range], list[range]]:
+    """The time steps that the process of a `share` encodes of each image and of each video; images, videos: their
+    grids (n, 3)."""
+    grids = [[] if grid is None else grid.tolist() for grid in (images, videos)]
+    every, (rank, count) = sum(grids, []), share
+    ranks = encoders(every, count) if every else ()
+    steps = [range(int((own < rank).sum()), int((own <= rank).sum())) for own in ranks]
+    return steps[: len(grids[0])], steps[len(grids[0]) :]
 
 
 class PromptTooLong(SampleError):
@@ -47,6 +83,13 @@ class Prompt:
     video_grid_thw: torch.Tensor | None  # (videos, 3) int64
     seconds_per_grid: list[float]  # one a video: seconds between two time steps; Qwen2.5-VL's time scale
     frame_times: list[list[float]] = field(default_factory=list)  # of each video, its frames' seconds; Qwen3-VL's text
+    share: tuple[int, int] = WHOLE_PROMPT  # (rank, S): the pixels are those alone that one of S processes encodes
+
+    @property
+    def shape(self) -> tuple:
+        """(grids of images and videos, times of frames): alike in all processes that share the prompt."""
+        grids = [None if grid is None else grid.tolist() for grid in (self.image_grid_thw, self.video_grid_thw)]
+        return *grids, self.frame_times
 
     # Tensors go from process to process as numpy arrays, by value: torch would share memory through file descriptors,
     # which run out, and which die with a worker that is killed.
@@ -153,6 +196,7 @@ class PromptEncoder:
     cache: FrameCache | None = None  # keeps the frames of videos on disk
     forms: dict[str, str] = field(default_factory=lambda: FORMS)
     video_text: VideoText = VideoText()  # how the model's family writes a video into the prompt
+    share: tuple[int, int] = WHOLE_PROMPT  # (rank, S): it reads what one of S processes encodes; see `own_steps`
 
     def __post_init__(self):
         self.read_video = self.cache.read if self.cache else read_video
@@ -182,21 +226,24 @@ class PromptEncoder:
         image_grid, video_grid, times = self.plan(sample)
         self.expand(sample, self.text_ids(text, times), image_grid, video_grid)
         # 2) Pixels
-        images = [read_image(path, self.settings, self.factor) for path in sample.images]
+        of_images, of_videos = own_steps(image_grid, video_grid, self.share)
+        images = [read_image(path, self.settings, self.factor) for path, own in zip(sample.images, of_images) if own]
         if control == "blank":
             images = [torch.full_like(image, GREY) for image in images]
         videos, picked = [], []
-        for number, (path, clip) in enumerate(with_clips(sample)):
-            frames, own = self.read_video(path, self.settings, self.factor, clip)
-            videos.append(FRAME_CONTROLS[control](frames, f"{sample.key}/{number}") if control else frames)
-            picked.append(own)
+        for number, own in enumerate(of_videos):
+            frames, taken = self.read_frames(sample, number, own, control)
+            picked.append(taken)
+            sides = [side // self.video_processor.patch_size for side in frames.shape[-2:]]
+            video_grid[number] = torch.tensor([len(taken.numbers) // FRAME_FACTOR, *sides])
+            if own:
+                videos.append(frames)
         # 3) Patches
         inputs, same = {}, {"do_resize": False, "return_tensors": "pt"}
         if images:
             inputs |= self.processor.image_processor(images=images, **same)
         if videos:
             inputs |= self.video_processor(videos=videos, do_sample_frames=False, **same)
-        image_grid, video_grid = inputs.get("image_grid_thw"), inputs.get("video_grid_thw")
         times = [own.times for own in picked]  # a header may lie about the frames, so the planned ones do not do
         return Prompt(
             sample=sample,
@@ -207,7 +254,27 @@ class PromptEncoder:
             video_grid_thw=video_grid,
             seconds_per_grid=[self.video_processor.temporal_patch_size / own.rate for own in picked],
             frame_times=times,
+            share=self.share,
         )
+
+    def read_frames(
+        self, sample: Sample, number: int, steps: range, control: str | None
+    ) -> tuple[torch.Tensor, Picked]:
+        """(frames of the time steps `steps` of a video of `sample`, which of its frames are picked in all). Without a
+        step it reads the first one, whose size is that of all.
+
+        Raises VideoError, also if there are more or fewer than planned and other processes read the rest.
+        """
+        path, clip = with_clips(sample)[number]
+        given, steps = (path, self.settings, self.factor, clip), steps or range(1)
+        part = slice(FRAME_FACTOR * steps.start, FRAME_FACTOR * steps.stop) if self.share != WHOLE_PROMPT else ALL
+        frames, picked = self.read_video(*given) if control else self.read_video(*given, part)
+        planned, _ = plan_frames(*given)
+        if part != ALL and len(picked.numbers) != len(planned.numbers):
+            raise VideoError(path, "has other frames than its header tells of; --sequence_parallel cannot share it")
+        if control:
+            frames = FRAME_CONTROLS[control](frames, f"{sample.key}/{number}")[part]
+        return frames, picked
 
     def text_ids(self, text: str, times: list[list[float]]) -> list[int]:
         """The token ids of a `text`: one placeholder for each image and each run of a video. times: see `VideoText`."""

@@ -165,8 +165,8 @@ def _ask(encoder, first, sample):
 def _shared_features(policy, prompts):
     """(merged tokens, hidden) vision features of all prompts, from one vision pass over the distinct videos; None if no
     two prompts share their frames."""
-    pixels = [p.pixel_values if p.pixel_values_videos is None else p.pixel_values_videos for p in prompts]
-    names = [id(p if shown is None else shown) for p, shown in zip(prompts, pixels)]  # text alone shares nothing
+    grids = [p.image_grid_thw if p.video_grid_thw is None else p.video_grid_thw for p in prompts]  # on any rank
+    names = [id(p if grid is None else grid) for p, grid in zip(prompts, grids)]  # text alone shares nothing
     distinct = dict(zip(names, prompts))
     if len(distinct) == len(prompts):
         return None

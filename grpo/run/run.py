@@ -26,21 +26,23 @@ from video.cache import FrameCache
 from video.formats import DataError
 from video.loader import ADVICE, PromptLoader
 from video.pool import WorkersDoNotStart
-from video.prompt import PromptEncoder, Skipped
+from video.prompt import WHOLE_PROMPT, PromptEncoder, Skipped
 from video.settings import parse_forms
 
 
 def make_encoder(config, template=None, path=None):
-    """The `PromptEncoder` of a run; template and path stand in for config.prompt_template and config.model.
+    """The `PromptEncoder` of a run; template and path stand in for config.prompt_template and config.model. Of ranks
+    that share their prompts each reads its share of the frames; all of them if T-GRPO is to shuffle them.
 
     Raises ConfigError if the template holds special tokens.
     """
     cache = FrameCache(config.frame_cache, config.frame_cache_gb) if config.frame_cache else None
     template, path = template or config.prompt_template, path or config.model
     settings, family = config.video_settings(), read_family(path)
+    share = WHOLE_PROMPT if config.temporal_bonus else (sequence.rank(), config.sequence_parallel)
     try:
         forms = parse_forms(config.answer_form)
-        return PromptEncoder(path, settings, template, config.max_prompt_tokens, cache, forms, family)
+        return PromptEncoder(path, settings, template, config.max_prompt_tokens, cache, forms, family, share)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
