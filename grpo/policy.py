@@ -43,17 +43,17 @@ class Policy(nn.Module):
         """The vision blocks and decoder layers: FSDP shards each of them by itself."""
         return [*models.vision_tower(self.model).blocks, *models.decoder(self.model).layers]
 
-    def vision_features(self, batch):
+    def vision_features(self, batch, keep=True):
         """(merged tokens, spec.feature_width) features of what this rank encodes of the batch's images and videos, None
         for text alone.
 
         A sharded tower must run on every rank at every forward. So a sharded policy computes the features of one blank
         patch group for text alone, and `_hidden` adds them with weight 0. A rank that encodes nothing of its sequence
-        group's media computes these, too; nobody is sent them.
+        group's media computes these, too; nobody is sent them. keep: whether these media will be seen again.
         """
         if batch.grids is not None:
             encode = partial(self.spec.family.vision_features, self.model)
-            return (self.cached_tower or encode)(batch.pixels, batch.grids)
+            return (keep and self.cached_tower or encode)(batch.pixels, batch.grids)
         if not self.sharded and batch.placeholders is None:
             return None
         merge = self.spec.merge_size
@@ -123,12 +123,13 @@ class Policy(nn.Module):
 
 
 @torch.no_grad()
-def features_of(policy, prompts):
-    """[(merged tokens, spec.feature_width)] vision features of each prompt, from one vision pass; 0 tokens for text."""
+def features_of(policy, prompts, keep=True):
+    """[(merged tokens, spec.feature_width)] vision features of each prompt, from one vision pass; 0 tokens for text.
+    keep: see `Policy.vision_features`."""
     batch = pack(prompts, [[] for _ in prompts], policy.spec).to(policy.device)
     if batch.placeholders is None:
         weight = policy.model.get_input_embeddings().weight
         return [weight.new_zeros(0, policy.spec.feature_width)] * len(prompts)
     vision = torch.tensor([policy.spec.image_token_id, policy.spec.video_token_id])
     counts = [int(torch.isin(p.input_ids, vision).sum()) for p in prompts]
-    return list(sequence.all_features(batch, policy.vision_features(batch)).split(counts))
+    return list(sequence.all_features(batch, policy.vision_features(batch, keep)).split(counts))

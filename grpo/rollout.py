@@ -71,7 +71,7 @@ def sample_groups(policy, prompts, group_size, tokenizer, config, step, shuffle=
         seeds = [prompt_seed(config.seed, step, prompt.sample.key + "/shuffled" * shuffle) for prompt in batch]
         if shuffle:
             batch = [shuffle_frames(prompt, str(seed)) for prompt, seed in zip(batch, seeds)]
-        features = features_of(policy, batch) if config.freeze_vision else None
+        features = features_of(policy, batch, keep=not shuffle) if config.freeze_vision else None
         joined = torch.cat(features) if features else None
         made = generate(policy, batch, group_size, settings, seeds, tokenizer, joined)
         for group, own in zip(made, features or []):

@@ -144,7 +144,9 @@ def test_questions_about_one_video_share_its_frames_and_vision_pass(parts, demo,
     )
     for name in ("text", "text_ids", "expand", "planned_tokens"):
         setattr(loader.encoder, name, getattr(encoder, name))
-    monkeypatch.setattr(policy, "vision_features", lambda packed: passes.append(len(packed.grids)) or tower(packed))
+    monkeypatch.setattr(
+        policy, "vision_features", lambda packed, keep=True: passes.append(len(packed.grids)) or tower(packed)
+    )
     together = predict(policy, loader, samples, tokenizer, EvalSettings(8, 6))
     assert together == alone, "an answer depends on what it was decoded with"
     assert len(decoded) == 3, f"3 videos, decoded {len(decoded)} times"

@@ -74,6 +74,13 @@ def test_another_video_weight_or_precision_is_another_entry(tiny_vl, tmp_path, p
     assert not seen() and seen()
 
 
+def test_frames_that_are_shuffled_for_one_step_are_not_kept(tiny_vl, tmp_path):
+    policy, _, tokenizer = tiny_vl
+    keep_features(policy, tmp_path, GIGABYTES)
+    features_of(policy, prompts_of(tokenizer, "video"), keep=False)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_damaged_entry_is_a_miss(tiny_vl, tmp_path, passes, damage):
     policy, _, tokenizer = tiny_vl
