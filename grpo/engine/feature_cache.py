@@ -47,7 +47,8 @@ def digest(tensors) -> str:
     """Of the tensors' bytes."""
     total = hashlib.sha256()
     for tensor in tensors:
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        aside = tensor.detach().to("cpu", copy=True)  # numpy would pin the storage, which FSDP gives back
+        total.update(aside.contiguous().flatten().view(torch.uint8).numpy())
     return total.hexdigest()
 
 
