@@ -53,7 +53,7 @@ def test_in_a_copy_of_the_project_with_one_file_more_its_tests_run_by_themselves
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "made_up_vl", *files]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 100, done.stdout[-300:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 80, done.stdout[-300:]
 
 
 def test_the_page_on_families_names_every_hook():
