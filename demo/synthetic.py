@@ -13,12 +13,14 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import av
 import numpy as np
+
+from video.pool import WorkerPool
 
 SIDE, FRAMES, FPS = 28, 8, 2  # of every video; SIDE in pixels, even as h264 requires
 RADIUS = 0.12  # of a shape, relative to the side
@@ -43,6 +45,7 @@ ASKED = {
     "warmup": (("direction", "colour"), ("place",)),
 }
 MANIFEST = "demo.json"  # written last: a folder that has it is complete
+FILM_SECONDS = 60.0  # in which a process draws and encodes one video
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,9 @@ def make_demo_set(folder: str | Path, spec: DemoSpec = DemoSpec()) -> dict[str, 
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as name:
         aside = Path(name)
         (aside / "videos").mkdir()
-        for number, part in enumerate(paths):
-            write_part(aside, part, number, spec)
+        with closing(WorkerPool(film, min(os.cpu_count() or 1, 8), FILM_SECONDS)) as pool:
+            for number, part in enumerate(paths):
+                write_part(aside, part, number, spec, pool)
         if is_complete():  # another process was quicker, and its set is in use
             return paths
         manifest.unlink(missing_ok=True)
@@ -98,14 +102,13 @@ def make_demo_set(folder: str | Path, spec: DemoSpec = DemoSpec()) -> dict[str, 
     return paths
 
 
-def write_part(folder: Path, part: str, number: int, spec: DemoSpec) -> None:
+def write_part(folder: Path, part: str, number: int, spec: DemoSpec, pool: WorkerPool) -> None:
     """Writes the videos and the .jsonl file of one part; `number` tells its random numbers from other parts'."""
     rows, written, rng = [], [], np.random.default_rng([spec.seed, number])
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the encoder runs outside Python's lock
-        for index, (scene, questions) in enumerate(scenes_and_questions(rng, part, getattr(spec, part))):
-            video = f"videos/{part}_{index:05d}.mp4"
-            written.append(pool.submit(write_video, folder / video, draw(scene), FPS))
-            rows += [{**row, "video": video} for row in questions]
+    for index, (scene, questions) in enumerate(scenes_and_questions(rng, part, getattr(spec, part))):
+        video = f"videos/{part}_{index:05d}.mp4"
+        written.append(pool.submit(folder / video, scene))
+        rows += [{**row, "video": video} for row in questions]
     for video in written:
         video.result()
     (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -173,6 +176,11 @@ def random_scene(rng: np.random.Generator, moves: bool, index: int) -> Scene:
     path = middle + np.linspace(-half, half, FRAMES)[:, None] * np.array(ways[direction])
     background = tuple(int(level) for level in rng.integers(0, 30, size=3))
     return Scene(colour, shape, direction, tuple((float(x), float(y)) for x, y in path), background)
+
+
+def film(path: Path, scene: Scene) -> None:
+    """Writes the video of a scene; in a process, as the encoder holds Python's lock most of the time."""
+    write_video(path, draw(scene), FPS)
 
 
 def draw(scene: Scene) -> np.ndarray:

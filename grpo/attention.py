@@ -70,7 +70,9 @@ class PackedLayout:
         self.prompt_kv = {} if keep_prompt_kv else None
         self.row = Row(sum(sizes))
         # Of the completions after a prompt of P tokens, {P: mask}; torch cannot make it inside a selective checkpoint.
-        longest = {p: max((c for q, cs in self.groups if q == p for c in cs), default=0) for p, _ in self.groups}
+        longest = {}
+        for p, cs in self.groups:
+            longest[p] = max((longest.get(p, 0), *cs))
         self.masks = {p: causal_lower_right(c, p + c) for p, c in longest.items() if c}
 
     @cached_property

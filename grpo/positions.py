@@ -9,6 +9,7 @@ overlaps time; transformers <= 4.57 and vLLM follow the rule below.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -76,6 +77,14 @@ def prompt_positions(prompt, spec):
 
     spec: `grpo.engine.model.ModelSpec` (family, placeholder ids, merge size). Raises as `media_spans`.
     """
+    seconds = lambda span: 0.0 if span.is_image else prompt.seconds_per_grid[span.index]
+    runs = tuple((*run, seconds(span)) for span in media_spans(prompt, spec) for run in span.runs)
+    return _positions(len(prompt.input_ids), runs, spec)
+
+
+@lru_cache(maxsize=64)  # a step packs each prompt twice, and many prompts are laid out alike
+def _positions(length, runs, spec):
+    """`prompt_positions` of a prompt of `length` tokens with runs of placeholders, each (start, stop, grid, seconds)."""
     parts, at, position = [], 0, 0
 
     def add(part):
@@ -84,11 +93,9 @@ def prompt_positions(prompt, spec):
             parts.append(part + position)
             position = int(parts[-1].max()) + 1
 
-    for span in media_spans(prompt, spec):
-        seconds = 0.0 if span.is_image else prompt.seconds_per_grid[span.index]
-        for start, stop, grid in span.runs:
-            add(torch.arange(start - at).expand(3, -1))
-            add(grid_positions(grid, seconds, spec))
-            at = stop
-    add(torch.arange(len(prompt.input_ids) - at).expand(3, -1))
+    for start, stop, grid, seconds in runs:
+        add(torch.arange(start - at).expand(3, -1))
+        add(grid_positions(grid, seconds, spec))
+        at = stop
+    add(torch.arange(length - at).expand(3, -1))
     return torch.cat(parts, dim=1), position

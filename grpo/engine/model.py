@@ -29,7 +29,7 @@ KEPT = frozenset({
 })  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelSpec:
     """What the loop must know of a model."""
 
