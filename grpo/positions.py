@@ -84,7 +84,7 @@ def prompt_positions(prompt, spec):
 
 @lru_cache(maxsize=64)  # a step packs each prompt twice, and many prompts are laid out alike
 def _positions(length, runs, spec):
-    """`prompt_positions` of a prompt of `length` tokens with runs of placeholders, each (start, stop, grid, seconds)."""
+    """`prompt_positions` of `length` tokens with these runs of placeholders, each (start, stop, grid, seconds)."""
     parts, at, position = [], 0, 0
 
     def add(part):

@@ -65,16 +65,17 @@ def test_a_complete_folder_is_used_again_and_an_incomplete_one_made_anew(tmp_pat
     assert len(rows(paths["train"])) == 6
 
 
+def no_space(path, scene):
+    raise OSError("no space left")
+
+
 def test_a_set_stays_until_its_replacement_is_complete(tmp_path, monkeypatch):
     paths = make_demo_set(tmp_path / "set", DemoSpec(train=4, val=4, warmup=4))
     before = {path: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.is_file()}
     (tmp_path / "set" / "own.txt").write_text("a user's")
 
-    def fail(*_):
-        raise OSError("no space left")
-
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
-        patch.setattr(synthetic, "write_video", fail)
+        patch.setattr(synthetic, "film", no_space)
         make_demo_set(tmp_path / "set", DemoSpec(train=6, val=4, warmup=4))
     assert all(path.read_bytes() == content for path, content in before.items())
     make_demo_set(tmp_path / "set", DemoSpec(train=6, val=4, warmup=4))
