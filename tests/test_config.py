@@ -14,7 +14,9 @@ import pytest
 import train
 from grpo.advantage import ADVANTAGES
 from grpo.config import METRICS, PRESETS, Config, parse_config, save_config
+from grpo.errors import ConfigError
 from grpo.loss import KL_ESTIMATORS, LOSSES, TIS_MODES, token_weights
+from grpo.run.folder import check_inputs
 
 ROOT = Path(__file__).parent.parent
 
@@ -305,3 +307,19 @@ def test_flags_of_other_trainers_and_of_earlier_versions_are_answered(typed, mea
     with pytest.raises(SystemExit):
         parse_config([typed, "1"])
     assert f"did you mean {meant}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong, flag", [("--bta", "kl_coef"), ("--max_step", "steps"), ("--learning-rate", "learning_rate")]
+)
+def test_a_misspelt_flag_of_another_trainer_is_understood(capsys, wrong, flag):
+    with pytest.raises(SystemExit):
+        parse_config([wrong, "1"])
+    assert f"(did you mean --{flag}?)" in capsys.readouterr().err
+
+
+def test_a_missing_model_is_named_before_the_demo_is_built():
+    """Its videos take minutes."""
+    config = parse_config(["--preset", "demo", "--model", "runs/no/such/warmup", "--sft_steps", "0"])
+    with pytest.raises(ConfigError, match="--model runs/no/such/warmup: not on this machine; there is no such folder"):
+        check_inputs(config)

@@ -72,7 +72,9 @@ def test_sharded_layers_may_recompute_all_or_some(world, tmp_path):
 
 def test_shards_must_divide_the_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ConfigError, match="--shard_size 3: must divide the number of processes, 4"):
+    with pytest.raises(
+        ConfigError, match="--shard_size 3: must divide the number of processes, 4; `torchrun --nproc_per_node 3"
+    ):
         start_group("cpu", shard_size=3)
 
 

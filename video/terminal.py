@@ -59,8 +59,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def meant(wrong: str, flags: list[str], synonyms: dict[str, list[str]]) -> list[str]:
-    """Those of the flags that a wrong one may mean, by its synonyms or its spelling."""
-    return [flag for flag in synonyms.get(wrong, []) if flag in flags] or get_close_matches(wrong, flags, 1, 0.7)
+    """Those of the flags that a wrong one may mean: the spelling of the nearest flag or synonym decides."""
+    known = {old: own for old, new in synonyms.items() if (own := [flag for flag in new if flag in flags])}
+    known |= {flag: [flag] for flag in flags}
+    return [flag for near in get_close_matches(wrong, known, 1, 0.7) for flag in known[near]]
 
 
 def exit_code(name: str, error: Exception) -> int:

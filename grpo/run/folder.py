@@ -25,7 +25,7 @@ DEMO_COMMAND = "python train.py --preset demo"
 
 
 def check_inputs(config):
-    """Raises ConfigError before anything loads where weights or data are missing: what, and how to get them."""
+    """Raises ConfigError before anything loads if weights or data are missing: what, and how to get them."""
     removed = {path.resolve() for path in files_of_run(config.output)} if config.resume == "no" else set()
     for name in ("model", "data", "eval_data", "sft_data", "skip_list", "video_root", "frame_cache", "feature_cache"):
         given = getattr(config, name)
@@ -44,9 +44,9 @@ def check_inputs(config):
             get = ("`hf download Xiaodong/open-r1-video-4k --repo-type dataset --local-dir data` gets it; its videos go"
                    " beside it or under --video_root")  # fmt: skip
         missing.append(f"--data {path}: no such file; {get}")
-    unsure = missing or os.environ.get("HF_HUB_OFFLINE")
+    is_path = config.model.count("/") > 1 or Path(config.model).parent.is_dir()  # no hub name, which is OWNER/NAME
+    unsure = missing or is_path or os.environ.get("HF_HUB_OFFLINE")
     if unsure and config.model not in made and not on_this_machine(config.model):
-        is_path = Path(config.model).is_absolute() or Path(config.model).parent.is_dir()
         get = "there is no such folder" if is_path else f"`hf download {config.model}` gets it"
         missing.append(f"--model {config.model}: not on this machine; {get}")
     if missing:
