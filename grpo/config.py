@@ -67,11 +67,11 @@ class Config:
     judge_cache: str | None = flag(None, "Folder that keeps its replies, for any number of processes and runs.")
     judge_concurrency: int = flag(256, "Most requests to it at once, of each process.", ge=1)
     temporal_bonus: float = flag(
-        0.0, "Reward of a right answer where shuffled frames do no better (T-GRPO, which has 0.3); it samples half as "
-        "many completions more of each video; 0 is off.", ge=0.0,
+        0.0, "Reward of a right answer if shuffled frames do no better (T-GRPO, which has 0.3). Each video then gets "
+        "half as many completions more, on shuffled frames; 0 is off.", ge=0.0,
     )  # fmt: skip
     temporal_threshold: float = flag(
-        0.8, "The bonus is given where the accuracy is at least this share of that on shuffled frames.", ge=0.0
+        0.8, "The bonus is given if the accuracy is at least this share of the accuracy on shuffled frames.", ge=0.0
     )
     advantage: str = flag(
         "group", "What a reward is compared with: docs/algorithms.md.",
@@ -124,7 +124,7 @@ class Config:
     sft_data: str | None = flag(None, "Questions with `completions` for a supervised pass first.", section="warm-up")
     sft_steps: int = flag(0, "Most steps of that pass.", ge=0)
     sft_prompts_per_step: int = flag(32, "Prompts of one supervised step, over all processes.", ge=1)
-    sft_until: float = flag(1.0, "End it once what can be predicted has this mean probability.", gt=0.0, le=1.0)
+    sft_until: float = flag(1.0, "Stop it at this mean probability of the predictable target tokens.", gt=0.0, le=1.0)
     sft_learning_rate: float = flag(1e-5, "Peak learning rate of that pass.", gt=0.0)
 
     fps: float = flag(2.0, "Frames taken for each second of video.", gt=0.0, section="video")

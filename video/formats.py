@@ -420,8 +420,9 @@ FORMATS = {
 def _choice(
     row: Row, options: tuple[str, ...], answer: str, *videos: str, otherwise: str | None = None, **parts: tuple
 ) -> Sample:
-    """A multiple-choice sample of a benchmark; `answer` is a letter, or the text of one of `options`. If a row may have
-    no options, `otherwise` is its type then, "" for what `guess_type` says. `parts`: see `_build`."""
+    """A multiple-choice sample of a row that asks in the field `question`; `answer` is a letter, or the text of one of
+    `options`. If a row may have no options, `otherwise` is its type then, "" for what `guess_type` says. `parts`: see
+    `_build`."""
     if options or otherwise is None:
         texts, found = [_plain(option) for option in options], CHOICE.match(answer.strip())
         letter = LETTERS[texts.index(_plain(answer))] if _plain(answer) in texts else found and found[1]

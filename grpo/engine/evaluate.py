@@ -56,9 +56,9 @@ def predict(
     """Returns one record for each sample, in their order, on every rank.
 
     A record holds key, category, completion, prediction (None if no answer could be parsed), score in [0, 1] (0, with
-    `unjudged`, the reason, if the judge failed), opposite
-    (whether the prediction is the row's `opposite`) and, of times and boxes, `overlaps` ({"temporal grounding: tIoU":
-    overlap}); or key and `skipped`, the reason, if the video could not be read.
+    `unjudged`, the reason, if the judge failed), opposite (whether the prediction is the row's `opposite`) and, of
+    times and boxes, `overlaps` ({"temporal grounding: tIoU": overlap}); or key and `skipped`, the reason, if the video
+    could not be read.
     If settings.group_size is above 1, a record holds key, category, `scores`, one of each completion, and their mean,
     `score`.
     All ranks plan the same batches over all samples, and each rank takes whole batches. So what decodes together, and
