@@ -22,6 +22,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -159,6 +160,8 @@ def _parse_reward(spec: str) -> Reward:
     function = None if is_file else REWARDS.get(name)
     form = user_file.functions().get(name) if is_file else function and form_of(function)
     if form is None:
+        if near := not is_file and get_close_matches(name, REWARDS, 1):
+            raise ValueError(f"no such reward; did you mean {near[0]}?")
         raise ValueError(
             f"no reward called {name!r} takes (completion, sample), (completion, sample, group) or (completions, "
             f"samples); use one of {', '.join(REWARDS)}, or FILE.py:FUNCTION for your own"

@@ -296,6 +296,9 @@ MISTAKES = {
         "train", lambda b: ["--data", f"{b.data['train']}:1e9"], 2, (":1e+09: makes 2.4e+10 rows of 24; lower the",),
     ),
     "an endless cache": ("train", lambda b: ["--frame_cache_gb", "inf"], 2, ("--frame_cache_gb inf: must be finite",)),
+    "a misspelt reward": (
+        "train", lambda b: ["--reward", "acuracy:1"], 2, ("--reward acuracy:1: no such reward; did you mean accuracy?",)
+    ),
     "a reward file that lacks a module": (
         "train", lambda b: reward(b, "import gone"), 2,
         ("--reward mine.py:f: ", "mine.py cannot be imported: ModuleNotFoundError: No module named 'gone'"),
