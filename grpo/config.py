@@ -268,12 +268,16 @@ def read_settings(path):
         settings = json.loads(text) if is_json else yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}; a relative path starts at {Path.cwd()}") from error
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path}: is not {'JSON' if is_json else 'YAML'}: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"--config {path}: must hold settings, such as `group_size: 8`")
     if is_json:
         settings = {name: value for name, value in renamed(settings).items() if name not in OF_A_COMMAND}
+    else:
+        names = [name.value for name, _ in yaml.compose(text).value]
+        if twice := [name for name in settings if names.count(name) > 1]:
+            raise ConfigError(f"--config {path}: {twice[0]} is given twice; remove one")
     for name in settings:
         if name not in fields:
             close = [flag[2:] for flag in meant(f"--{name}", [f"--{known}" for known in fields], SYNONYMS)]
@@ -473,6 +477,10 @@ def check_combinations(config, given):
         ("gap_every", not config.eval_samples, "asks held-out questions; --eval_samples 0 holds none out"),
         *((f"judge_{name}", not config.judge_url, "does nothing without --judge_url")
           for name in ("model", "prompt", "cache", "concurrency")),
+        *((f"{name}_gb", not getattr(config, name), f"does nothing without --{name}")
+          for name in ("frame_cache", "feature_cache")),
+        ("lora_alpha", not config.lora_rank, "does nothing without --lora_rank"),
+        ("temporal_threshold", not config.temporal_bonus, "does nothing without --temporal_bonus"),
         ("family", not config.demo or config.model not in demo_makes(config.seed, config.family),
          "is of the model that --demo makes; any other --model has its family in config.json; leave it out"),
         ("answer_form", "{answer_form}" not in config.prompt_template, "does nothing without {answer_form} in "

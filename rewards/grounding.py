@@ -58,7 +58,7 @@ def timestamp_iou(completion: str, sample: Sample) -> float:
     The duration is the row's field `duration`, in seconds. The reward is below 0 if exactly one error is above it.
     """
     duration = sample.meta.get("duration")
-    if not isinstance(duration, (int, float)) or duration <= 0:
+    if not isinstance(duration, (int, float)) or not 0 < duration < math.inf:
         raise ValueError(f"sample {sample.key!r}: timestamp_iou needs the field `duration`, the video's seconds")
     want, got = true_span(sample.answer), read_span(answer_text(completion) or "")
     if got is None:

@@ -25,8 +25,8 @@ from video.files import write_bytes
 # 2/60, each up to half as long again, by chance: so even three that stall end within the limit.
 RETRIES, REQUEST, WAIT = 2, 0.3, 1 / 60
 LARGEST = 2**20  # bytes of a reply
-# "Score: 0.5", "**Score:** 1."; not "Score: 7/10"
-_SCORE = re.compile(r"\bscore\s*\**\s*[:=][\s*]{0,5}(\d*\.?\d+)(?!\d|\.\d|\s*[/%])", re.IGNORECASE)
+# "Score: 0.5", "**Score:** 1."; not "Score: 7/10", "1 out of 5", "0,5" or "1e-3", of which the first digits say another
+_SCORE = re.compile(r"\bscore\s*\**\s*[:=][\s*]{0,5}(\d*\.?\d+)(?!\w|[.,]\d|\s*[/%]|\s+out of (?!1\b))", re.IGNORECASE)
 _BARE = re.compile(r"\d*\.?\d+")
 
 _threads = functools.cache(ThreadPoolExecutor)  # for each limit on requests at once; called in the event loop alone
@@ -84,7 +84,7 @@ def post(prompt: str, judge: Judge) -> str:
 
 def score_of(reply: str) -> float:
     """The last "Score: X" of a reply, its thought aside, or the number that it is. Raises ValueError."""
-    text = reply.rpartition("</think>")[2].strip()
+    text = reply.rpartition("</think>")[2].partition("<think>")[0].strip()  # also a thought that is cut short
     found = _SCORE.findall(text) or ([text] if _BARE.fullmatch(text) else [])
     if not found or not float(found[-1]) <= 1:
         raise ValueError(f"the judge's reply has no score from 0 to 1: {text!r:.100}")

@@ -10,7 +10,6 @@ import copy
 import functools
 import importlib.util
 import inspect
-import math
 import multiprocessing
 import numbers
 import os
@@ -30,6 +29,7 @@ from video.formats import printable  # also loads the class of the samples, befo
 IMPORT_SECONDS = 120.0  # for the user's file and all that it imports
 THREADS = 256  # of a file's plain functions; calls of `async def` functions hold none
 ORPHAN_SECONDS = 5.0  # if the trainer was killed, a process that holds the interpreter ends so long after its limit
+MOST = 1e30  # of a reward: sums and squares of larger numbers are infinite, which would cost the step
 BATCH = ["completions", "samples"]  # the parameters of a function that scores a whole step at once
 
 # Of one completion: (value, numbers that the function logs, ""), or (0.0, {}, one line why the call failed).
@@ -230,8 +230,8 @@ def _outcome(value: object, failure: str) -> Outcome:
 
 def _number(value: object) -> float:
     value = value.item() if hasattr(value, "item") else value  # NumPy's bool, a tensor of one number
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise TypeError(f"returned {value!r}, not a finite number")
+    if not isinstance(value, numbers.Real) or not abs(value) <= MOST:
+        raise TypeError(f"returned {value!r}, not a finite number up to {MOST:g}")
     return float(value)
 
 

@@ -168,9 +168,10 @@ def test_time_r1_s_reward_also_counts_the_distance_of_both_ends(prediction, rewa
     assert REWARDS["timestamp_iou"](prediction, row) == 0.0  # no answer tag
 
 
-def test_time_r1_s_reward_needs_the_duration():
+@pytest.mark.parametrize("duration", [None, 0, float("nan"), float("inf")])
+def test_time_r1_s_reward_needs_the_duration(duration):
     with pytest.raises(ValueError, match="sample 'rows.jsonl:1': timestamp_iou needs the field `duration`"):
-        REWARDS["timestamp_iou"]("<answer>2 to 6</answer>", sample(TIME, SPAN))
+        REWARDS["timestamp_iou"]("<answer>2 to 6</answer>", sample(TIME, SPAN, duration=duration))
 
 
 def test_a_run_that_needs_the_duration_says_so_before_it_starts(tmp_path):

@@ -167,6 +167,8 @@ def test_a_prompt_of_ones_own_is_filled_once(server, tmp_path):
      ("Score: **0**", 0.0),
      ("<think>Score: 1</think>Score: 0", 0.0), ("Score: 0\nNo, on second thought:\nSCORE: 1.0", 1.0),
      ("Score (0 to 1): 1", None), ("Score: 7/10", None), ("Score: 90%", None), ("Score: 10", None), ("", None),
+     ("Score: 1 out of 5", None), ("Score: 0.8 out of 1", 0.8), ("Score: 0,5", None), ("Score: 1e-3", None),
+     ("Score: 0\n<think>Score: 1, say", 0.0), ("<think>Score: 1, say", None),
      ("The answer is 1.", None), ("Score: high", None), ("Score: 0.5 / 1", None), ("Score: -1", None)],
 )  # fmt: skip
 def test_score_of_a_reply(reply, found):

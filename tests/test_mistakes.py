@@ -357,6 +357,16 @@ MISTAKES = {
     "a file of settings that is not there": (
         "train", lambda b: ["--config", "gone.yaml"], 2, ("--config gone.yaml: No such file or directory; a relative",),
     ),
+    "a setting that a file has twice": (
+        "train", lambda b: ["--config", settings(b, "steps: 3\nsteps: 5")], 2, ("own.yaml: steps is given twice",),
+    ),
+    "settings that are nested 700 deep": (
+        "train", lambda b: ["--config", settings(b, "[" * 700)], 2, ("own.yaml: is not YAML: maximum recursion",),
+    ),
+    "a feature cache that is a file, found before the model": (
+        "train", lambda b: ["--freeze_vision", "--feature_cache", b.data["val"], "--model", b.folder / "gone"], 2,
+        ("--feature_cache ", "val.jsonl: cannot be written to (File exists)"),
+    ),
     "a folder in place of a file of settings": (
         "train", lambda b: ["--config", b.folder], 2, ("--config ", ": Is a directory"),
     ),

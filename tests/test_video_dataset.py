@@ -239,6 +239,11 @@ BAD_FILES = {  # name: (content, message)
     "e.csv": (b"problem,solution\n\xff\xfe,A\n", "e.csv:2: is not UTF-8"),
     "f.csv": (b"problem,solution,video\n", "f.csv: is empty"),
     "g.csv": (b"problem,solution,video\n,A,v.mp4\n", "g.csv:2: field 'problem' must be a text that is not empty"),
+    "i.csv": (
+        b'solution,problem\nA,"What?\nB,Why?\nB,Who?\n',
+        r"i.csv:2: is no table \(unexpected end of data\); fix the quotes",
+    ),
+    "i.tsv": (b'solution\tproblem\nA\tWho?\nA\t"Why?" he asks\n', r"i.tsv:3: is no table \(.*; fix the quotes"),
     "h.csv": (b'problem,solution\n"' + b"a" * 200_000 + b'",A\n', r"h.csv:2: is no table \(field larger than"),
     "d.jsonl.gz": (b'{"problem": 1}', "d.jsonl.gz: cannot be read .*[Nn]ot a gzipped file"),
     "e.jsonl.gz": (gzip.compress(b'{"problem": 1}\n' * 999)[:-9], "e.jsonl.gz: is a damaged gzip file"),

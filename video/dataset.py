@@ -226,7 +226,8 @@ def _table(path: Path, flag: str) -> Iterator[tuple[int, tuple[list[str], list[s
     number, names = 1, None
     with _open(path, flag) as file:
         lines = (line.decode("utf-8-sig" if n == 0 else "utf-8") for n, line in enumerate(file))
-        reader = csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
+        separator = "\t" if path.suffix == ".tsv" else ","
+        reader = csv.reader(lines, delimiter=separator, strict=True)  # else a quote that is not closed eats rows
         try:
             for cells in reader:
                 if names is None:

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from grpo.config import Config, as_typed, demo_makes, load_config
 from grpo.engine.checkpoint import UNFINISHED, checkpoints, damage, step_of
 from grpo.engine.distributed import gather, is_main
+from grpo.engine.feature_cache import FeatureCache
 from grpo.engine.optimizer import learning_rate
 from grpo.errors import ConfigError
 from grpo.run.tracker import check_tracker
@@ -25,7 +26,8 @@ DEMO_COMMAND = "python train.py --preset demo"
 
 
 def check_inputs(config):
-    """Raises ConfigError before anything loads if weights or data are missing: what, and how to get them."""
+    """Raises ConfigError before anything loads if weights or data are missing: what, and how to get them. Raises
+    DataError if the feature cache cannot be written to."""
     removed = {path.resolve() for path in files_of_run(config.output)} if config.resume == "no" else set()
     for name in ("model", "data", "eval_data", "sft_data", "skip_list", "video_root", "frame_cache", "feature_cache"):
         given = getattr(config, name)
@@ -35,6 +37,8 @@ def check_inputs(config):
     if config.lora_rank and importlib.util.find_spec("peft") is None:
         raise ConfigError("--lora_rank needs peft: pip install peft")
     check_tracker(config.tracker)
+    if config.feature_cache:
+        FeatureCache(config.feature_cache)  # raises DataError now, not once weights have loaded
     missing = []
     made = demo_makes(config.seed, config.family) if config.demo else set()
     absent = [path for path, _ in map(split_spec, config.data) if path not in made and not Path(path).is_file()]
