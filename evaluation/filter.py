@@ -90,7 +90,8 @@ def filter_rows(given: argparse.Namespace) -> dict[str, int]:
             copy_rows(given.data, kept, {int(r["key"].rpartition(":")[2]) for r in rates if r["verdict"] == "kept"})
             dropped = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS[1:])
             say(f"kept {counts['kept']} of {len(rates)} rows; dropped: {dropped}; {output / 'rates.jsonl'} has each")
-            say(f"to train on them: --data {kept} --video_root {given.video_root or Path(given.data).parent}")
+            if counts["kept"]:
+                say(f"to train on them: --data {kept} --video_root {given.video_root or Path(given.data).parent}")
     distributed.stop()
     return dict(counts)
 

@@ -207,9 +207,9 @@ def test_the_model_is_sampled_as_often_as_asked_and_bad_videos_are_counted(tmp_p
     assert sampled == {(None, 4): 2, ("no video", 4): 3}
     assert [row["verdict"] for row in rates(tmp_path / "out")] == ["always wrong", "unreadable", "always wrong"]
     assert (tmp_path / "out/kept/few.jsonl").read_text() == "", "random weights answer nothing"
-    assert "kept 0 of 3 rows; dropped: 0 right when blind, 0 always right, 2 always wrong, 1 unreadable" in (
-        capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "kept 0 of 3 rows; dropped: 0 right when blind, 0 always right, 2 always wrong, 1 unreadable" in said
+    assert "to train on them" not in said, "nobody trains on an empty file"
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,9 @@ CASES = [  # type, answer, prediction, score
     (TIME, SPAN, "The event happens from 2 to 6 seconds.", 1.0),
     (TIME, SPAN, "2s to 6s", 1.0),
     (TIME, SPAN, "2 and 6", 1.0),
+    (TIME, SPAN, "- 2 to 6, or so", 1.0),
+    (TIME, SPAN, "-2 to 6", 0.0),  # not 2 to 6
+    (TIME, SPAN, "1,2 to 6,5", 0.0),  # not 2 to 6
     (TIME, SPAN, "2-6", 1.0),
     (TIME, SPAN, "2.0 – 6.0", 1.0),
     (TIME, SPAN, "2 secs TO\n6 seconds", 1.0),
