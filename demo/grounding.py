@@ -1,0 +1,132 @@
+"""Clips that ask when a shape is seen, and a tiny model to answer: `python -m demo.grounding` makes both, once.
+
+A clip of eight seconds shows a shape for one to three whole seconds, and nothing else. The words of the question say
+nothing about the time: of all answers that need no video, "2 to 7" overlaps most, by 0.279 in the mean over all clips.
+A thought writes down second by second whether the shape is seen, and the answer follows from the thought:
+`<think> - - 2 3 - - - -</think><answer>2 to 4</answer>`.
+
+The warm-up teaches this form with spans drawn by chance, and to write down when *anything* is seen. It never answers a
+question for a named shape by the time at which that is seen: GRPO finds out.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from demo.synthetic import COLOURS, SHAPES, SIDE, inside, write_video
+from demo.tiny import CHAT_WORDS, build_tiny_model
+
+SECONDS, FPS = 8, 2  # two frames are one time step of the model
+LONGEST = 3  # seconds that a shape is seen
+RADIUS = 0.2  # of a shape, relative to the side
+TARGETS = 4  # answers, all by chance, that the warm-up gives to a question for a named shape
+PARTS = {"train": 1024, "val": 200, "warmup": 768}  # clips, with one question each, in the warm-up two
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a clip shows, and when."""
+
+    colour: str
+    shape: str
+    start: int  # second
+    end: int
+    centre: tuple[float, float]  # (x, y), in pixels
+
+
+def random_shape(rng: np.random.Generator) -> Shown:
+    """Every length is equally likely, and every start at which it fits."""
+    length = int(rng.integers(1, LONGEST + 1))
+    start = int(rng.integers(0, SECONDS - length + 1))
+    x, y = rng.uniform(RADIUS, 1 - RADIUS, size=2) * SIDE
+    return Shown(str(rng.choice(tuple(COLOURS))), str(rng.choice(SHAPES)), start, start + length, (float(x), float(y)))
+
+
+def draw(shown: Shown, background: np.ndarray) -> np.ndarray:
+    """The frames of a clip, uint8 (T, H, W, 3)."""
+    frames = np.empty((SECONDS * FPS, SIDE, SIDE, 3), np.uint8)
+    frames[:] = background
+    grid = np.arange(SIDE) + 0.5  # centres of pixels
+    x, y = shown.centre
+    covered = inside(shown.shape, grid[None, :] - x, grid[:, None] - y, RADIUS * SIDE)
+    frames[shown.start * FPS : shown.end * FPS, covered] = COLOURS[shown.colour]
+    return frames
+
+
+def thought(seconds: range) -> str:
+    """range(2, 4) -> "<think> - - 2 3 - - - -</think>" """
+    return "<think>" + "".join(f" {s}" if s in seconds else " -" for s in range(SECONDS)) + "</think>"
+
+
+def questions(rng: np.random.Generator, shown: Shown, part: str) -> list[dict]:
+    """The rows about a clip, without its video."""
+    row = {
+        "problem": f"When does the {shown.colour} {shown.shape} appear?",
+        "solution": f"<answer>{shown.start} to {shown.end}</answer>",
+        "problem_type": "temporal grounding",
+        "duration": float(SECONDS),
+    }
+    if part != "warmup":
+        return [row]
+    chance = [random_shape(rng) for _ in range(TARGETS)]
+    by_chance = [f"{thought(range(s.start, s.end))}<answer>{s.start} to {s.end}</answer>" for s in chance]
+    seen = f"{thought(range(shown.start, shown.end))}<answer>seen</answer>"
+    anything = {"problem": "Is anything seen?", "solution": "<answer>seen</answer>", "problem_type": "free-form"}
+    return [row | {"completions": by_chance}, anything | {"completions": [seen]}]
+
+
+def make_part(folder: Path, part: str, count: int, rng: np.random.Generator) -> list[dict]:
+    """Writes the clips and the .jsonl file of a part; returns its rows."""
+    rows, written = [], []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the encoder runs outside Python's lock
+        for index in range(count):
+            shown, video = random_shape(rng), f"videos/{part}_{index:05d}.mp4"
+            frames = draw(shown, rng.integers(0, 30, size=3))
+            written.append(pool.submit(write_video, folder / video, frames, FPS))
+            rows += [{**row, "video": video} for row in questions(rng, shown, part)]
+    for video in written:
+        video.result()
+    (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def make_grounding(folder: Path, seed: int, parts: dict[str, int] = PARTS) -> None:
+    """Writes `folder`/data and `folder`/start, the model, unless they are there, of this code and seed."""
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    made, mark = folder / "made.json", json.dumps({"seed": seed, "parts": parts, "code": code})
+    if made.is_file() and made.read_text() == mark:
+        return
+    made.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=folder) as name:
+        data = Path(name, "data")
+        (data / "videos").mkdir(parents=True)
+        rows = [make_part(data, part, n, np.random.default_rng([seed, i])) for i, (part, n) in enumerate(parts.items())]
+        texts = {text for own in rows for row in own for text in (row["problem"], *row.get("completions", ()))}
+        corpus = " ".join((CHAT_WORDS, *sorted(texts)))
+        build_tiny_model(Path(name, "start"), seed=seed, corpus=corpus, vision={"patch_std": 0.03})
+        for new in ("data", "start"):
+            if (folder / new).exists():
+                os.replace(folder / new, Path(name, f"old-{new}"))
+            os.replace(Path(name, new), folder / new)
+    made.write_text(mark)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="demo.grounding", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", default="runs/grounding", help="Folder of the clips and the model [%(default)s].")
+    parser.add_argument("--seed", type=int, default=42, help="Seed of both [%(default)s].")
+    given = parser.parse_args(arguments)
+    make_grounding(Path(given.output), given.seed)
+    print(f"{given.output}: clips and model are there; next: python train.py --config demo/grounding.yaml")
+
+
+if __name__ == "__main__":
+    main()
