@@ -13,8 +13,9 @@ import pytest
 
 import evaluation.filter
 import grpo.engine.evaluate
+import train
 from demo.synthetic import DemoSpec, make_demo_set
-from demo.tiny import build_tiny_model
+from demo.tiny import CHAT_WORDS, build_tiny_model
 from evaluation.filter import chance_of, luck, rates_of
 from evaluation.predictions import Predictions
 from video.dataset import Sample, copy_rows, read_samples
@@ -245,3 +246,36 @@ def test_two_processes_give_the_rates_of_one(tmp_path, questions, tiny_folder):
         assert done.stdout.count("kept ") == 1
     for name in ("predictions.jsonl", "rates.jsonl", "kept/asked.jsonl"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def told(row):
+    """The question for a direction whose text gives the answer away."""
+    letter, word = row["original_answer"][0], row["original_answer"][3:]
+    target = f"<think> {word} {letter}</think><answer>{letter}</answer>"
+    return row | {"problem": row["problem"].replace("?", f"? It moves {word}.", 1), "completions": [target]}
+
+
+@pytest.mark.slow
+def test_a_trained_model_keeps_the_honest_questions_and_drops_the_shortcuts(tmp_path):
+    """The supervised pass teaches to read "It moves up."; of the other questions it teaches no more than the options,
+    so that the model guesses. 80 questions of each kind, about videos that it has not seen; at least 76 are right."""
+    made = make_demo_set(tmp_path / "made", DemoSpec(train=214, val=4, warmup=1536))
+    rows = {part: [json.loads(line) for line in path.read_text().splitlines()] for part, path in made.items()}
+    moving = {part: [row for row in own if row["category"] == "direction"] for part, own in rows.items()}
+    blind = [{name: value for name, value in row.items() if name != "video"} for row in moving["warmup"]]
+    both = [*moving["warmup"], *blind]
+    taught = [*both, *map(told, both), *(row for row in rows["warmup"] if row["category"] == "place")]
+    asked = [told(row) | {"completions": []} if n % 2 else row for n, row in enumerate(moving["train"][:160])]
+    sft, data, model = tmp_path / "made/taught.jsonl", tmp_path / "made/asked.jsonl", tmp_path / "model"
+    for path, own in ((sft, taught), (data, asked)):
+        path.write_text("".join(json.dumps(row) + "\n" for row in own))
+    corpus = " ".join((CHAT_WORDS, *sorted({text for row in taught for text in (row["problem"], *row["completions"])})))
+    build_tiny_model(model, seed=42, corpus=corpus, vision={"patch_std": 0.03})
+    flags = ("--preset", "demo", "--no-demo", "--model", model, "--data", data, "--sft_data", sft, "--steps", "0",
+             "--sft_until", "0.95", "--eval_samples", "0", "--no-controls", "--frame_cache", tmp_path / "frames",
+             "--output", tmp_path / "run")  # fmt: skip
+    assert train.main([str(flag) for flag in flags]) == 0
+    given = ("--ckpt", tmp_path / "run/warmup", "--data", data, "--output", tmp_path / "filter")
+    assert evaluation.filter.main([str(flag) for flag in given]) == 0
+    verdicts = [row["verdict"] for row in rates(tmp_path / "filter")]
+    assert verdicts[0::2].count("kept") >= 76 and verdicts[1::2].count("right when blind") >= 76, Counter(verdicts)
