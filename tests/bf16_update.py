@@ -36,7 +36,7 @@ def first_moments(folder, device, mesh=None):
     for seed in range(distributed.rank(), PROMPTS, distributed.world_size()):
         completions = random_completions(processor.tokenizer, (7, 3 + seed), seed)
         prompt = make_prompt(processor.tokenizer, [("video", (2 + 2 * seed, 4, 4))] if seed else [], seed)
-        group = RolloutGroup(prompt, completions, [torch.full((len(t),), -6.0) for t in completions], [], [])
+        group = RolloutGroup(prompt, completions, [torch.full((len(t),), -6.0) for t in completions], [], [True] * 2)
         group.advantages = torch.tensor([1.0, -0.5])
         groups.append(group)
     (batches,) = mini_batches(groups, policy, config)
