@@ -21,9 +21,9 @@ from pathlib import Path
 from rewards.judge import KEY, Judge
 from video.files import write_bytes
 
-# A request that fails is made again twice. Of the time limit, a request has 0.3, the first wait is 1/60, the second
+# A request that fails is made again twice. Of the time limit, a request has 0.25, the first wait is 1/60, the second
 # 2/60, each up to half as long again, by chance: so even three that stall end within the limit.
-RETRIES, REQUEST, WAIT = 2, 0.3, 1 / 60
+RETRIES, REQUEST, WAIT = 2, 0.25, 1 / 60
 LARGEST = 2**20  # bytes of a reply
 # "Score: 0.5", "**Score:** 1."; not "Score: 7/10", "1 out of 5", "0,5" or "1e-3", of which the first digits say another
 _SCORE = re.compile(r"\bscore\s*\**\s*[:=][\s*]{0,5}(\d*\.?\d+)(?!\w|[.,]\d|\s*[/%]|\s+out of (?!1\b))", re.IGNORECASE)

@@ -109,12 +109,12 @@ def test_free_text_is_scored_by_the_judge_and_nothing_else(server, monkeypatch):
 def test_what_the_server_does_wrong_costs_zeros_and_is_counted(server):
     """All at once; a request that may succeed is made three times, another once."""
     wrong = ["500", "stalls", "bad json", "no choices", "closes", "rubbish", "ten", "404", "score 2"]
-    (scores,) = score(judge_of(server, reward_timeout=6.0), ["score 1", *wrong, "fails once"])
+    (scores,) = score(judge_of(server, reward_timeout=8.0), ["score 1", *wrong, "fails once"])
     assert scores.parts["accuracy"] == [1.0] + [0.0] * len(wrong) + [1.0]
     messages = dict(zip(wrong, scores.failures["accuracy"], strict=True))
     for said, words in {
         "500": f"ConnectionError: {server.url}: HTTP Error 500: Internal Server Error no such model",
-        "stalls": f"ConnectionError: {server.url}: timed out after 1.8 s; raise --reward_timeout",
+        "stalls": f"ConnectionError: {server.url}: timed out after 2 s; raise --reward_timeout",
         "bad json": f'ConnectionError: {server.url}: the reply is no chat completion: b\'{{"choices"',
         "no choices": f"ConnectionError: {server.url}: the reply is no chat completion: b'{{}}'",
         "closes": f"ConnectionError: {server.url}: Remote end closed connection without response",
