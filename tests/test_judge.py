@@ -35,7 +35,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.asked[said] += 1
             self.server.requests.append((self.path, self.headers["Authorization"], body))
-        time.sleep(self.server.latency)
+        self.server.think()
         if said == "stalls":
             self.server.closing.wait(20)
         if said in ("stalls", "closes"):
@@ -63,6 +63,9 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     request_queue_size, daemon_threads = 512, True
+
+    def think(self):
+        time.sleep(self.latency)
 
     def handle_error(self, *_):  # the client has gone
         pass
@@ -181,19 +184,17 @@ def test_score_of_a_reply(reply, found):
 
 def test_requests_at_once_are_limited(server):
     server.latency, most, now = 0.05, [0], [0]
-    finish, begin = server.finish_request, time.monotonic()
+    think, begin = server.think, time.monotonic()
 
-    def counted(*given):
+    def counted():  # up to the reply: once the client has it, the next request may come
         with server.lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
-        try:
-            finish(*given)
-        finally:
-            with server.lock:
-                now[0] -= 1
+        think()
+        with server.lock:
+            now[0] -= 1
 
-    server.finish_request = counted
+    server.think = counted
     (scores,) = score(judge_of(server, judge_concurrency=3), [f"score 0.{n}" for n in range(1, 10)])
     assert scores.parts["accuracy"] == pytest.approx([n / 10 for n in range(1, 10)])
     assert most[0] <= 3 and time.monotonic() - begin > 3 * 0.05
