@@ -91,11 +91,11 @@ def main():
     parser.add_argument("--frames", type=int, default=512, help="of a clip")
     parser.add_argument("--shared", type=int, default=2, help="processes to a prompt")
     given, more = parser.parse_known_args()  # further flags are train.py's
-    began = time.perf_counter()
-    if not (given.folder / "start").exists():
-        make_inputs(given.folder, given.frames)
+    began, folder = time.perf_counter(), given.folder / f"{given.frames}_frames"
+    if not (folder / "start").exists():
+        make_inputs(folder, given.frames)
     print(f"clips of {given.frames} frames and a model: {time.perf_counter() - began:.0f} s", flush=True)
-    subprocess.run(command(given.folder, given.frames, given.shared, more), check=True)
+    subprocess.run(command(folder, given.frames, given.shared, more), check=True)
 
 
 if __name__ == "__main__":

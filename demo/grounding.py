@@ -14,16 +14,16 @@ import hashlib
 import json
 import os
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from demo.synthetic import COLOURS, SHAPES, SIDE, inside, write_video
+from demo.synthetic import COLOURS, FPS, SHAPES, SIDE, filming, inside
 from demo.tiny import CHAT_WORDS, build_tiny_model
+from video.pool import WorkerPool
 
-SECONDS, FPS = 8, 2  # two frames are one time step of the model
+SECONDS = 8  # of a clip; FPS is 2, and two frames are one time step of the model
 LONGEST = 3  # seconds that a shape is seen
 RADIUS = 0.2  # of a shape, relative to the side
 TARGETS = 4  # answers, all by chance, that the warm-up gives to a question for a named shape
@@ -82,15 +82,13 @@ def questions(rng: np.random.Generator, shown: Shown, part: str) -> list[dict]:
     return [row | {"completions": by_chance}, anything | {"completions": [seen]}]
 
 
-def make_part(folder: Path, part: str, count: int, rng: np.random.Generator) -> list[dict]:
+def make_part(folder: Path, part: str, count: int, seed: list[int], pool: WorkerPool) -> list[dict]:
     """Writes the clips and the .jsonl file of a part; returns its rows."""
-    rows, written = [], []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the encoder runs outside Python's lock
-        for index in range(count):
-            shown, video = random_shape(rng), f"videos/{part}_{index:05d}.mp4"
-            frames = draw(shown, rng.integers(0, 30, size=3))
-            written.append(pool.submit(write_video, folder / video, frames, FPS))
-            rows += [{**row, "video": video} for row in questions(rng, shown, part)]
+    rows, written, rng = [], [], np.random.default_rng(seed)
+    for index in range(count):
+        shown, video = random_shape(rng), f"videos/{part}_{index:05d}.mp4"
+        written.append(pool.submit(folder / video, draw, shown, rng.integers(0, 30, size=3)))
+        rows += [{**row, "video": video} for row in questions(rng, shown, part)]
     for video in written:
         video.result()
     (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -108,7 +106,8 @@ def make_grounding(folder: Path, seed: int, parts: dict[str, int] = PARTS) -> No
     with tempfile.TemporaryDirectory(prefix=".making-", dir=folder) as name:
         data = Path(name, "data")
         (data / "videos").mkdir(parents=True)
-        rows = [make_part(data, part, n, np.random.default_rng([seed, i])) for i, (part, n) in enumerate(parts.items())]
+        with filming() as pool:
+            rows = [make_part(data, part, parts[part], [seed, number], pool) for number, part in enumerate(parts)]
         texts = {text for own in rows for row in own for text in (row["problem"], *row.get("completions", ()))}
         corpus = " ".join((CHAT_WORDS, *sorted(texts)))
         build_tiny_model(Path(name, "start"), seed=seed, corpus=corpus, vision={"patch_std": 0.03})

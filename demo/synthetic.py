@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,7 +45,6 @@ ASKED = {
     "warmup": (("direction", "colour"), ("place",)),
 }
 MANIFEST = "demo.json"  # written last: a folder that has it is complete
-FILM_SECONDS = 60.0  # in which a process draws and encodes one video
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def make_demo_set(folder: str | Path, spec: DemoSpec = DemoSpec()) -> dict[str, 
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as name:
         aside = Path(name)
         (aside / "videos").mkdir()
-        with closing(WorkerPool(film, min(os.cpu_count() or 1, 8), FILM_SECONDS)) as pool:
+        with filming() as pool:
             for number, part in enumerate(paths):
                 write_part(aside, part, number, spec, pool)
         if is_complete():  # another process was quicker, and its set is in use
@@ -107,7 +106,7 @@ def write_part(folder: Path, part: str, number: int, spec: DemoSpec, pool: Worke
     rows, written, rng = [], [], np.random.default_rng([spec.seed, number])
     for index, (scene, questions) in enumerate(scenes_and_questions(rng, part, getattr(spec, part))):
         video = f"videos/{part}_{index:05d}.mp4"
-        written.append(pool.submit(folder / video, scene))
+        written.append(pool.submit(folder / video, draw, scene))
         rows += [{**row, "video": video} for row in questions]
     for video in written:
         video.result()
@@ -178,9 +177,15 @@ def random_scene(rng: np.random.Generator, moves: bool, index: int) -> Scene:
     return Scene(colour, shape, direction, tuple((float(x), float(y)) for x, y in path), background)
 
 
-def film(path: Path, scene: Scene) -> None:
-    """Writes the video of a scene; in a process, as the encoder holds Python's lock most of the time."""
-    write_video(path, draw(scene), FPS)
+def filming() -> closing:
+    """A pool of processes that `film`, closed at the end of a `with`: threads would wait for each other, as the encoder
+    holds Python's lock most of the time."""
+    return closing(WorkerPool(film, min(os.cpu_count() or 1, 8), timeout=60.0))  # seconds for one video
+
+
+def film(path: Path, draw: Callable, *scene) -> None:
+    """Writes the video of the frames that draw(*scene) returns."""
+    write_video(path, draw(*scene), FPS)
 
 
 def draw(scene: Scene) -> np.ndarray:

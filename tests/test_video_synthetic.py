@@ -65,7 +65,7 @@ def test_a_complete_folder_is_used_again_and_an_incomplete_one_made_anew(tmp_pat
     assert len(rows(paths["train"])) == 6
 
 
-def no_space(path, scene):
+def no_space(path, draw, scene):
     raise OSError("no space left")
 
 
