@@ -102,8 +102,8 @@ def start(
         raise ConfigError("--device cuda: torch sees no GPU; install a CUDA build and driver, or give --device cpu")
     for flag, count in (("shard_size", size), ("sequence_parallel", sequence_parallel)):
         if world % count:
-            start = f"`torchrun --nproc_per_node {count} train.py ...` starts {count}"
-            raise ConfigError(f"--{flag} {count}: must divide the number of processes, {world}; {start}")
+            hint = f"`torchrun --nproc_per_node {count} train.py ...` starts {count}"
+            raise ConfigError(f"--{flag} {count}: must divide the number of processes, {world}; {hint}")
     if not on_gpu and world == 1:
         return torch.device("cpu"), None
     place = torch.device("cuda", _number("LOCAL_RANK")) if on_gpu else torch.device("cpu")
