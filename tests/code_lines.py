@@ -20,7 +20,7 @@ EVERYTHING = "all but tests and bench"
 # sequence parallelism (160), the filter of questions (173), kept vision features (43), videos read by shares (58),
 # the demo's videos encoded in processes (6) and the clips of demo/grounding.py (92); the rest is hints for misspelt
 # names and for settings that are given twice or do nothing (ring 3: 10).
-LIMITS = {"ring 1": 975, "ring 2": 1364, "ring 3": 1566, EVERYTHING: 7602}
+LIMITS = {"ring 1": 975, "ring 2": 1364, "ring 3": 1566, EVERYTHING: 7604}
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

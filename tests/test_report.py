@@ -336,3 +336,12 @@ def test_curves_of_one_run_and_of_several(tmp_path, capsys):
     assert plot.curve(train, "letter_B")[0] == [1, 3]
     make_run(tmp_path / "empty", 0)
     plot.plot_run(tmp_path / "empty")
+
+
+def test_a_metric_that_no_run_measured_has_no_panel(tmp_path, monkeypatch):
+    rows = [{"phase": "train", "step": step, "reward": 1.0, "length": 3.0} for step in range(2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda _, title: titles.append(title))
+    plot.plot_run(tmp_path)
+    assert titles == ["reward", "completion length", "clip share"]
