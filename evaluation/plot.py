@@ -56,7 +56,7 @@ def interval_bars(rows: list[dict]) -> list[list[float]]:
 def plot_runs(folders: list[str | Path], path: str | Path) -> str | Path:
     """Draws those of the PANELS that a run measured by step, and a panel for each reward, to `path`, and returns it.
     With the accuracy are the held-out accuracy, its 95% interval as a bar, and, if they were measured, its blind and
-    order gaps.
+    order gaps. Runs without a step, such as a supervised pass alone, have all panels, empty.
 
     Of the answer letters, a run alone shows each; of several runs, each shows its most frequent one.
     """
@@ -70,7 +70,7 @@ def plot_runs(folders: list[str | Path], path: str | Path) -> str | Path:
     names = ["/".join(Path(folder).parts[-2:]) if several else "training" for folder in folders]
     panels = PANELS | {name: name for name in reward_metrics([row for train, _ in runs for row in train])}
     measured = lambda metric: any(curve(rows, metric)[0] for run in runs for rows in run)
-    panels = {title: metric for title, metric in panels.items() if measured(metric)}
+    panels = {title: metric for title, metric in panels.items() if measured(metric)} or panels
     lines = -(-len(panels) // 3)
     figure, axes = plt.subplots(lines, 3, figsize=(14, 0.5 + 3 * lines), constrained_layout=True)
     for axis in axes.flat[len(panels) :]:

@@ -345,3 +345,9 @@ def test_a_metric_that_no_run_measured_has_no_panel(tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda _, title: titles.append(title))
     plot.plot_run(tmp_path)
     assert titles == ["reward", "completion length", "clip share"]
+
+
+def test_a_run_without_a_step_has_empty_panels(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with Image.open(plot.plot_run(tmp_path)) as picture:
+        assert picture.format == "PNG"
