@@ -5,11 +5,21 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, PROMPT_KINDS, assert_close_to_scale, load_pair, make_prompt, random_completions
+from conftest import (
+    FAMILIES,
+    PROMPT_KINDS,
+    assert_close_to_scale,
+    load_pair,
+    make_prompt,
+    naive_logprobs,
+    random_completions,
+)  # fmt: skip
 
 from grpo.attention import IN_USE, batched_vision_attention, register
 from grpo.batch import pack
-from grpo.engine.model import checkpoint_activations, decoder, vision_tower
+from grpo.engine import model
+from grpo.engine.model import BLOCK, checkpoint_activations, decoder, few_rows, vision_tower
+from grpo.sampler import SamplingSettings, generate
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -160,3 +170,39 @@ def test_cudnn_never_attends():
     torch.backends.cuda.enable_cudnn_sdp(True)
     register()
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_few_rows_give_the_same_numbers(monkeypatch):
+    """By blocks of the weight for 3 to 8 rows without a gradient, else as one product."""
+    calls, matmul = [], torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda *given: calls.append(1) or matmul(*given))
+    torch.manual_seed(0)
+    for bias in (True, False):
+        layer = torch.nn.Linear(96, 3 * BLOCK, bias=bias)
+        for rows in (1, 2, 3, 8, 9):
+            hidden = torch.randn(rows, 1, 96)
+            calls.clear()
+            with torch.no_grad():
+                ours = few_rows(layer, hidden)
+            assert len(calls) == (3 <= rows <= 8)
+            torch.testing.assert_close(ours, layer(hidden), rtol=1e-5, atol=1e-6)
+            assert few_rows(layer, hidden).requires_grad and len(calls) == (3 <= rows <= 8)
+    odd, half = torch.nn.Linear(96, BLOCK + 1), torch.nn.Linear(96, BLOCK).bfloat16()
+    calls.clear()
+    with torch.no_grad():
+        assert torch.equal(few_rows(odd, hidden[:4]), odd(hidden[:4]))
+        assert torch.equal(few_rows(half, hidden[:4].bfloat16()), half(hidden[:4].bfloat16()))
+    assert not calls
+
+
+def test_a_model_with_large_weights_decodes_few_rows_by_blocks(checkpoints, monkeypatch):
+    monkeypatch.setattr(model, "LARGE", 1)
+    policy, naive, tokenizer = load_pair(checkpoints["qwen2_vl"])
+    shapes, matmul = set(), torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda *given: shapes.add(tuple(given[1].shape)) or matmul(*given))
+    prompt, settings = make_prompt(tokenizer, PROMPT_KINDS["video"]), SamplingSettings(max_new_tokens=8)
+    (group,) = generate(policy, [prompt], 4, settings, [0], tokenizer)
+    assert {shape[0] for shape in shapes if shape[-1] == BLOCK} >= {1, 2, 4}  # blocks of keys, queries, MLP
+    with torch.no_grad():
+        scored = naive_logprobs(naive, policy.spec, prompt, group.tokens)
+    torch.testing.assert_close(torch.cat(group.logprobs), scored, rtol=0, atol=1e-5)

@@ -27,6 +27,7 @@ KEPT = frozenset({
     "aten._efficient_attention_forward.default",
     "flash_attn._flash_attn_varlen_forward.default",
 })  # fmt: skip
+LARGE, BLOCK = 2**19, 32  # of `few_rows`: numbers of a weight, and rows of it in one block
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,7 @@ def empty_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrai
 
 
 def use_own_kernels(model: PreTrainedModel) -> PreTrainedModel:
-    """Makes the model call `grpo.attention`, `embed_patches` and `rms_norm` from now on; returns it.
+    """Makes the model call `grpo.attention`, `embed_patches`, `rms_norm` and `few_rows` from now on; returns it.
 
     Attention's names are set after construction: at construction transformers would try to fetch a kernel for a name
     with "flash" in it.
@@ -100,6 +101,8 @@ def use_own_kernels(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if hasattr(module, "variance_epsilon"):
             module.forward = partial(rms_norm, module)
+        elif isinstance(module, nn.Linear) and module.weight.numel() >= LARGE:
+            module.forward = partial(few_rows, module)
     return model
 
 
@@ -118,6 +121,19 @@ def rms_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     if "fused norms" in attention.IN_USE:
         return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
     return type(norm).forward(norm, hidden)
+
+
+def few_rows(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    """`linear`, faster for the 3 to 8 rows that a CPU decodes together: as a batch of products with BLOCK rows of the
+    weight each. As one product, torch's MKL takes up to twice as long for 8 rows, and longer than for 16."""
+    weight, rows = linear.weight, hidden[..., 0].numel()
+    decoding = hidden.is_cpu and hidden.dtype == torch.float32 and not torch.is_grad_enabled() and 3 <= rows <= 8
+    if not decoding or len(weight) % BLOCK:
+        return F.linear(hidden, weight, linear.bias)
+    blocks = weight.unflatten(0, (-1, BLOCK)).transpose(1, 2)
+    out = hidden.reshape(1, rows, -1).expand(len(blocks), -1, -1) @ blocks  # (blocks, rows, BLOCK)
+    out = out.transpose(0, 1).reshape(*hidden.shape[:-1], -1)
+    return out if linear.bias is None else out + linear.bias
 
 
 def vision_tower(model: PreTrainedModel) -> nn.Module:
