@@ -50,6 +50,7 @@ from grpo.run.folder import sole_use
 from grpo.run.log import quiet_libraries
 from grpo.run.run import make_encoder
 from grpo.run.stops import exit_code
+from grpo.sampler import SamplingSettings
 from rewards.grounding import OVERLAPS
 from rewards.judge import Judge
 from video.dataset import read_samples
@@ -95,11 +96,12 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     say = print if is_main() else lambda line: None
     say_text_only(samples, "to answer", say)
     say_free_text(samples, "to answer", config, say)
-    asking = EvalSettings(config.max_new_tokens, config.eval_batch, arguments.temperature, judge=Judge.of(config))
+    sampling = SamplingSettings(arguments.temperature, max_new_tokens=config.max_new_tokens)
+    asking = EvalSettings(sampling, config.eval_batch, judge=Judge.of(config))
 
     # 3) The answers: those that the folder has, and the others
     output = Path(arguments.output or default_output(arguments))
-    settings = settings_of(config, samples, arguments.temperature, device.type)
+    settings = settings_of(config, samples, sampling, device.type)
     with sole_use(output):
         predictions = Predictions(output, settings)
         build = functools.partial(build_policy, config=config, device=device, mesh=mesh, trained=False)

@@ -28,6 +28,7 @@ import re
 import signal
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -45,6 +46,7 @@ from grpo.run.data import say_free_text, say_text_only
 from grpo.run.folder import sole_use
 from grpo.run.log import quiet_libraries
 from grpo.run.stops import exit_code
+from grpo.sampler import SamplingSettings
 from rewards.judge import Judge
 from video.dataset import copy_rows
 from video.files import write_rows
@@ -70,13 +72,14 @@ def filter_rows(given: argparse.Namespace) -> dict[str, int]:
     say_free_text(samples, "to answer", config, say)
 
     # 2) Scores: those that the folder has, and the others
-    own = {"group_size": given.group_size, "top_k": config.top_k, "top_p": config.top_p}
-    asking = EvalSettings(config.max_new_tokens, config.eval_batch, config.temperature, judge=Judge.of(config), **own)
+    sampling = SamplingSettings.of(config)
+    asking = EvalSettings(sampling, config.eval_batch, judge=Judge.of(config), group_size=given.group_size)
     build = functools.partial(build_policy, config=config, device=device, mesh=mesh, trained=False)
     variants = [Variant(name, folder, "think", control) for name, control in (("video", None), (NO_VIDEO, NO_VIDEO))]
+    own = {**asdict(sampling), "group_size": given.group_size}
     output = Path(given.output)
     with sole_use(output):
-        predictions = Predictions(output, settings_of(config, samples, config.temperature, device.type) | own)
+        predictions = Predictions(output, settings_of(config, samples, sampling, device.type) | own)
         seen, blind = answer(variants, samples, config, asking, predictions, build, say).values()
         predictions.merge()
 

@@ -13,6 +13,7 @@ from grpo.config import Config
 from grpo.engine.distributed import barrier, is_main, rank
 from grpo.errors import ConfigError
 from grpo.run.data import digest
+from grpo.sampler import SamplingSettings
 from video.dataset import Sample
 from video.files import append_rows, read_rows, write_rows, write_text
 
@@ -73,11 +74,11 @@ def check_settings(path: Path, settings: dict) -> None:
         )
 
 
-def settings_of(config: Config, samples: list[Sample], temperature: float, device: str) -> dict:
+def settings_of(config: Config, samples: list[Sample], sampling: SamplingSettings, device: str) -> dict:
     """What answers depend on, besides checkpoint, mode and control: plain values under the names of their flags."""
     names = "judge_model judge_prompt prompt_template answer_form max_prompt_tokens max_new_tokens eval_batch".split()
     asked = {name: getattr(config, name) for name in names}
-    own = {"temperature": temperature, "device": device, "questions": digest(samples)}
+    own = {"temperature": sampling.temperature, "device": device, "questions": digest(samples)}
     return {**dataclasses.asdict(config.video_settings()), **asked, **own}
 
 

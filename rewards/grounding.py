@@ -32,8 +32,10 @@ from video.formats import Sample
 Box = tuple[float, float, float, float]
 
 _NUMBER = r"(\d+(?:\.\d*)?)"
-_SPAN = re.compile(  # "3.2 to 7.5", "3.2s - 7.5s"; not the "03 to 00" of "00:03 to 00:07", "2 to 7" of "3,2 to 7,5"
-    rf"(?<![\d.:-])(?<!\d,){_NUMBER} ?(?:s|secs?|seconds?)? ?(?:to|and|-|–|—) ?{_NUMBER}(?![\d:]|[.,]\d)", re.IGNORECASE
+_SPAN = re.compile(
+    # "3.2 to 7.5", "3.2s - 7.5s"; not the "03 to 00" of "00:03 to 00:07", the "2 to 7" of "3,2 to 7,5", or minutes
+    rf"(?<![\d.:-])(?<!\d,){_NUMBER} ?(?:s|secs?|seconds?)? ?(?:to|and|-|–|—) ?{_NUMBER}(?![\d:]|[.,]\d| ?min| ?hour)",
+    re.IGNORECASE,
 )
 _JSON_START = re.compile(r"[\[{]")
 

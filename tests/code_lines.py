@@ -18,9 +18,10 @@ EVERYTHING = "all but tests and bench"
 # checkpointing to 1,317; watching and steering a run ring 3 from 1,289 to 1,530. All grew from 6,014 lines by grounded
 # answers (396), rewards that score a step at once (215), watching and steering (200), a judge of free text (204),
 # sequence parallelism (160), the filter of questions (173), kept vision features (43), videos read by shares (58),
-# the demo's videos encoded in processes (6), the clips of demo/grounding.py (92) and products of a few rows on a CPU
-# (12, ring 2); the rest is hints for misspelt names and for settings that are given twice or do nothing (ring 3: 10).
-LIMITS = {"ring 1": 975, "ring 2": 1375, "ring 3": 1566, EVERYTHING: 7616}
+# the demo's videos encoded in processes (6), the clips of demo/grounding.py (92), products of a few rows on a CPU (12,
+# ring 2) and evaluation that takes the sampler's own settings (5; ring 3: 2, ring 2: -4); the rest is hints for
+# misspelt names and for settings that are given twice or do nothing (ring 3: 10).
+LIMITS = {"ring 1": 975, "ring 2": 1371, "ring 3": 1568, EVERYTHING: 7621}
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

@@ -28,6 +28,7 @@ from grpo.engine.evaluate import NO_VIDEO, EvalSettings, encode, plan, predict, 
 from grpo.engine.model import model_spec
 from grpo.policy import Policy
 from grpo.run.data import digest, draw, split_data
+from grpo.sampler import SamplingSettings
 from video.dataset import Sample, read_samples
 from video.frames import VideoSettings
 from video.loader import PromptLoader
@@ -59,6 +60,10 @@ def parts(tiny_folder):
     settings = VideoSettings(nframes=4, min_pixels=784, max_pixels=784)
     encoder = PromptEncoder(tiny_folder, settings, "{problem}")
     return Policy(model, model_spec(model, tokenizer)), PromptLoader(encoder, workers=0), tokenizer
+
+
+def greedy(count):
+    return SamplingSettings(temperature=0.0, max_new_tokens=count)
 
 
 def run(ckpt, output, *flags):
@@ -137,7 +142,7 @@ def test_questions_about_one_video_share_its_frames_and_vision_pass(parts, demo,
     for sample in read_samples(demo):
         about.setdefault(sample.videos, []).append(sample)
     samples = [sample for questions in about.values() if len(questions) == 3 for sample in questions][:9]
-    alone = predict(policy, loader, samples, tokenizer, EvalSettings(8, 1))
+    alone = predict(policy, loader, samples, tokenizer, EvalSettings(greedy(8), 1))
     decoded, passes, encoder, tower = [], [], loader.encoder, policy.vision_features
     monkeypatch.setattr(
         loader, "encoder", lambda sample, control: decoded.append(sample.key) or encoder(sample, control)
@@ -147,7 +152,7 @@ def test_questions_about_one_video_share_its_frames_and_vision_pass(parts, demo,
     monkeypatch.setattr(
         policy, "vision_features", lambda packed, keep=True: passes.append(len(packed.grids)) or tower(packed)
     )
-    together = predict(policy, loader, samples, tokenizer, EvalSettings(8, 6))
+    together = predict(policy, loader, samples, tokenizer, EvalSettings(greedy(8), 6))
     assert together == alone, "an answer depends on what it was decoded with"
     assert len(decoded) == 3, f"3 videos, decoded {len(decoded)} times"
     assert passes == [2, 1], f"vision passes over {passes} videos, where the batches have 2 and 1 distinct ones"
@@ -181,7 +186,7 @@ def test_controls_change_the_video_and_no_video_leaves_it_out(parts, demo, monke
     samples = read_samples(demo)[:3]
     pixels = {}
     for control in (None, "reversed", "blank", NO_VIDEO):
-        predict(policy, loader, samples, tokenizer, EvalSettings(8, 4, control=control))
+        predict(policy, loader, samples, tokenizer, EvalSettings(greedy(8), 4, control=control))
         pixels[control], placeholders = seen[samples[0].key]
         assert placeholders == (0 if control == NO_VIDEO else 2)
     assert pixels[NO_VIDEO] is None
@@ -217,7 +222,7 @@ def test_evaluation_gives_what_training_logged(tmp_path, demo, tiny_folder, part
     )  # fmt: skip
     save_config(config, tiny_folder / "run.json")
     try:
-        records = predict(policy, loader, draw(read_samples(demo), 20), tokenizer, EvalSettings(8, 8))
+        records = predict(policy, loader, draw(read_samples(demo), 20), tokenizer, EvalSettings(greedy(8), 8))
         code = eval_script.main(["--ckpt", str(tiny_folder), "--output", str(tmp_path), "--device", "cpu"])
     finally:
         (tiny_folder / "run.json").unlink()
@@ -472,9 +477,9 @@ def test_three_times_faster_than_generate_one_sample_at_a_time(tmp_path, tiny_fo
     policy, loader, tokenizer = parts
     data = make_demo_set(tmp_path, DemoSpec(train=4, val=100, warmup=4))["val"]
     samples = read_samples(data)[:200]
-    predict(policy, loader, samples[:4], tokenizer, EvalSettings(24, 4))
+    predict(policy, loader, samples[:4], tokenizer, EvalSettings(greedy(24), 4))
     clock = time.perf_counter()
-    predict(policy, loader, samples, tokenizer, EvalSettings(24, 40))
+    predict(policy, loader, samples, tokenizer, EvalSettings(greedy(24), 40))
     own = time.perf_counter() - clock
 
     model = type(policy.model).from_pretrained(tiny_folder, attn_implementation="sdpa")

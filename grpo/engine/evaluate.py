@@ -39,14 +39,11 @@ RECALL_AT = (0.3, 0.5, 0.7)  # overlaps from which an answer counts as found
 class EvalSettings:
     """How questions are asked; frames, pixels and the prompt's template are the loader's."""
 
-    max_new_tokens: int
+    sampling: SamplingSettings
     batch: int  # prompts decoded together
-    temperature: float = 0.0  # 0 is greedy
     control: str | None = None  # one of CONTROLS; None: the video as it is
     judge: Judge | None = None  # who scores free text; None: ROUGE
     group_size: int = 1  # completions of each question
-    top_k: int = 0  # see `SamplingSettings`, likewise top_p
-    top_p: float = 1.0
 
 
 def predict(
@@ -74,14 +71,13 @@ def predict(
     own = left[data_rank() :: data_size()]
 
     # 2) Answer them
-    sampling = SamplingSettings(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens)
-    made = {}
+    size, sampling, made = settings.group_size, settings.sampling, {}
     with unsharded(policy) as plain:
         for encoded in map(sequence.agreed, encode(loader, own, control if control in FRAME_CONTROLS else None)):
             prompts = [p for p in encoded if not isinstance(p, Skipped)]
             seeds = [prompt_seed(0, control or "", p.sample.key) for p in prompts]
             features = _shared_features(plain, prompts)
-            ask = partial(generate, plain, prompts, settings.group_size, sampling, seeds, tokenizer, features)
+            ask = partial(generate, plain, prompts, size, sampling, seeds, tokenizer, features)
             groups = ask() if prompts else []
             answered = iter(_records([p.sample for p in prompts], [g.texts for g in groups], settings.judge))
             records = [_skip(p) if isinstance(p, Skipped) else next(answered) for p in encoded]

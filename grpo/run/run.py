@@ -21,6 +21,7 @@ from grpo.run.data import digest, draw_samples, read_questions, steps_of
 from grpo.run.folder import clear_run, data_before, find_checkpoint, made_before
 from grpo.run.log import RunLog, describe_groups, describe_run, describe_usage
 from grpo.run.stops import count_bad, memory_message, out_of_memory
+from grpo.sampler import SamplingSettings
 from rewards.judge import Judge
 from video.cache import FrameCache
 from video.formats import DataError
@@ -253,7 +254,8 @@ class Run:
         config, held_out, tokenizer, self.prompts = self.config, self.held_out, self.processor.tokenizer, []
         if not held_out:
             return {}
-        settings = EvalSettings(config.max_new_tokens, config.eval_batch, control=control, judge=Judge.of(config))
+        greedy = SamplingSettings(temperature=0.0, max_new_tokens=config.max_new_tokens)
+        settings = EvalSettings(greedy, config.eval_batch, control, Judge.of(config))
         with Progress(control or "evaluation", len(held_out), leave=False) as progress:
             records = predict(policy, self.loader, held_out, tokenizer, settings, report=progress)
         return summarise(records, frozenset(map(category_of, self.train)))
