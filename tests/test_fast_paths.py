@@ -14,7 +14,7 @@ from grpo.attention import IN_USE
 from grpo.batch import pack
 from grpo.config import parse_config
 from grpo.engine import fast_paths
-from grpo.engine.fast_paths import FastPath, choose_fast_paths
+from grpo.engine.fast_paths import choose_fast_paths
 from grpo.sampler import SamplingSettings, generate
 from video.prompt import Skipped
 
@@ -47,7 +47,7 @@ def check(tiny_vl, monkeypatch):
         choose_fast_paths(on_a_gpu, loader, samples, config, tokenizer, lines.append)
         return lines
 
-    monkeypatch.setattr(fast_paths, "FAST_PATHS", (FastPath("flash-attn", "scoring"),))
+    monkeypatch.setattr(fast_paths, "FAST_PATHS", {"flash-attn": "scoring"})
     monkeypatch.setattr(fast_paths, "unsharded", lambda _: nullcontext(policy))
     always_faster(monkeypatch)
     monkeypatch.setattr(attention, "flash_fits", lambda query: "flash-attn" in IN_USE)

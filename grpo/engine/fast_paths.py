@@ -34,18 +34,8 @@ TOLERANCE = 3
 LEAST = 0.01  # a mean difference that is allowed on any model
 
 
-class FastPath(NamedTuple):
-    """A way to compute the same faster."""
-
-    name: str  # it is in `IN_USE` while the path is in use
-    timed: str  # what it must make faster: "sampling" or "scoring"
-
-
-FAST_PATHS = (
-    FastPath("flash-attn", timed="scoring"),
-    FastPath("fused norms", timed="sampling"),
-    FastPath("decoding graph", timed="sampling"),
-)
+# {name of a fast path, which is in `IN_USE` while the path is in use: what it must make faster}
+FAST_PATHS = {"flash-attn": "scoring", "fused norms": "sampling", "decoding graph": "sampling"}
 
 
 class Trial(NamedTuple):
@@ -69,23 +59,24 @@ def choose_fast_paths(
             agreed = map(sequence.agreed, batches)
             prompt = next((prompt for (prompt,) in agreed if not isinstance(prompt, Skipped)), None)
         graph = config.decode_graph and config.max_new_tokens > 2 * LOOK_EVERY  # shorter ones are never recorded
-        paths = [path for path in FAST_PATHS if graph or path.name != "decoding graph"]
+        paths = [path for path in FAST_PATHS if graph or path != "decoding graph"]
         with unsharded(policy) as plain:
             faults = find_faults(paths, plain, prompt, config, tokenizer)
         for path, *reasons in zip(paths, *gather(faults)):
             if reason := next(filter(None, reasons), None):
-                say(f"{path.name} is left out: {reason}")
+                say(f"{path} is left out: {reason}")
             else:
-                IN_USE.add(path.name)
+                IN_USE.add(path)
     kernel = "flash-attn" if "flash-attn" in IN_USE else "torch's scaled_dot_product_attention"
     say(f"attention by {kernel}; fast paths in use: {', '.join(sorted(IN_USE)) or 'none'}")
 
 
 @torch.no_grad()
 def find_faults(
-    paths: Sequence[FastPath], policy: Policy, prompt: Prompt | None, config: Config, tokenizer: Tokenizer
+    paths: Sequence[str], policy: Policy, prompt: Prompt | None, config: Config, tokenizer: Tokenizer
 ) -> list[str | None]:
-    """For each path None, or in a few words why it is left out. Not collective: `policy` must not be sharded.
+    """For each path of `FAST_PATHS` None, or in a few words why it is left out. Not collective: `policy` must not be
+    sharded.
 
     Raises RunError if a path leaves the GPU in a state in which nothing runs any more.
     """
@@ -96,7 +87,7 @@ def find_faults(
     allowed = max(LEAST, TOLERANCE * best.logprobs.diff(dim=0).abs().mean().item())
     for path in paths:
         try:
-            trial = run_trial((*names, path.name), policy, prompt, config, tokenizer)
+            trial = run_trial((*names, path), policy, prompt, config, tokenizer)
         except Exception as error:
             faults.append(f"{type(error).__name__}: {error}".strip().partition("\n")[0])
             _refuse_a_broken_gpu(path, faults[-1])
@@ -104,14 +95,14 @@ def find_faults(
         with using(()):
             expected = _score(policy, prompt, trial.tokens)
         difference = (trial.logprobs - expected).abs().mean(-1).max().item()
-        ours, without = trial.seconds[path.timed], best.seconds[path.timed]
+        ours, without = trial.seconds[FAST_PATHS[path]], best.seconds[FAST_PATHS[path]]
         if not difference <= allowed:  # NaN is a fault too
             faults.append(f"its log-probabilities are off by {difference:.2g} on average, {allowed:.2g} is allowed")
         elif ours >= without:
             faults.append(f"it is not faster, {ours:.3g} s against {without:.3g} s without it")
         else:
             faults.append(None)
-            names, best = [*names, path.name], trial
+            names, best = [*names, path], trial
     return faults
 
 
@@ -154,5 +145,5 @@ def _refuse_a_broken_gpu(path, reason):
             torch.cuda.synchronize()
     except RuntimeError as error:
         raise RunError(
-            f"{path.name} left the GPU unusable ({reason}); run without it: uninstall flash-attn, or --no-decode_graph"
+            f"{path} left the GPU unusable ({reason}); run without it: uninstall flash-attn, or --no-decode_graph"
         ) from error
