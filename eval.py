@@ -41,7 +41,7 @@ from grpo.config import Config, check, load_config
 from grpo.engine import distributed
 from grpo.engine.build import build_policy
 from grpo.engine.distributed import is_main
-from grpo.engine.evaluate import CONTROLS, EvalSettings, Progress, predict, summarise
+from grpo.engine.evaluate import CONTROLS, EvalSettings, predict, show_progress, summarise
 from grpo.engine.fast_paths import choose_fast_paths
 from grpo.engine.model_files import find_model, read_processor
 from grpo.errors import ConfigError
@@ -221,8 +221,8 @@ def answer(
             for v in group:
                 save = functools.partial(predictions.add, places[v])
                 settings = replace(asking, control=v.control)
-                with Progress(v.name, len(samples) - len(done[v]), save=save) as progress:
-                    records = predict(policy, loader, questions, tokenizer, settings, done=done[v], report=progress)
+                with show_progress(v.name, len(samples) - len(done[v]), save=save) as report:
+                    records = predict(policy, loader, questions, tokenizer, settings, done=done[v], report=report)
                 done[v] = {record["key"]: record for record in records}
     return {v.name: [done[v][s.key] for s in samples] for v in variants}
 

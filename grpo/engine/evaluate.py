@@ -7,6 +7,7 @@ ones, name the opposite direction on reversed ones, and guess on a blank video, 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import groupby
@@ -91,26 +92,20 @@ def predict(
     return [done[s.key] for s in samples]
 
 
-class Progress:
-    """Takes records as they come: saves them, and shows their running accuracy and the time that is left on the bar of
-    rank 0, which stays on the screen if `leave`."""
+@contextmanager
+def show_progress(name: str, total: int, leave: bool = True, save: Callable = lambda _: None) -> Iterator[Callable]:
+    """Yields a function that takes records as they come: it hands them to `save`, and shows their running accuracy and
+    the time that is left on the bar of rank 0, which stays on the screen if `leave`."""
+    scores, total = [], -(-total // data_size())
+    with tqdm(desc=name, total=total, disable=not is_main(), dynamic_ncols=True, leave=leave) as bar:
 
-    def __init__(self, name: str, total: int, leave: bool = True, save: Callable = lambda records: None):
-        total = -(-total // data_size())
-        self.bar = tqdm(desc=name, total=total, disable=not is_main(), dynamic_ncols=True, leave=leave)
-        self.scores, self.save = [], save
+        def report(records):
+            save(records)
+            scores.extend(r["score"] for r in records if "skipped" not in r)
+            bar.set_postfix(accuracy=f"{mean(scores):.3f}", refresh=False)
+            bar.update(len(records))
 
-    def __call__(self, records: list[dict]) -> None:
-        self.save(records)
-        self.scores += [r["score"] for r in records if "skipped" not in r]
-        self.bar.set_postfix(accuracy=f"{sum(self.scores) / max(1, len(self.scores)):.3f}", refresh=False)
-        self.bar.update(len(records))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
+        yield report
 
 
 def plan(samples: list[Sample], encoder: PromptEncoder, size: int) -> list[list[Sample]]:

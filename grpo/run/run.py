@@ -13,7 +13,7 @@ from grpo import sequence
 from grpo.config import Config
 from grpo.engine.checkpoint import Saver, load_state, note_if_best
 from grpo.engine.distributed import barrier, data_rank, data_size, gather, is_main, reduce_sum, world_size
-from grpo.engine.evaluate import GAPS, EvalSettings, Progress, category_of, predict, summarise
+from grpo.engine.evaluate import GAPS, EvalSettings, category_of, predict, show_progress, summarise
 from grpo.engine.fast_paths import choose_fast_paths
 from grpo.engine.model_files import read_family, read_processor
 from grpo.errors import ConfigError, RunError, Stopped
@@ -256,8 +256,8 @@ class Run:
             return {}
         greedy = SamplingSettings(temperature=0.0, max_new_tokens=config.max_new_tokens)
         settings = EvalSettings(greedy, config.eval_batch, control, Judge.of(config))
-        with Progress(control or "evaluation", len(held_out), leave=False) as progress:
-            records = predict(policy, self.loader, held_out, tokenizer, settings, report=progress)
+        with show_progress(control or "evaluation", len(held_out), leave=False) as report:
+            records = predict(policy, self.loader, held_out, tokenizer, settings, report=report)
         return summarise(records, frozenset(map(category_of, self.train)))
 
     def evaluate_gaps(self, policy, done):
