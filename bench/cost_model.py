@@ -28,18 +28,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from grpo.config import Config
+from grpo.families.base import Family
 from grpo.policy import LOGITS_PER_CHUNK
-from grpo.run.plan import (
-    GIB,
-    TEXT_TOKENS,
-    frames_of,
-    head_size,
-    lora_count,
-    memory_plan,
-    parameter_counts,
-    published_config,
-    vision_tokens,
-)
+from grpo.run.plan import GIB, TEXT_TOKENS, frames_of, memory_plan, parameter_counts, published_config, vision_tokens
 
 EFFICIENCY = {"compute": 0.5, "memory": 0.8, "link": 0.7, "network": 0.7}
 LAUNCH = 10e-6  # seconds of Python and dispatch for a kernel that eager torch launches
@@ -104,7 +95,8 @@ def attention(pairs, queries, keys, width, kv_width):
 
 def widths(text):
     """Channels of all query heads, and of all key/value heads."""
-    return text.num_attention_heads * head_size(text), text.num_key_value_heads * head_size(text)
+    size = Family().head_size(text)
+    return text.num_attention_heads * size, text.num_key_value_heads * size
 
 
 def layer_linears(text, rank=0):
@@ -205,7 +197,7 @@ def step_costs(config, counts, settings, machine, repeat=False, graph=False):
     prompt, rows, rank = merged + TEXT_TOKENS, settings.group_size, settings.lora_rank
     copies = rows if repeat else 1
     frozen = settings.freeze_vision
-    trained = lora_count(config, rank) if rank else counts["all"] - counts["vision"] * frozen
+    trained = rank * counts["adapters"] if rank else counts["all"] - counts["vision"] * frozen
     layers = config.text_config.num_hidden_layers * counts["layer"]
     root, blocks = counts["root"], config.vision_config.depth * counts["block"]
     used = layers if frozen else layers + blocks  # a frozen tower's features are those of sampling

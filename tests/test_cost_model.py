@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _spec = importlib.util.spec_from_file_location("cost_model", ROOT / "bench/cost_model.py")
 cost_model = sys.modules["cost_model"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(cost_model)
-Cost, lora_count = cost_model.Cost, cost_model.lora_count
+Cost = cost_model.Cost
 LINEAR = ("mm", "addmm", "convolution", "convolution_backward")
 # Moves next to nothing, beside what returns its input's own memory.
 VIEWS = {"empty_like", "empty", "slice_backward", "select_backward", "index_fill_"}
@@ -151,7 +151,7 @@ def test_attention_flops_as_torch_counts_them(small, monkeypatch):
 def test_adapters_are_products_of_their_own(seven, no_attention):
     """2 FLOPs a weight and token forward; again, and two gradients, backward."""
     with_them, without = (cost_model.decoder(seven[0], 1, 10, 2, 4, rank, frozen=True) for rank in (8, 0))
-    adapters = 2 * 18 * lora_count(seven[0], 8)
+    adapters = 2 * 18 * 8 * seven[1]["adapters"]
     last = 2 * 18 * 28 * 18944 * 3584  # with adapters a layer's last product is theirs, so this one is computed again
     assert with_them[0].flops - without[0].flops == adapters
     assert with_them[1].flops - without[1].flops == 3 * adapters + last

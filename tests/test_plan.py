@@ -23,7 +23,6 @@ from grpo.run.plan import (
     GIB,
     TEXT_TOKENS,
     kept_bytes,
-    lora_count,
     memory_plan,
     moments,
     most_frames,
@@ -224,9 +223,9 @@ def test_what_a_shared_prompt_takes(seven):
     assert most(base) < 1000 < most(four)
 
 
-def test_lora_count_by_hand(seven):
+def test_adapters_by_hand(seven):
     """Rank 8 on 7B: q and o 3584+3584, k and v 3584+512, gate, up and down 3584+18944."""
-    assert lora_count(seven[0], 8) == 8 * 28 * (2 * 7168 + 2 * 4096 + 3 * 22528)
+    assert 8 * seven[1]["adapters"] == 8 * 28 * (2 * 7168 + 2 * 4096 + 3 * 22528)
 
 
 def test_plan_is_printed_before_anything_loads(capsys, monkeypatch):

@@ -81,29 +81,19 @@ def vision_tokens(config, frames, pixels):
 def parameter_counts(config):
     """{"block": one vision block, "layer": one decoder layer, "root": the rest, "vision", "all"}: numbers of weights,
     counted on the meta device; tied embeddings count once. {"block outputs", "layer outputs"}: how many numbers its
-    linear layers make of a token."""
+    linear layers make of a token. {"adapters"}: weights of adapters of rank 1, inputs + outputs of each linear layer of
+    the decoder."""
     with torch.device("meta"):
         model = load_family(config.model_type).model_class(config)
     count = lambda module: sum(p.numel() for p in module.parameters())
-    outputs = lambda module: sum(part.out_features for part in module.modules() if isinstance(part, nn.Linear))
+    linears = lambda module: [part for part in module.modules() if isinstance(part, nn.Linear)]
+    outputs = lambda module: sum(part.out_features for part in linears(module))
     visual, text = model.model.visual, model.model.language_model
     block, layer, everything = count(visual.blocks[0]), count(text.layers[0]), count(model)
     root = everything - block * len(visual.blocks) - layer * len(text.layers)
     made = {"block outputs": outputs(visual.blocks[0]), "layer outputs": outputs(text.layers[0])}
+    made["adapters"] = sum(part.in_features + part.out_features for part in linears(text.layers))
     return {"block": block, "layer": layer, "root": root, "vision": count(visual), "all": everything, **made}
-
-
-def lora_count(config, rank):
-    """Adapter weights on every linear layer of the decoder: rank · (inputs + outputs) each."""
-    text = config.text_config
-    heads = text.num_attention_heads * head_size(text)
-    kv = text.num_key_value_heads * head_size(text)
-    ends = 2 * (heads + kv) + 3 * text.intermediate_size  # the other side of q, o, k, v, gate, up and down
-    return rank * text.num_hidden_layers * (7 * text.hidden_size + ends)
-
-
-def head_size(text):
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def kept_bytes(setting, width, products, rest):
@@ -127,7 +117,7 @@ def memory_plan(config, counts, settings):
     trained = counts["all"] - (counts["vision"] if settings.freeze_vision else 0)
     masters = 4 * counts["all"]
     if lora:
-        trained = lora_count(config, settings.lora_rank)
+        trained = settings.lora_rank * counts["adapters"]
         masters = 2 * counts["all"] + 4 * trained
     always = {
         "masters": masters / width,
@@ -166,7 +156,7 @@ class Sizes:
         hidden, inner = text.hidden_size, text.intermediate_size
         family = load_family(config.model_type)
         wide, tall = family.tower_sizes(vision)
-        kv = text.num_key_value_heads * head_size(text)
+        kv, heads = (n * family.head_size(text) for n in (text.num_key_value_heads, text.num_attention_heads))
         self.whole, self.root, self.layer, self.block = (2 * counts[n] for n in ("all", "root", "layer", "block"))
         self.pixels = 4 * patches * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         shared = settings.sequence_parallel > 1  # what it encodes of the features, and what it is sent
@@ -176,7 +166,7 @@ class Sizes:
         self.see, self.see_backward = 2 * 17 * wide * patches, 2 * max(6 * tall + 5 * wide, 17 * wide) * patches
         self.read, self.read_backward = 2 * (3 * inner + 4 * hidden), 2 * (6 * inner + 15 * hidden)  # a token
         # Kept for backward, of all layers and blocks.
-        setting, heads = settings.activation_checkpointing, text.num_attention_heads * head_size(text)
+        setting = settings.activation_checkpointing
         products = counts["layer outputs"] * (3 if self.lora else 1) + heads  # those of adapters are in fp32
         layer = kept_bytes(setting, hidden, products, family.layer_rest(text))
         block = kept_bytes(setting, wide, counts["block outputs"] + wide, family.tower_rest(vision))
