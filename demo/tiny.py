@@ -44,6 +44,7 @@ TEXT = {
     "rope_parameters": {"rope_type": "default", "type": "mrope", "rope_theta": 100.0, "mrope_section": [2, 3, 3]},
     "bos_token_id": None,
 }  # fmt: skip
+VISION = {"num_heads": 4, "temporal_patch_size": 2, "spatial_merge_size": 2, "initializer_range": 0.15}
 TOKEN_IDS = {
     "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
     "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
@@ -89,7 +90,7 @@ def build_tiny_model(
     text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = family.model_class.config_class(
         text_config=text,
-        vision_config=family.tiny_sizes(text["hidden_size"]) | vision,
+        vision_config=VISION | family.tiny_sizes(text["hidden_size"]) | vision,
         tie_word_embeddings=tie,
         **{name: tokenizer.convert_tokens_to_ids(token) for name, token in TOKEN_IDS.items()},
     )

@@ -6,6 +6,7 @@ A family keeps no state: each hook is a function of its arguments. It is pickled
 from collections.abc import Callable, Iterator
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.activations import ACT2FN
@@ -35,6 +36,7 @@ class Family(VideoText):
     no_mask: dict | None = {"full_attention": None}
     mrope_section = [16, 24, 24]  # of transformers' class if config.json has none
     step_tokens = 0  # tokens of a prompt beside the placeholders, for each time step of a video; for --plan
+    classes = ""  # what the names of transformers' classes begin with: "Qwen2VL" of Qwen2VLProcessor
     # A model that one CPU core trains, for demo and tests: fields of config.json that differ from `demo.tiny`'s.
     tiny_text: dict = {"use_sliding_window": False}
     tiny_vision: dict = {}
@@ -43,7 +45,7 @@ class Family(VideoText):
     @property
     def model_class(self) -> type[nn.Module]:
         """transformers' class. A property, so that the processes that decode videos need not import it."""
-        raise NotImplementedError
+        return getattr(transformers, f"{self.classes}ForConditionalGeneration")
 
     # The tower, the decoder and what goes from one to the other
 
@@ -132,9 +134,10 @@ class Family(VideoText):
     # A tiny model
 
     def tiny_sizes(self, hidden: int) -> dict:
-        """vision_config of the tiny model; hidden: the decoder's hidden_size."""
+        """`tiny_vision`, with the fields that depend on hidden, the decoder's hidden_size."""
         return {**self.tiny_vision, "out_hidden_size": hidden}
 
     def tiny_processor(self, tokenizer: PreTrainedTokenizerBase, chat_template: str) -> ProcessorMixin:
         """The processor of the tiny model, which cuts patches as the real one does."""
-        raise NotImplementedError
+        cut = transformers.Qwen2VLImageProcessor(), tokenizer, transformers.Qwen2VLVideoProcessor()
+        return getattr(transformers, f"{self.classes}Processor")(*cut, chat_template)

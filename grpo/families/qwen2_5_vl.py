@@ -1,21 +1,16 @@
 """Qwen2.5-VL, arXiv 2502.13923: 3B, 7B, 32B, 72B. Positions on the time axis follow the clock."""
 
 import torch
-import transformers
 
 from grpo.families.base import Family
 
 
 class Qwen25VL(Family):
+    classes = "Qwen2_5_VL"
     tiny_vision = {
-        "depth": 2, "num_heads": 4, "hidden_size": 32, "intermediate_size": 64, "patch_size": 14,
-        "temporal_patch_size": 2, "spatial_merge_size": 2, "initializer_range": 0.15, "fullatt_block_indexes": [1],
+        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "patch_size": 14, "fullatt_block_indexes": [1],
         "window_size": 56, "tokens_per_second": 2,
     }  # fmt: skip
-
-    @property
-    def model_class(self):
-        return transformers.Qwen2_5_VLForConditionalGeneration
 
     def time_positions(self, steps, seconds, vision):
         """`int(step * seconds * tokens_per_second)`. transformers 4.57.1 cuts seconds to an integer before it
@@ -25,10 +20,6 @@ class Qwen25VL(Family):
     def tower_rest(self, vision):
         wide, tall = self.tower_sizes(vision)
         return 8 * wide + 2 * tall  # its norms are RMSNorms in fp32
-
-    def tiny_processor(self, tokenizer, chat_template):
-        cut = transformers.Qwen2VLImageProcessor(), tokenizer, transformers.Qwen2VLVideoProcessor()
-        return transformers.Qwen2_5_VLProcessor(*cut, chat_template)
 
 
 FAMILY = Qwen25VL()

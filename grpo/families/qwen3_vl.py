@@ -17,6 +17,7 @@ WHOLE_VIDEO = re.compile(f"{re.escape(START + VIDEO + END)}|{re.escape(VIDEO)}")
 
 
 class Qwen3VL(Family):
+    classes = "Qwen3VL"
     no_mask = None
     mrope_section = [24, 20, 20]
     step_tokens = 10  # `<` three digits `.` digit ` seconds` `>`, start and end: up to 1,000 s
@@ -27,15 +28,10 @@ class Qwen3VL(Family):
         },
     }  # fmt: skip
     tiny_vision = {
-        "depth": 2, "num_heads": 4, "hidden_size": 32, "intermediate_size": 64, "patch_size": 16,
-        "temporal_patch_size": 2, "spatial_merge_size": 2, "initializer_range": 0.15, "num_position_embeddings": 16,
+        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "patch_size": 16, "num_position_embeddings": 16,
         "deepstack_visual_indexes": [0, 1],
     }  # fmt: skip
     tiny_corpus = " <0.2 seconds>"
-
-    @property
-    def model_class(self):
-        return transformers.Qwen3VLForConditionalGeneration
 
     def mark_videos(self, text, times):
         """A placeholder between start and end marks for each pair of frames, after the mean of their times.
