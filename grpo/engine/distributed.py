@@ -187,11 +187,8 @@ def reduce_between_nodes(policy: nn.Module, now: bool) -> None:
 
 def clip_grad_norm(policy: nn.Module, max_norm: float) -> float:
     """Scales the gradient to a norm of at most max_norm over all ranks; returns the norm before clipping."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
-    value = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    if value > max_norm:
-        torch.nn.utils.clip_grads_with_norm_(policy.parameters(), max_norm, norm)
-    return value
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 @contextmanager
