@@ -84,10 +84,6 @@ def supervised_step(
     return reduce_sum({"loss": total})["loss"], probabilities
 
 
-def _least(probabilities):
-    return probabilities.min().item() if len(probabilities) else 1.0
-
-
 def warm_up(policy: Policy, batches: Iterable, tokenizer: Tokenizer, config: Config, log) -> None:
     """Trains on batches of prompts with `completions`, until the end that the top of this file describes. Saves
     nothing: a run that is stopped in this pass begins it again."""
@@ -98,7 +94,8 @@ def warm_up(policy: Policy, batches: Iterable, tokenizer: Tokenizer, config: Con
         groups, marks = target_groups(prompts, tokenizer, policy.spec, config.max_prompt_tokens)
         loss, probabilities = supervised_step(policy, optimizer, groups, config)
         flat = iter(probabilities)
-        least = [min(_least(next(flat)[own]) for own in answers) for answers in marks]
+        sure = torch.ones(1)  # if the completions of a prompt have no determined token
+        least = [torch.cat([sure, *(next(flat)[own] for own in answers)]).min().item() for answers in marks]
         sums = reduce_sum({"probability": sum(least), "prompts": len(least)})
         recent.append(sums["probability"] / max(sums["prompts"], 1))
         log.step("warmup", step, {"loss": loss, "probability": recent[-1]}, shown=("loss", "probability"))
