@@ -243,10 +243,7 @@ def rollout_rows(step, groups):
             "slot": group.prompt.sample.slot,
             **{name: getattr(group.prompt.sample, name) for name in ("key", "problem", "videos", "images", "answer")},
             "completions": group.texts,
-            "lengths": group.lengths,
-            "rewards": group.rewards,
-            "parts": group.parts,
-            "logs": group.logs,
+            **{name: getattr(group, name) for name in ("lengths", "rewards", "parts", "logs")},
             "advantages": None if group.advantages is None else group.advantages.tolist(),
         }
         for group in groups
