@@ -67,6 +67,7 @@ from grpo.policy import LOGITS_PER_CHUNK
 from grpo.sampler import SamplingSettings, generate
 from video.dataset import Sample
 from video.prompt import PromptEncoder
+from video.settings import VideoSettings
 from video.terminal import OneLineParser
 
 NAMES = ("ours", "trl", "once")
@@ -294,7 +295,7 @@ def ours(case, folder, meter, ready, checkpointing="full"):
     ready(policy, reference)
     optimizer = make_optimizer(policy, config)
     set_learning_rate(optimizer, config.learning_rate)
-    encoder = PromptEncoder(str(folder), config.video_settings(), config.prompt_template)
+    encoder = PromptEncoder(str(folder), VideoSettings.of(config), config.prompt_template)
     row = Sample(key="bench", problem=QUESTION, answer="A", images=tuple(image_files(folder)))
     settings, tokenizer = SamplingSettings(max_new_tokens=case.completion), processor.tokenizer
     draw = meter.wrap(generate, "prefill")

@@ -16,6 +16,7 @@ from grpo.run.data import digest
 from grpo.sampler import SamplingSettings
 from video.dataset import Sample
 from video.files import append_rows, read_rows, write_rows, write_text
+from video.settings import VideoSettings
 
 VARIANT = ("checkpoint", "mode", "control")  # the fields that tell two answers to one question apart
 TAIL = 2**20  # bytes read at each end of a file of weights
@@ -79,7 +80,7 @@ def settings_of(config: Config, samples: list[Sample], sampling: SamplingSetting
     names = "judge_model judge_prompt prompt_template answer_form max_prompt_tokens max_new_tokens eval_batch".split()
     asked = {name: getattr(config, name) for name in names}
     own = {"temperature": sampling.temperature, "device": device, "questions": digest(samples)}
-    return {**dataclasses.asdict(config.video_settings()), **asked, **own}
+    return {**dataclasses.asdict(VideoSettings.of(config)), **asked, **own}
 
 
 def checkpoint_identity(folder: Path) -> str:

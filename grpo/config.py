@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import operator
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -22,8 +23,8 @@ from video.terminal import OneLineParser, meant
 
 
 def flag(default, sentence, **limits):
-    """A field whose help is `sentence`. limits: ge, le, gt, choices; and `section`, the heading of --help that begins
-    with this field."""
+    """A field whose help is `sentence`. limits: ge, le, gt (as in the module operator), choices; and `section`, the
+    heading of --help that begins with this field."""
     return field(default=default, metadata={"help": sentence, **limits})
 
 
@@ -189,9 +190,6 @@ class Config:
     )  # fmt: skip
     save_every: int = flag(100, "Save a checkpoint every so many steps; the last is always saved.", ge=1)
     keep_checkpoints: int = flag(2, "How many of the latest checkpoints to keep, beside the best.", ge=1)
-
-    def video_settings(self):
-        return VideoSettings.of(self)
 
 
 # What a step logs beside its rewards, and how its other metrics begin.
@@ -370,8 +368,7 @@ def parse_config(arguments=None):
         if "section" in item.metadata:
             section = parser.add_argument_group(item.metadata["section"])
         add_flag(section, item, {**PRESETS[preset], **own, "preset": preset}.get(item.name, item.default))
-    given = vars(parser.parse_args(arguments))
-    given = {name: as_setting(value) for name, value in given.items()}
+    given = {name: as_setting(value) for name, value in vars(parser.parse_args(arguments)).items()}
     values = preset_values(preset, *({**vars(Config()), **own, **given}[name] for name in ("seed", "family")))
     base, values = Config(**values), overlay(values, own)
     config = Config(**overlay(values, {**given, "preset": preset}))
@@ -422,12 +419,8 @@ def check(config):
             continue
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"--{item.name} {value}: must be finite")
-        for name, holds, words in (
-            ("ge", lambda v, c: v >= c, "at least"),
-            ("gt", lambda v, c: v > c, "above"),
-            ("le", lambda v, c: v <= c, "at most"),
-        ):
-            if name in limits and not holds(value, limits[name]):
+        for name, words in (("ge", "at least"), ("gt", "above"), ("le", "at most")):
+            if name in limits and not getattr(operator, name)(value, limits[name]):
                 raise ConfigError(f"--{item.name} {value}: must be {words} {limits[name]}")
     if not config.output:
         raise ConfigError("--output: is empty; name a folder")
@@ -442,7 +435,7 @@ def check(config):
         if getattr(config, name) and not any(spec.split(":")[0] == "accuracy" for spec in config.reward):
             raise ConfigError(f"--{name} looks at the accuracy; add accuracy:1 to --reward")
     try:
-        config.video_settings()
+        VideoSettings.of(config)
         parse_forms(config.answer_form)
         rewards = parse_rewards(config.reward, Judge.of(config))
     except ValueError as error:

@@ -15,7 +15,6 @@ from transformers import GenerationConfig, PreTrainedConfig, ProcessorMixin
 
 from grpo.errors import ModelError
 from grpo.families import family_names, load_family
-from grpo.families.base import Family
 from video.prompt import load_processor
 
 # What is downloaded of a hub name: enough for `read_config`, for `read_processor`, and for `load_weights`.
@@ -92,11 +91,6 @@ def read_config(path: str | Path, flag: str = "--model") -> PreTrainedConfig:
                     shown = repr(value)[:100]
                     raise ModelError(f"{flag} {path}: {field} must be {must}, and is {shown} in its config.json")
     return config
-
-
-def read_family(path: str | Path, flag: str = "--model") -> Family:
-    """The family of a model. Raises as `read_config`."""
-    return load_family(read_config(path, flag).model_type)
 
 
 def read_processor(path: str | Path, flag: str = "--model") -> ProcessorMixin:

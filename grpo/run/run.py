@@ -15,8 +15,9 @@ from grpo.engine.checkpoint import Saver, load_state, note_if_best
 from grpo.engine.distributed import barrier, data_rank, data_size, gather, is_main, reduce_sum, world_size
 from grpo.engine.evaluate import GAPS, EvalSettings, category_of, predict, show_progress, summarise
 from grpo.engine.fast_paths import choose_fast_paths
-from grpo.engine.model_files import read_family, read_processor
+from grpo.engine.model_files import read_config, read_processor
 from grpo.errors import ConfigError, RunError, Stopped
+from grpo.families import load_family
 from grpo.run.data import digest, draw_samples, read_questions, steps_of
 from grpo.run.folder import clear_run, data_before, find_checkpoint, made_before
 from grpo.run.log import RunLog, describe_groups, describe_run, describe_usage
@@ -28,7 +29,7 @@ from video.formats import DataError
 from video.loader import ADVICE, PromptLoader
 from video.pool import WorkersDoNotStart
 from video.prompt import WHOLE_PROMPT, PromptEncoder, Skipped
-from video.settings import parse_forms
+from video.settings import VideoSettings, parse_forms
 
 
 def make_encoder(config, template=None, path=None):
@@ -39,7 +40,7 @@ def make_encoder(config, template=None, path=None):
     """
     cache = FrameCache(config.frame_cache, config.frame_cache_gb) if config.frame_cache else None
     template, path = template or config.prompt_template, path or config.model
-    settings, family = config.video_settings(), read_family(path)
+    settings, family = VideoSettings.of(config), load_family(read_config(path).model_type)
     share = WHOLE_PROMPT if config.temporal_bonus else (sequence.rank(), config.sequence_parallel)
     try:
         forms = parse_forms(config.answer_form)
