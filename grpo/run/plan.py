@@ -48,10 +48,7 @@ def published_config(name):
     published = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
     if name not in published:
         return read_config(name)
-    model = published[name]
-    return load_family(model["family"]).model_class.config_class(
-        text_config=model["text"], vision_config=model["vision"], tie_word_embeddings=model["tie_word_embeddings"]
-    )
+    return load_family(published[name]["model_type"]).model_class.config_class(**published[name])
 
 
 def frames_of(settings):
