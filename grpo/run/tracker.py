@@ -29,7 +29,8 @@ def start_tracker(config):
     if config.tracker == "none":
         return None
     try:
-        return TRACKERS[config.tracker](Path(config.output), run_id(config), asdict(config))
+        same_run = {"id": run_id(config), "resume": "allow"}
+        return TRACKERS[config.tracker](Path(config.output), config=asdict(config), **same_run)
     except Exception as error:
         offline = f"{config.tracker.upper()}_MODE=offline writes to the run folder alone"
         raise RunError(f"--tracker {config.tracker}: {error}; {offline}") from error
@@ -44,10 +45,8 @@ def run_id(config):
 
 
 class Wandb:
-    def __init__(self, folder, run_id, settings):
-        self.run = importlib.import_module("wandb").init(
-            dir=folder, name=folder.name, id=run_id, resume="allow", config=settings
-        )
+    def __init__(self, folder, **named):
+        self.run = importlib.import_module("wandb").init(dir=folder, name=folder.name, **named)
         for phase in ("warmup", "train", "eval"):
             self.run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
 
@@ -61,10 +60,9 @@ class Wandb:
 
 
 class Swanlab:
-    def __init__(self, folder, run_id, settings):
-        self.run = importlib.import_module("swanlab").init(
-            logdir=str(folder / "swanlog"), experiment_name=folder.name, id=run_id, resume="allow", config=settings
-        )
+    def __init__(self, folder, **named):
+        named |= {"logdir": str(folder / "swanlog"), "experiment_name": folder.name}
+        self.run = importlib.import_module("swanlab").init(**named)
 
     def log(self, phase, step, line, values):
         """swanlab counts the steps of each metric for itself, and drops a step that it has."""
