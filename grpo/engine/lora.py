@@ -23,8 +23,7 @@ def add_adapters(model: nn.Module, config: Config) -> None:
     """Adds fp32 adapters of config.lora_rank to a model on the meta device, in place, and freezes all else."""
     from peft import inject_adapter_in_model  # optional: `grpo.run.folder.check_inputs` says if it is missing
 
-    model.requires_grad_(False)
-    inject_adapter_in_model(_peft_config(config), model)
+    inject_adapter_in_model(_peft_config(config), model)  # freezes all else
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
