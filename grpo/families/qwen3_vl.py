@@ -89,11 +89,8 @@ class Qwen3VL(Family):
         def are_blocks(indexes):
             return len(indexes) <= most and len(set(indexes)) == len(indexes) and all(n in blocks for n in indexes)
 
-        yield (
-            "vision_config.deepstack_visual_indexes",
-            f"at most {most} different blocks, from 0 to {blocks[-1]}",
-            are_blocks,
-        )
+        indexes = "vision_config.deepstack_visual_indexes"
+        yield indexes, f"at most {most} different blocks, from 0 to {blocks[-1]}", are_blocks
         square = lambda count: is_positive(count) and int(count**0.5) ** 2 == count
         yield "vision_config.num_position_embeddings", "the square of a whole number", square
 
