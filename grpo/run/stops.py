@@ -16,7 +16,7 @@ from video.pool import WorkersDoNotStart
 NAMED = 3  # samples in a message about memory
 STOPPING = "\ntrain.py: stopping: saves after this step or evaluation; a second Ctrl-C ends at once, without saving\n"
 PATIENCE = 3  # seconds; torchrun and a terminal may each deliver the same Ctrl-C
-SIGNALS = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM))  # Windows has no SIGHUP
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @contextmanager
