@@ -5,7 +5,6 @@ Imports neither torch nor transformers until a family is loaded, so that a comma
 
 import importlib
 import pkgutil
-from functools import cache
 
 
 def family_names() -> tuple[str, ...]:
@@ -13,7 +12,6 @@ def family_names() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"))
 
 
-@cache
 def load_family(name: str):
     """The `grpo.families.base.Family` of a model_type among `family_names`."""
     return importlib.import_module(f"{__name__}.{name}").FAMILY
