@@ -1,8 +1,12 @@
 """Tiny models, prompts of every kind, and the naive forward that is the oracle of the packed one."""
 
 import math
+import os
 import sys
 from functools import cache
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores: threads of each would wait for the others'
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
