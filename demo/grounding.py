@@ -12,16 +12,14 @@ question for a named shape by the time at which that is seen: GRPO finds out.
 import argparse
 import hashlib
 import json
-import os
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from demo.synthetic import COLOURS, FPS, SHAPES, SIDE, filming, inside
+from demo.synthetic import COLOURS, FPS, SHAPES, SIDE, inside, make_once, write_parts
 from demo.tiny import CHAT_WORDS, build_tiny_model
-from video.pool import WorkerPool
 
 SECONDS = 8  # of a clip; FPS is 2, and two frames are one time step of the model
 LONGEST = 3  # seconds that a shape is seen
@@ -82,40 +80,24 @@ def questions(rng: np.random.Generator, shown: Shown, part: str) -> list[dict]:
     return [row | {"completions": by_chance}, anything | {"completions": [seen]}]
 
 
-def make_part(folder: Path, part: str, count: int, seed: list[int], pool: WorkerPool) -> list[dict]:
-    """Writes the clips and the .jsonl file of a part; returns its rows."""
-    rows, written, rng = [], [], np.random.default_rng(seed)
-    for index in range(count):
-        shown, video = random_shape(rng), f"videos/{part}_{index:05d}.mp4"
-        written.append(pool.submit(folder / video, draw, shown, rng.integers(0, 30, size=3)))
-        rows += [{**row, "video": video} for row in questions(rng, shown, part)]
-    for video in written:
-        video.result()
-    (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows
+def clips(rng: np.random.Generator, part: str, count: int) -> Iterator[tuple[tuple, list[dict]]]:
+    """Yields for each of `count` clips of a part what `draw` takes, and its rows."""
+    for _ in range(count):
+        shown, background = random_shape(rng), rng.integers(0, 30, size=3)
+        yield (shown, background), questions(rng, shown, part)
 
 
 def make_grounding(folder: Path, seed: int, parts: dict[str, int] = PARTS) -> None:
     """Writes `folder`/data and `folder`/start, the model, unless they are there, of this code and seed."""
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    made, mark = folder / "made.json", json.dumps({"seed": seed, "parts": parts, "code": code})
-    if made.is_file() and made.read_text() == mark:
-        return
-    made.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".making-", dir=folder) as name:
-        data = Path(name, "data")
-        (data / "videos").mkdir(parents=True)
-        with filming() as pool:
-            rows = [make_part(data, part, parts[part], [seed, number], pool) for number, part in enumerate(parts)]
-        texts = {text for own in rows for row in own for text in (row["problem"], *row.get("completions", ()))}
+
+    def make(aside: Path) -> None:
+        rows = write_parts(aside / "data", seed, parts, clips, draw)
+        texts = {text for row in rows for text in (row["problem"], *row.get("completions", ()))}
         corpus = " ".join((CHAT_WORDS, *sorted(texts)))
-        build_tiny_model(Path(name, "start"), seed=seed, corpus=corpus, vision={"patch_std": 0.03})
-        for new in ("data", "start"):
-            if (folder / new).exists():
-                os.replace(folder / new, Path(name, f"old-{new}"))
-            os.replace(Path(name, new), folder / new)
-    made.write_text(mark)
+        build_tiny_model(aside / "start", seed=seed, corpus=corpus, vision={"patch_std": 0.03})
+
+    make_once(folder / "made.json", json.dumps({"seed": seed, "parts": parts, "code": code}), ("data", "start"), make)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -76,53 +76,70 @@ def make_demo_set(folder: str | Path, spec: DemoSpec = DemoSpec()) -> dict[str, 
     fields of open-r1-video-4k, plus `category`; `opposite`, the letter of the answer if time ran backwards, if that is
     another; and, in the warm-up, `completions`.
     """
-    folder = Path(folder)
-    paths = {part: folder / f"{part}.jsonl" for part in ASKED}
+    paths = {part: Path(folder) / f"{part}.jsonl" for part in ASKED}
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # of this file: an older version made other rows
-    manifest, text = folder / MANIFEST, json.dumps(asdict(spec) | {"code": code}, sort_keys=True)
-    is_complete = lambda: manifest.is_file() and manifest.read_text() == text and all(map(Path.is_file, paths.values()))
-    if is_complete():
-        return paths
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as name:
-        aside = Path(name)
-        (aside / "videos").mkdir()
-        with filming() as pool:
-            for number, part in enumerate(paths):
-                write_part(aside, part, number, spec, pool)
-        if is_complete():  # another process was quicker, and its set is in use
-            return paths
-        manifest.unlink(missing_ok=True)
-        if (folder / "videos").exists():
-            os.replace(folder / "videos", aside / "replaced")
-        for made in ("videos", *(path.name for path in paths.values())):
-            os.replace(aside / made, folder / made)
-        manifest.write_text(text)
+    text = json.dumps(asdict(spec) | {"code": code}, sort_keys=True)
+    counts = {part: getattr(spec, part) for part in paths}
+    make = lambda aside: write_parts(aside, spec.seed, counts, scenes_and_questions, draw)
+    make_once(Path(folder) / MANIFEST, text, ("videos", *(path.name for path in paths.values())), make)
     return paths
 
 
-def write_part(folder: Path, part: str, number: int, spec: DemoSpec, pool: WorkerPool) -> None:
-    """Writes the videos and the .jsonl file of one part; `number` tells its random numbers from other parts'."""
-    rows, written, rng = [], [], np.random.default_rng([spec.seed, number])
-    for index, (scene, questions) in enumerate(scenes_and_questions(rng, part, getattr(spec, part))):
-        video = f"videos/{part}_{index:05d}.mp4"
-        written.append(pool.submit(folder / video, draw, scene))
-        rows += [{**row, "video": video} for row in questions]
-    for video in written:
-        video.result()
-    (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def make_once(manifest: Path, text: str, names: tuple[str, ...], make: Callable[[Path], None]) -> None:
+    """Makes the files and folders `names` beside the file `manifest`, unless they are there and it holds `text`.
+
+    `make` writes them to the folder that it is given; they replace older ones once they are complete.
+    """
+    folder = manifest.parent
+    there = lambda: all((folder / name).exists() for name in (manifest.name, *names)) and manifest.read_text() == text
+    if there():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=folder) as name:
+        aside = Path(name)
+        make(aside)
+        if there():  # another process was quicker, and what it made is in use
+            return
+        manifest.unlink(missing_ok=True)
+        for made in names:
+            if (folder / made).is_dir():
+                os.replace(folder / made, aside / f"old-{made}")
+            os.replace(aside / made, folder / made)
+        manifest.write_text(text)
 
 
-def scenes_and_questions(rng: np.random.Generator, part: str, count: int) -> Iterator[tuple[Scene, list[dict]]]:
-    """Yields each of `count` scenes of a part with its rows. Directions, places and letters take turns, so that all are
-    asked equally often."""
+def write_parts(folder: Path, seed: int, counts: dict[str, int], scenes: Callable, draw: Callable) -> list[dict]:
+    """Writes videos/PART_00000.mp4, ... and PART.jsonl for each part, and returns all rows.
+
+    counts: how many videos each part has. scenes(rng, part, count) yields for each what `draw` takes, and its rows.
+    Processes encode: threads would wait for each other, as the encoder holds Python's lock most of the time.
+    """
+    made = []
+    (folder / "videos").mkdir(parents=True)
+    with closing(WorkerPool(film, min(os.cpu_count() or 1, 8), timeout=60.0)) as pool:  # seconds for one video
+        for number, (part, count) in enumerate(counts.items()):
+            rows, written, rng = [], [], np.random.default_rng([seed, number])
+            for index, (scene, questions) in enumerate(scenes(rng, part, count)):
+                video = f"videos/{part}_{index:05d}.mp4"
+                written.append(pool.submit(folder / video, draw, *scene))
+                rows += [{**row, "video": video} for row in questions]
+            for video in written:
+                video.result()
+            (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            made += rows
+    return made
+
+
+def scenes_and_questions(rng: np.random.Generator, part: str, count: int) -> Iterator[tuple[tuple, list[dict]]]:
+    """Yields each of `count` scenes of a part, as a tuple of it alone, with its rows. Directions, places and letters
+    take turns, so that all are asked equally often."""
     drawn = Counter()  # how often each entry of ASKED has had its turn
     for index in range(count):
         categories = ASKED[part][index % len(ASKED[part])]
         scene = random_scene(rng, categories != ("place",), drawn[categories])
         rows = [question(rng, scene, category, drawn[categories] // 4) for category in categories]
         drawn[categories] += 1
-        yield scene, [{**row, "completions": completions(row)} for row in rows] if part == "warmup" else rows
+        yield (scene,), [{**row, "completions": completions(row)} for row in rows] if part == "warmup" else rows
 
 
 def completions(row: dict) -> list[str]:
@@ -175,12 +192,6 @@ def random_scene(rng: np.random.Generator, moves: bool, index: int) -> Scene:
     path = middle + np.linspace(-half, half, FRAMES)[:, None] * np.array(ways[direction])
     background = tuple(int(level) for level in rng.integers(0, 30, size=3))
     return Scene(colour, shape, direction, tuple((float(x), float(y)) for x, y in path), background)
-
-
-def filming() -> closing:
-    """A pool of processes that `film`, closed at the end of a `with`: threads would wait for each other, as the encoder
-    holds Python's lock most of the time."""
-    return closing(WorkerPool(film, min(os.cpu_count() or 1, 8), timeout=60.0))  # seconds for one video
 
 
 def film(path: Path, draw: Callable, *scene) -> None:
