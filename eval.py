@@ -60,6 +60,7 @@ from video.loader import PromptLoader
 from video.settings import answer_form
 from video.terminal import run_program
 
+STOPPED = "stopped; the same command goes on from the answers that there are"  # after Ctrl-C
 DIRECT = "Answer with the letter of the option only."
 DIRECT_BY_TYPE = dict.fromkeys(("numerical", "mra", "regression", "math"), "Answer with a number only.")
 DIRECT_BY_TYPE |= dict.fromkeys(("OCR", "free-form", "open-ended"), "Answer with a word or a short phrase only.")
@@ -90,12 +91,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     config = make_config(folder, arguments)
     samples = find_samples(folder, config, arguments)
     variants = make_variants(arguments, folder, against)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device, mesh = distributed.start(config.device, sequence_parallel=config.sequence_parallel)
-    say = print if is_main() else lambda line: None
-    say_text_only(samples, "to answer", say)
-    say_free_text(samples, "to answer", config, say)
+    device, build, say = start(config, samples)
     sampling = SamplingSettings(arguments.temperature, max_new_tokens=config.max_new_tokens)
     asking = EvalSettings(sampling, config.eval_batch, judge=Judge.of(config))
 
@@ -104,7 +100,6 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     settings = settings_of(config, samples, sampling, device.type)
     with sole_use(output):
         predictions = Predictions(output, settings)
-        build = functools.partial(build_policy, config=config, device=device, mesh=mesh, trained=False)
         columns = answer(variants, samples, config, asking, predictions, build, say)
         predictions.merge()
 
@@ -147,6 +142,20 @@ def make_config(folder: Path, arguments: argparse.Namespace, names: tuple[str, .
     config = replace(config, **given, reward=("accuracy:1",), frame_cache=None, activation_checkpointing="none")
     check(config)
     return config
+
+
+def start(config: Config, samples: list[Sample]) -> tuple[torch.device, Callable, Callable]:
+    """(this rank's device, what builds the policy of (folder, processor=...), what prints a line on the main process).
+
+    Says of the samples what a user may not expect.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device, mesh = distributed.start(config.device, sequence_parallel=config.sequence_parallel)
+    say = print if is_main() else lambda line: None
+    say_text_only(samples, "to answer", say)
+    say_free_text(samples, "to answer", config, say)
+    return device, functools.partial(build_policy, config=config, device=device, mesh=mesh, trained=False), say
 
 
 def find_samples(folder: Path, config: Config, arguments: argparse.Namespace) -> list[Sample]:
@@ -272,8 +281,7 @@ def default_output(arguments: argparse.Namespace) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     quiet_libraries()
-    stopped = "stopped; the same command goes on from the answers that there are"
-    return run_program("eval.py", lambda: evaluate(parse_flags(__doc__, arguments)), stopped, exit_code)
+    return run_program("eval.py", lambda: evaluate(parse_flags(__doc__, arguments)), STOPPED, exit_code)
 
 
 if __name__ == "__main__":

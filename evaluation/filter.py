@@ -22,27 +22,21 @@ if __name__ == "__main__":
     parse_or_exit(lambda: parse_filter_flags(__doc__))
 
 import argparse
-import functools
 import math
 import re
-import signal
 import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from string import ascii_uppercase
 
-import torch
-
-from eval import Variant, answer, find_checkpoint, find_samples, make_config
+from eval import STOPPED, Variant, answer, find_checkpoint, find_samples, make_config, start
 from evaluation.flags import SAMPLING, SHARED, parse_filter_flags
 from evaluation.predictions import Predictions, settings_of
 from grpo.engine import distributed
-from grpo.engine.build import build_policy
 from grpo.engine.distributed import is_main
 from grpo.engine.evaluate import NO_VIDEO, EvalSettings
 from grpo.errors import ConfigError
-from grpo.run.data import say_free_text, say_text_only
 from grpo.run.folder import sole_use
 from grpo.run.log import quiet_libraries
 from grpo.run.stops import exit_code
@@ -51,6 +45,7 @@ from rewards.judge import Judge
 from video.dataset import copy_rows
 from video.files import write_rows
 from video.formats import MULTIPLE_CHOICE, Sample
+from video.terminal import run_program
 
 RIGHT = 0.5  # a score from which a completion counts as right: times, boxes and free text have scores between 0 and 1
 VERDICTS = ("kept", "right when blind", "always right", "always wrong", "unreadable", "unjudged")
@@ -64,17 +59,11 @@ def filter_rows(given: argparse.Namespace) -> dict[str, int]:
     config = make_config(folder, given, (*SHARED, *SAMPLING))
     samples = find_samples(folder, config, given)
     check_thresholds(samples, given)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device, mesh = distributed.start(config.device, sequence_parallel=config.sequence_parallel)
-    say = print if is_main() else lambda line: None
-    say_text_only(samples, "to answer", say)
-    say_free_text(samples, "to answer", config, say)
+    device, build, say = start(config, samples)
 
     # 2) Scores: those that the folder has, and the others
     sampling = SamplingSettings.of(config)
     asking = EvalSettings(sampling, config.eval_batch, judge=Judge.of(config), group_size=given.group_size)
-    build = functools.partial(build_policy, config=config, device=device, mesh=mesh, trained=False)
     variants = [Variant(name, folder, "think", control) for name, control in (("video", None), (NO_VIDEO, NO_VIDEO))]
     own = {**asdict(sampling), "group_size": given.group_size}
     output = Path(given.output)
@@ -160,15 +149,8 @@ def chance_of(sample: Sample, open_chance: float) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     quiet_libraries()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        filter_rows(parse_filter_flags(__doc__, arguments))
-    except KeyboardInterrupt:
-        print("evaluation.filter: stopped; the same command goes on from the answers that there are", file=sys.stderr)
-        return 130
-    except Exception as error:
-        return exit_code("evaluation.filter", error)
-    return 0
+    work = lambda: filter_rows(parse_filter_flags(__doc__, arguments))
+    return run_program("evaluation.filter", work, STOPPED, exit_code)
 
 
 if __name__ == "__main__":
