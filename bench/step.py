@@ -700,7 +700,7 @@ def markdown(report):
 
 
 def parse(arguments=None):
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--model", choices=MODELS, default="small", help="Which random Qwen2-VL [small].")
     parser.add_argument("--images", type=int, default=16, help="Images of 64 visual tokens each (N) [16].")
     parser.add_argument("--group", type=int, default=8, help="Completions (G) [8].")

@@ -77,11 +77,8 @@ def _parse(parser, names, arguments, limits):
 
 def _parser(description, prog=None):
     """A parser of the flags that both programs have, but for those of training."""
-    layout = argparse.RawDescriptionHelpFormatter
     note = "Frames, pixels and prompt are as in training; a value in brackets holds if the checkpoint has none."
-    parser = OneLineParser(
-        prog=prog, description=description, formatter_class=layout, allow_abbrev=False, epilog=note, synonyms=SYNONYMS
-    )
+    parser = OneLineParser(prog=prog, description=description, allow_abbrev=False, epilog=note, synonyms=SYNONYMS)
     add = parser.add_argument
     add("--ckpt", required=True, help="Checkpoint of a run, or any Hugging Face folder or hub name of this family.")
     add("--video_root", help="Folder that video paths are under (default: that of the data file, or as in training).")

@@ -3,7 +3,6 @@
 python -m evaluation.plot runs/a runs/b [--output compare.png]
 """
 
-import argparse
 from pathlib import Path
 
 from grpo.config import METRICS, METRICS_OF_KINDS
@@ -107,8 +106,7 @@ def plot_run(folder: str | Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(prog="evaluation.plot", description=__doc__, formatter_class=layout)
+    parser = OneLineParser(prog="evaluation.plot", description=__doc__)
     parser.add_argument("runs", nargs="+", help="Run folders: those with a metrics.jsonl.")
     parser.add_argument("--output", default="compare.png", help="Where to write the picture [compare.png].")
     given = parser.parse_args(arguments)

@@ -7,7 +7,6 @@ Rows get `problem`, `solution` (for a choice, `<answer>`, the first two characte
 rows of other formats keep what else they have. As there, rows whose file is missing are left out.
 """
 
-import argparse
 import os
 import sys
 
@@ -60,8 +59,7 @@ def convert(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(prog="video.convert", description=__doc__, formatter_class=layout, allow_abbrev=False)
+    parser = OneLineParser(prog="video.convert", description=__doc__, allow_abbrev=False)
     parser.add_argument("source", metavar="IN", help=f"A file of one of the types {', '.join(READERS)}.")
     parser.add_argument("target", metavar="OUT", help="The .jsonl file to write.")
     parser.add_argument("--video_root", help="Folder that video paths are under (default: that of IN).")

@@ -11,7 +11,6 @@ if __name__ == "__main__":
 
     prepare_terminal()  # before the slow imports
 
-import argparse
 import os
 import sys
 from functools import partial
@@ -71,8 +70,7 @@ def scan(samples: list[Sample], settings: VideoSettings, workers: int, timeout: 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(prog="video.scan", description=__doc__, formatter_class=layout, allow_abbrev=False)
+    parser = OneLineParser(prog="video.scan", description=__doc__, allow_abbrev=False)
     parser.add_argument("--data", nargs="+", required=True, help="Data files, as train.py takes them.")
     parser.add_argument("--video_root", help="Folder that video paths are under (default: the data file's folder).")
     parser.add_argument("--output", default="bad.jsonl", help="The list to write, for --skip_list [bad.jsonl].")
