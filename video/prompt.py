@@ -14,17 +14,7 @@ from transformers import AutoProcessor, ProcessorMixin
 
 from video.cache import FrameCache
 from video.formats import MARKS, WHOLE, Clip, Sample
-from video.frames import (
-    ALL,
-    FRAME_FACTOR,
-    Picked,
-    SampleError,
-    VideoError,
-    image_size,
-    plan_frames,
-    read_image,
-    read_video,
-)
+from video.frames import FRAME_FACTOR, Picked, SampleError, VideoError, image_size, plan_frames, read_image, read_video
 from video.settings import FORMS, TEMPLATE, VideoSettings, answer_form
 
 GREY = 128  # a blank frame: the middle of the range, so near the mean after normalising
@@ -266,11 +256,11 @@ class PromptEncoder:
         Raises VideoError, also if there are more or fewer than planned and other processes read the rest.
         """
         path, clip = with_clips(sample)[number]
-        given, steps = (path, self.settings, self.factor, clip), steps or range(1)
-        part = slice(FRAME_FACTOR * steps.start, FRAME_FACTOR * steps.stop) if self.share != WHOLE_PROMPT else ALL
+        given, steps, shared = (path, self.settings, self.factor, clip), steps or range(1), self.share != WHOLE_PROMPT
+        part = slice(FRAME_FACTOR * steps.start, FRAME_FACTOR * steps.stop) if shared else slice(None)
         frames, picked = self.read_video(*given) if control else self.read_video(*given, part)
         planned, _ = plan_frames(*given)
-        if part != ALL and len(picked.numbers) != len(planned.numbers):
+        if shared and len(picked.numbers) != len(planned.numbers):
             raise VideoError(path, "has other frames than its header tells of; --sequence_parallel cannot share it")
         if control:
             frames = FRAME_CONTROLS[control](frames, f"{sample.key}/{number}")[part]
