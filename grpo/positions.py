@@ -27,35 +27,30 @@ def grid_positions(grid, seconds, spec):
 
 @dataclass(frozen=True)
 class MediaSpan:
-    """Where one image or video stands in a prompt: its runs of placeholders, each (start, stop, grid in patches), its
-    index among the images or the videos, and its grid."""
+    """Where one image or video stands in a prompt: its runs of placeholders, each (start, stop, grid in patches), and
+    its grid."""
 
     runs: tuple
     is_image: bool
-    index: int
     grid: tuple
 
 
 def media_spans(prompt, spec):
     """The prompt's images and videos in order of appearance. Raises ValueError, naming the sample, where placeholder
     tokens and grids disagree."""
-    grids = {True: prompt.image_grid_thw, False: prompt.video_grid_thw}
-    counts = {kind: 0 if grid is None else len(grid) for kind, grid in grids.items()}
-    seen, spans, at = {True: 0, False: 0}, [], 0
-    ids = prompt.input_ids.tolist()
-    while at < len(ids):
-        if ids[at] not in (spec.image_token_id, spec.video_token_id):
-            at += 1
+    grids = {spec.image_token_id: prompt.image_grid_thw, spec.video_token_id: prompt.video_grid_thw}
+    left = {token: [] if grid is None else grid.tolist() for token, grid in grids.items()}  # not met yet
+    ids, spans, stop = prompt.input_ids.tolist(), [], 0
+    for at, token in enumerate(ids):
+        if at < stop or token not in left:
             continue
-        is_image = ids[at] == spec.image_token_id
-        index = seen[is_image]
-        if index == counts[is_image]:
+        if not left[token]:
             raise ValueError(f"{prompt.sample.key}: more vision placeholders than images and videos")
-        grid = tuple(grids[is_image][index].tolist())
+        grid, is_image = tuple(left[token].pop(0)), token == spec.image_token_id
         runs = _runs(prompt, ids, at, [grid] if is_image else spec.family.span_grids(grid), spec)
-        spans.append(MediaSpan(runs, is_image, index, grid))
-        seen[is_image], at = index + 1, runs[-1][1]
-    if seen != counts:
+        spans.append(MediaSpan(runs, is_image, grid))
+        stop = runs[-1][1]
+    if any(left.values()):
         raise ValueError(f"{prompt.sample.key}: fewer vision placeholders than images and videos")
     return spans
 
@@ -77,9 +72,11 @@ def prompt_positions(prompt, spec):
 
     spec: `grpo.engine.model.ModelSpec` (family, placeholder ids, merge size). Raises as `media_spans`.
     """
-    seconds = lambda span: 0.0 if span.is_image else prompt.seconds_per_grid[span.index]
-    runs = tuple((*run, seconds(span)) for span in media_spans(prompt, spec) for run in span.runs)
-    return _positions(len(prompt.input_ids), runs, spec)
+    runs, of_videos = [], iter(prompt.seconds_per_grid)
+    for span in media_spans(prompt, spec):
+        seconds = 0.0 if span.is_image else next(of_videos)
+        runs += [(*run, seconds) for run in span.runs]
+    return _positions(len(prompt.input_ids), tuple(runs), spec)
 
 
 @lru_cache(maxsize=64)  # a step packs each prompt twice, and many prompts are laid out alike
