@@ -100,9 +100,8 @@ def update(policy, optimizer, steps, config, seed=0):
             norms.append(norm)
             tokens += totals.pop("tokens")
             sums = {name: sums.get(name, 0) + value for name, value in totals.items()}
-        means = (
-            {name: value / tokens for name, value in sums.items()} if tokens else {}
-        )  # nothing trained: absent, not 0
+        # If nothing was trained, its metrics are absent, not 0.
+        means = {name: value / tokens for name, value in sums.items()} if tokens else {}
         if epoch == 0:
             metrics |= means | {"grad_norm": sum(norms) / len(norms)}
         metrics |= {name: means[name] for name in ("clip_low_frac", "clip_high_frac") if name in means}
