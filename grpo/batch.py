@@ -86,31 +86,28 @@ def pack(prompts, completions, spec):
 
         input_ids [p q a b c]   position_ids [0 1 2 3 2]   predict [1 2 1]   targets [a b c]   groups [(2, (2, 1))]
     """
-    ids, positions, firsts, predict, targets, groups, starts, start = [], [], [], [], [], [], [], 0
+    ids, positions, firsts, predict, groups, starts, end = [], [], [], [], [], [], 0
     for prompt, group in zip(prompts, completions, strict=True):
         own, first = prompt_positions(prompt, spec)
-        size = own.shape[1]
-        starts.append(start)
-        ids.append(prompt.input_ids)
-        positions.append(own)
+        lengths = tuple(len(tokens) for tokens in group)
+        groups.append((own.shape[1], lengths))
+        starts.append(end)
         firsts.append(first)
-        last, start = start + size - 1, start + size
-        for tokens in group:
-            count = len(tokens)
-            ids.append(tokens)
-            positions.append((first + torch.arange(count)).expand(3, -1))
+        ids += [prompt.input_ids, *group]
+        positions += [own, *((first + torch.arange(count)).expand(3, -1) for count in lengths)]
+        end += own.shape[1]
+        last = end - 1
+        for count in lengths:
             # The prompt's last token predicts the first token of every completion.
-            predict.append(torch.tensor([last, *range(start, start + count - 1)]))
-            targets.append(tokens)
-            start += count
-        groups.append((size, tuple(len(tokens) for tokens in group)))
-    empty = torch.zeros(0, dtype=torch.long)
+            predict += [last, *range(end, end + count - 1)]
+            end += count
+    targets = [tokens for group in completions for tokens in group]
     return MicroBatch(
         input_ids=torch.cat(ids)[None],
         position_ids=torch.cat(positions, dim=1)[:, None],
         next_position=torch.tensor(firsts),
-        predict=torch.cat(predict or [empty]),
-        targets=torch.cat(targets or [empty]),
+        predict=torch.tensor(predict, dtype=torch.long),
+        targets=torch.cat(targets) if targets else torch.zeros(0, dtype=torch.long),
         groups=groups,
         **_pack_media(prompts, starts, spec),
     )
