@@ -49,11 +49,8 @@ def random_shape(rng: np.random.Generator) -> Shown:
 
 def draw(shown: Shown, background: np.ndarray) -> np.ndarray:
     """The frames of a clip, uint8 (T, H, W, 3)."""
-    frames = np.empty((SECONDS * FPS, SIDE, SIDE, 3), np.uint8)
-    frames[:] = background
-    grid = np.arange(SIDE) + 0.5  # centres of pixels
-    x, y = shown.centre
-    covered = inside(shown.shape, grid[None, :] - x, grid[:, None] - y, RADIUS * SIDE)
+    frames = np.full((SECONDS * FPS, SIDE, SIDE, 3), background, np.uint8)
+    covered = inside(shown.shape, shown.centre, RADIUS * SIDE)
     frames[shown.start * FPS : shown.end * FPS, covered] = COLOURS[shown.colour]
     return frames
 

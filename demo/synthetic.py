@@ -201,17 +201,16 @@ def film(path: Path, draw: Callable, *scene) -> None:
 
 def draw(scene: Scene) -> np.ndarray:
     """The frames of a scene, uint8 (T, H, W, 3)."""
-    video = np.empty((FRAMES, SIDE, SIDE, 3), np.uint8)
-    video[:] = scene.background
-    grid = np.arange(SIDE) + 0.5  # centres of pixels
-    for frame, (x, y) in zip(video, scene.centres):
-        covered = inside(scene.shape, grid[None, :] - x, grid[:, None] - y, RADIUS * SIDE)
-        frame[covered] = COLOURS[scene.colour]
+    video = np.full((FRAMES, SIDE, SIDE, 3), scene.background, np.uint8)
+    for frame, centre in zip(video, scene.centres):
+        frame[inside(scene.shape, centre, RADIUS * SIDE)] = COLOURS[scene.colour]
     return video
 
 
-def inside(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
-    """Which pixels, given by their distance from the centre, a shape of this radius covers: bool (H, W)."""
+def inside(shape: str, centre: tuple[float, float], radius: float) -> np.ndarray:
+    """Which pixels a shape covers, whose centre (x, y) and radius are in pixels: bool (SIDE, SIDE)."""
+    grid = np.arange(SIDE) + 0.5  # centres of pixels
+    dx, dy = grid[None, :] - centre[0], grid[:, None] - centre[1]
     if shape == "square":
         return (abs(dx) <= radius) & (abs(dy) <= radius)
     if shape == "circle":
