@@ -122,9 +122,7 @@ def copy_rows(path: str | Path, target: str | Path, numbers: set[int], flag: str
         csv.writer(text, delimiter=separator, lineterminator="\n").writerows([names, *rows])
         content = text.getvalue().encode()
     else:
-        with _open(path, flag) as file:
-            lines = [line.rstrip(b"\n") + b"\n" for number, line in enumerate(file, start=1) if number in numbers]
-        content = b"".join(lines)
+        content = b"".join(line + b"\n" for number, line in _lines(path, flag) if number in numbers)
     write_bytes(target, gzip.compress(content) if path.suffix == ".gz" else content)
 
 
