@@ -262,9 +262,7 @@ def shared_prompt_attention(module, query, key, value, attention_mask, *, layout
     return layout.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None
 
 
-def batched_vision_attention(
-    module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, max_length_q, **_
-):  # fmt: skip
+def batched_vision_attention(module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q, max_length_q, **_):
     """Full attention inside each frame or window; query (1, H, L, D) -> (1, L, H, D).
 
     Without flash-attn, all of equal length are attended as one batch: one kernel for a video rather than one for each

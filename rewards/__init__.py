@@ -200,9 +200,8 @@ def score_groups(
             raise ValueError(f"{reward.name} needs the length in tokens of each completion")
         own = _calls(reward, groups, samples)
         if reward.judge:
-            outcomes[reward.name] = score_predictions(
-                [answer_text(t) for t, _ in own], [s for _, s in own], reward.judge
-            )
+            predictions = [answer_text(text) for text, _ in own]
+            outcomes[reward.name] = score_predictions(predictions, [sample for _, sample in own], reward.judge)
         else:
             outcomes[reward.name] = [(reward.function(*call), {}, "") for call in own]
         if reward.name == "accuracy":
