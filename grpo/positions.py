@@ -21,8 +21,7 @@ def grid_positions(grid, seconds, spec):
     """
     t, h, w = grid[0], grid[1] // spec.merge_size, grid[2] // spec.merge_size
     time = spec.family.time_positions(t, seconds, spec.vision)
-    axes = torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")
-    return torch.stack([axis.flatten() for axis in axes])
+    return torch.cartesian_prod(time, torch.arange(h), torch.arange(w)).T
 
 
 @dataclass(frozen=True)
@@ -82,17 +81,14 @@ def prompt_positions(prompt, spec):
 @lru_cache(maxsize=64)  # a step packs each prompt twice, and many prompts are laid out alike
 def _positions(length, runs, spec):
     """`prompt_positions` of `length` tokens with these runs of placeholders, each (start, stop, grid, seconds)."""
-    parts, at, position = [], 0, 0
-
-    def add(part):
-        nonlocal position
-        if part.shape[1]:
-            parts.append(part + position)
-            position = int(parts[-1].max()) + 1
-
+    parts, at = [], 0  # each counted from 0
     for start, stop, grid, seconds in runs:
-        add(torch.arange(start - at).expand(3, -1))
-        add(grid_positions(grid, seconds, spec))
+        parts += [torch.arange(start - at).expand(3, -1), grid_positions(grid, seconds, spec)]
         at = stop
-    add(torch.arange(length - at).expand(3, -1))
-    return torch.cat(parts, dim=1), position
+    parts.append(torch.arange(length - at).expand(3, -1))
+    placed, position = [], 0
+    for part in parts:
+        if part.shape[1]:
+            placed.append(part + position)
+            position = int(placed[-1].max()) + 1
+    return torch.cat(placed, dim=1), position
