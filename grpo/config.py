@@ -361,8 +361,8 @@ def parse_config(arguments=None):
     source = f"--preset {preset}" + (f" and --config {asked.config}" if asked.config else "")
     parser = OneLineParser(
         description="Trains Qwen2-VL, Qwen2.5-VL or Qwen3-VL on video questions with GRPO.",
-        usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False, synonyms=SYNONYMS,
-        epilog=f"In brackets: the values of {source}.",
+        usage="%(prog)s [--FLAG VALUE ...]", formatter_class=argparse.HelpFormatter, allow_abbrev=False,
+        epilog=f"In brackets: the values of {source}.", synonyms=SYNONYMS,
     )  # fmt: skip
     for item in dataclasses.fields(Config):
         if "section" in item.metadata:

@@ -18,8 +18,9 @@ Published sources of the rules, and where the rules here differ:
 
 Departures. Every form is read in every problem type; each source reads its own. Of several answer tags with different
 contents none counts (see `answer_text`); Time-R1 and VideoChat-R1 take the last, OneThinker the first. Text around JSON
-is no obstacle: OneThinker scores it 0. "3.2s - 7.5s" is a span; Time-R1 wants "3.2 to 7.5" or "3.2 and 7.5". A tracking
-answer that is a list may have as many boxes as the truth has; VideoChat-R1 wants eight.
+is no obstacle: OneThinker scores it 0. "3.2s - 7.5s" is a span; Time-R1 wants "3.2 to 7.5" or "3.2 and 7.5". "3 to 7
+minutes" is none; Time-R1 reads seconds. A tracking answer that is a list may have as many boxes as the truth has;
+VideoChat-R1 wants eight.
 """
 
 import json
@@ -32,9 +33,10 @@ from video.formats import Sample
 Box = tuple[float, float, float, float]
 
 _NUMBER = r"(\d+(?:\.\d*)?)"
+_OTHER_UNIT = r"[ -]?(?:min(?:ute)?s?|h|hrs?|hours?)\b"
 _SPAN = re.compile(
     # "3.2 to 7.5", "3.2s - 7.5s"; not the "03 to 00" of "00:03 to 00:07", the "2 to 7" of "3,2 to 7,5", or minutes
-    rf"(?<![\d.:-])(?<!\d,){_NUMBER} ?(?:s|secs?|seconds?)? ?(?:to|and|-|–|—) ?{_NUMBER}(?![\d:]|[.,]\d| ?min| ?hour)",
+    rf"(?<![\d.:-])(?<!\d,){_NUMBER} ?(?:s|secs?|seconds?)? ?(?:to|and|-|–|—) ?{_NUMBER}(?![\d:]|[.,]\d|{_OTHER_UNIT})",
     re.IGNORECASE,
 )
 _JSON_START = re.compile(r"[\[{]")

@@ -136,9 +136,9 @@ def test_parts_are_kept_apart():
 def test_what_is_read():
     assert read_span("between 1 and 2, or 3.2 to 7.5") == (3.2, 7.5)
     assert read_span("between the two") is None
-    assert (
-        read_span("3.2 to 7.5 minutes") is None and read_span("3 to 7.5 min") is None and read_span("1-2 hours") is None
-    )
+    for unit in (" minutes", "-minute", " min.", " h", " hrs", " hours"):
+        assert read_span(f"3.2 to 7.5{unit}") is None
+    assert read_span("3 to 7 minor cuts") == read_span("3 to 7. Minutes later") == (3.0, 7.0)
     assert read_boxes('{"boxes": {"4": [1, 2, 3, 4], "5": [1]}}') == {"4": (1.0, 2.0, 3.0, 4.0), "5": None}
     assert read_boxes("[[1, 2, 3, 4], [5, 6, 7, 8]]") == {(0, 2): (1, 2, 3, 4), (1, 2): (5, 6, 7, 8)}
     assert read_boxes("a dog") == {}

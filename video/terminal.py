@@ -41,13 +41,13 @@ def prepare_terminal() -> None:
 
 class OneLineParser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line, with the flags that a misspelt flag may mean. A description keeps
-    its line breaks.
+    its line breaks, unless another formatter_class is given.
 
     synonyms: {flag that this program has not: flags that it stands for elsewhere}.
     """
 
     def __init__(self, *given, synonyms: dict[str, list[str]] | None = None, **named):
-        super().__init__(*given, formatter_class=argparse.RawDescriptionHelpFormatter, **named)
+        super().__init__(*given, **{"formatter_class": argparse.RawDescriptionHelpFormatter, **named})
         self.synonyms = synonyms or {}
 
     def error(self, message):
