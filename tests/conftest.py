@@ -1,8 +1,10 @@
 """Tiny models, prompts of every kind, and the naive forward that is the oracle of the packed one."""
 
+import json
 import math
 import os
 import sys
+from contextlib import contextmanager
 from functools import cache
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores: threads of each would wait for the others'
@@ -14,6 +16,7 @@ from transformers import AutoProcessor
 
 from demo.synthetic import DemoSpec, make_demo_set
 from demo.tiny import build_tiny_model
+from evaluation.predictions import Predictions
 from grpo.engine.model import empty_model, model_spec
 from grpo.engine.model_files import read_config
 from grpo.engine.weights import load_weights, materialise
@@ -160,3 +163,26 @@ def naive_logits(model, spec, prompt, tokens):
     ).logits[0, len(prompt.input_ids) - 1 : -1].clone()  # fmt: skip
     logits[:, list(spec.never_sampled)] = float("-inf")
     return logits
+
+
+class Killed(Exception):
+    pass
+
+
+@contextmanager
+def killed_while_saving(number):
+    """An evaluation inside ends when it saves its batch of that number, of which half of a line is on the disk."""
+    add, left = Predictions.add, number
+
+    def die(self, variant, records):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            with open(self.part_path, "a") as file:
+                file.write(json.dumps(records[0])[:20])
+            raise Killed
+        add(self, variant, records)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Predictions, "add", die)
+        yield

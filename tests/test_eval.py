@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ONE_FAST, load_model
+from conftest import ONE_FAST, killed_while_saving, load_model
 from processes import full_disk, held
 from transformers import AutoProcessor
 
@@ -337,30 +337,13 @@ def test_a_line_cut_short_is_dropped_and_weights_are_told_apart(tmp_path, tiny_f
     assert checkpoint_identity(tiny_folder) != checkpoint_identity(checkpoints["qwen2_vl"])
 
 
-class Killed(Exception):
-    pass
-
-
-def test_stopped_at_five_random_batches_and_resumed_gives_the_same_bytes(tmp_path, demo, tiny_folder, monkeypatch):
+def test_stopped_at_five_random_batches_and_resumed_gives_the_same_bytes(tmp_path, demo, tiny_folder):
     flags = ("--data", str(demo), "--eval_batch", "2", "--controls", "--report_samples", "0")
     assert run(tiny_folder, tmp_path / "whole", *flags)[0] == 0
-    add, draw = Predictions.add, random.Random(0)
+    draw = random.Random(0)
     for _ in range(5):
-        left = draw.randrange(3, 12)
-
-        def die(self, variant, records):
-            nonlocal left
-            left -= 1
-            if left == 0:  # half of a line is on the disk
-                with open(self.part_path, "a") as file:
-                    file.write(json.dumps(records[0])[:20])
-                raise Killed
-            add(self, variant, records)
-
-        monkeypatch.setattr(Predictions, "add", die)
-        with pytest.raises(Killed):
+        with killed_while_saving(draw.randrange(3, 12)):
             run(tiny_folder, tmp_path / "parts", *flags)
-    monkeypatch.setattr(Predictions, "add", add)
     assert run(tiny_folder, tmp_path / "parts", *flags)[0] == 0
     for name in ("predictions.jsonl", "results.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

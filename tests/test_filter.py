@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import killed_while_saving
 
 import evaluation.filter
 import grpo.engine.evaluate
@@ -17,7 +18,6 @@ import train
 from demo.synthetic import DemoSpec, make_demo_set
 from demo.tiny import CHAT_WORDS, build_tiny_model
 from evaluation.filter import chance_of, luck, rates_of
-from evaluation.predictions import Predictions
 from video.dataset import Sample, copy_rows, read_samples
 
 ROOT = Path(__file__).parent.parent
@@ -169,29 +169,12 @@ def test_shortcuts_go_and_the_rest_stays(tmp_path, questions, tiny_folder, monke
     assert "holds answers under other settings (temperature was 1.0, is 0.5)" in capsys.readouterr().err
 
 
-class Killed(Exception):
-    pass
-
-
 def test_stopped_twice_and_resumed_gives_the_same_bytes(tmp_path, questions, tiny_folder, monkeypatch):
     scripted(monkeypatch)
     assert run(tiny_folder, questions, tmp_path / "whole", "--samples", "40") == 0
-    add, left = Predictions.add, 0
-
-    def die(self, variant, records):
-        nonlocal left
-        left -= 1
-        if left == 0:  # half of a line is on the disk
-            with open(self.part_path, "a") as file:
-                file.write(json.dumps(records[0])[:20])
-            raise Killed
-        add(self, variant, records)
-
     for left in (3, 4):
-        monkeypatch.setattr(Predictions, "add", die)
-        with pytest.raises(Killed):
+        with killed_while_saving(left):
             run(tiny_folder, questions, tmp_path / "parts", "--samples", "40")
-    monkeypatch.setattr(Predictions, "add", add)
     assert run(tiny_folder, questions, tmp_path / "parts", "--samples", "40") == 0
     for name in ("predictions.jsonl", "rates.jsonl", "kept/asked.jsonl"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
