@@ -9,6 +9,9 @@ from functools import cache
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores: threads of each would wait for the others'
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):
+    # So told, torch's attention in bf16 still packs for AMX if oneDNN finds it: "pack_vnni2 is only supported when ..."
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 import pytest
 import torch
