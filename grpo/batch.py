@@ -72,7 +72,8 @@ class MicroBatch:
         return torch.cat([group.advantages for group in self.rollouts]).to(self.completion.device)[self.completion]
 
     def to(self, device):
-        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
+        """On the device, but for the pixels: the policy moves those of one forward at a time."""
+        tensors = {name: v for name, v in vars(self).items() if isinstance(v, torch.Tensor) and name != "pixels"}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 

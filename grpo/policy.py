@@ -53,7 +53,7 @@ class Policy(nn.Module):
         """
         if batch.grids is not None:
             encode = partial(self.spec.family.vision_features, self.model)
-            return (keep and self.cached_tower or encode)(batch.pixels, batch.grids)
+            return (keep and self.cached_tower or encode)(batch.pixels.to(self.device), batch.grids)
         if not self.sharded and batch.placeholders is None:
             return None
         merge = self.spec.merge_size

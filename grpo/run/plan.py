@@ -182,8 +182,8 @@ def rollout_moments(s):
         {"gathered weights": s.gathers * (s.whole + s.layer)},
         {"gathered weights": whole, "activations": (1.5 * s.pixels + s.see) * kept},
         {"gathered weights": whole, "KV cache": s.cache * s.cached[0],
-         "activations": (s.pixels + s.features + s.read * s.prompt) * kept},
-        {"gathered weights": whole, "KV cache": s.cache * s.cached[1], "activations": s.pixels * kept,
+         "activations": (s.features + s.read * s.prompt) * kept},
+        {"gathered weights": whole, "KV cache": s.cache * s.cached[1],
          "logits": 40 * kept * s.completions * s.words},
     ]  # fmt: skip
 
@@ -191,11 +191,11 @@ def rollout_moments(s):
 def reference_moments(s):
     shared = 1 if s.width > 1 else 0  # one process holds its reference whole
     return [
-        {"gathered weights": shared * 2 * s.root, "activations": s.pixels * s.rows},  # sent, and unpacked
+        {"gathered weights": shared * 2 * s.root},  # sent, and unpacked
         {"gathered weights": shared * (s.root + 3 * s.block), "activations": (1.5 * s.pixels + s.see) * s.rows},
         {"gathered weights": shared * (s.root + 2 * s.layer),
-         "activations": (s.pixels + s.features + s.read * s.packed) * s.rows},
-        {"gathered weights": shared * s.root, "activations": s.pixels * s.rows, "logits": s.logits},
+         "activations": (s.features + s.read * s.packed) * s.rows},
+        {"gathered weights": shared * s.root, "logits": s.logits},
     ]  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def update_moments(s, trained):
     shard = 4 / s.width  # bytes of a gradient
     of_text = shard * (trained if s.lora else s.text_layers * s.counts["layer"])
     of_blocks = 0 if s.frozen else shard * s.depth * s.counts["block"]
-    patches, saved = 1.5 * s.pixels * s.rows, s.layers + s.blocks
+    patches, saved = 0 if s.frozen else 0.5 * s.pixels * s.rows, s.layers + s.blocks  # in bf16
     backward = s.read_backward * s.packed * s.rows
     return [
         {"gathered weights": s.gathers * s.root, "reduction": s.head, "activations": patches + saved,
