@@ -1,7 +1,7 @@
 """Evaluates a checkpoint on video questions, greedily, with the frames and the prompt that it was trained with.
 
-    python eval.py --ckpt runs/demo/run/checkpoint-360                      on the run's own held-out questions
-    python eval.py --ckpt runs/demo/run/checkpoint-360 --controls --against runs/demo/run/warmup
+    python eval.py --ckpt runs/demo/run/checkpoint-200                      on the run's own held-out questions
+    python eval.py --ckpt runs/demo/run/checkpoint-200 --controls --against runs/demo/run/warmup
     python eval.py --ckpt Qwen/Qwen2-VL-7B-Instruct --data FILE.jsonl --video_root FOLDER
     torchrun --nproc_per_node 4 eval.py --ckpt FOLDER --benchmark mvbench --benchmark_dir FOLDER
 

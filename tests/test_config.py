@@ -53,7 +53,7 @@ def test_help_with_a_preset_shows_its_values(capsys):
     with pytest.raises(SystemExit):
         parse_config(["--help", "--preset", "demo"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "[0.0008]" in entry(shown, "learning_rate") and "[demo]" in entry(shown, "preset")
+    assert "[0.0004]" in entry(shown, "learning_rate") and "[demo]" in entry(shown, "preset")
     assert "the values of --preset demo" in shown
 
 

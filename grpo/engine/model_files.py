@@ -47,7 +47,7 @@ def find_model(path: str | Path, flag: str = "--model", files: tuple[str, ...] =
     if (folder / "adapter_config.json").is_file():
         raise ModelError(f"{flag} {path}: holds adapters alone; give RUN/merged, which --lora_merge writes")
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{flag} {path}: has no config.json; give a model's folder, such as RUN/checkpoint-360")
+        raise ModelError(f"{flag} {path}: has no config.json; give a model's folder, such as RUN/checkpoint-200")
     return folder
 
 
