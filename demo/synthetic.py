@@ -37,10 +37,10 @@ QUESTIONS = {  # by category: what is asked, and the four options
     "colour": ("What colour is the shape?", tuple(COLOURS)),
     "shape": ("What shape is it?", SHAPES),
 }
-# What is asked about the videos of a part, in turn; a shape stands still if its place is asked. Of six training
-# questions four are for the direction; two ask what the warm-up has taught, so that it stays known.
+# What is asked about the videos of a part, in turn; a shape stands still if its place is asked. Of eight training
+# questions six are for the direction; two ask what the warm-up has taught, so that it stays known.
 ASKED = {
-    "train": (("colour",), *[("direction",)] * 2, ("place",), *[("direction",)] * 2),
+    "train": (("colour",), *[("direction",)] * 3, ("place",), *[("direction",)] * 3),
     "val": (("direction", "colour", "shape"), ("place",)),
     "warmup": (("direction", "colour"), ("place",)),
 }
