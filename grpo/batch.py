@@ -6,7 +6,7 @@ V vocabulary, L tokens of a packed row, N all completion tokens of a micro-batch
 prompt by prompt and completion by completion: nothing is padded, so no mask is needed.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 

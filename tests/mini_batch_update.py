@@ -25,7 +25,7 @@ RATE, SEED, MIX = 0.004, "42/7", 0.25
 REWARDS = [[1.0, 0.0, 0.5], [0.0, 0.0, 1.0], [0.2, 0.2, 0.2], [3.0, 1.0, 0.0], [0.0, 0.7, 0.1]]  # of slots 0 to 4
 TRUNCATED = (3, 1)  # slot and number of the completion that the length limit truncated
 COMMON = ("--preset", "demo", "--prompts_per_step", "5", "--prompts_per_forward", "1", "--grad_clip", "1e9",
-          "--temperature", "0.9", "--clip_eps_low", "0.02", "--clip_eps_high", "0.03")  # fmt: skip
+          "--temperature", "0.9", "--clip_eps_low", "0.02", "--clip_eps_high", "0.03", "--ppo_epochs", "1")  # fmt: skip
 SETTINGS = {  # name -> (flags, slots of the mini-batches)
     "token clip": (
         ("--mini_batch_size", "2", "--ppo_epochs", "2", "--kl_coef", "0.1", "--advantage", "batch", "--mask_truncated",

@@ -43,7 +43,8 @@ def command(processes, folder, world, *more, tie=False, nodes=(), script="train.
         "--data", str(data["train"]), "--eval_data", str(data["val"]), "--sft_steps", "0", "--steps", "3",
         "--prompts_per_step", "6", "--prompts_per_forward", "2", "--prompts_per_rollout", "2", "--group_size", "3",
         "--max_new_tokens", "6", "--eval_samples", "5", "--no-controls", "--workers", "0", "--eval_every", "0",
-        "--reward", f"{ROOT}/tests/toy_reward.py:vowels", "--kl_coef", "0.05", *more,
+        "--reward", f"{ROOT}/tests/toy_reward.py:vowels", "--kl_coef", "0.05", "--ppo_epochs", "1",
+        "--learning_rate", "0.0008", "--lr_schedule", "linear", *more,
     ]  # fmt: skip
 
 

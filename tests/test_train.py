@@ -177,7 +177,7 @@ def test_a_run_whose_rates_would_have_been_others_is_not_extended(flags, capsys)
     capsys.readouterr()
     assert train.main([*flags, *SHORT, "--steps", "6", "--lr_warmup_steps", "2"]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert "--steps was 4, is 6, and --lr_schedule linear would have given the steps done other rates" in line
+    assert "--steps was 4, is 6, and --lr_schedule cosine would have given the steps done other rates" in line
     assert "--model" in line and "--resume no" in line
 
 
@@ -256,7 +256,7 @@ def test_other_settings_do_not_go_on_in_the_same_folder(flags, capsys):
     run(flags)
     assert train.main([*flags, "--learning_rate", "1", "--reward", "accuracy:1", "format:2", "--dynamic_filter"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "--learning_rate was 0.0008, is 1.0" in error and "--output" in error
+    assert "--learning_rate was 0.0004, is 1.0" in error and "--output" in error
     assert (
         "--reward was accuracy:1 format:0.5, is accuracy:1 format:2" in error
         and "--dynamic_filter was off, is on" in error

@@ -35,7 +35,9 @@ def setting(checkpoints):
 
 
 def config_of(*flags):
-    return parse_config(["--preset", "demo", "--prompts_per_step", "2", "--grad_clip", "1000", *flags])
+    return parse_config(
+        ["--preset", "demo", "--prompts_per_step", "2", "--grad_clip", "1000", "--ppo_epochs", "1", *flags]
+    )
 
 
 def gradients(policy, groups, config):
