@@ -80,6 +80,7 @@ def command(folder, frames, shared, more):
         "--no-controls", "--eval_every", "0", "--save_every", "1000", "--show_every", "0", "--resume", "no",
         "--sft_steps", "700", "--sft_prompts_per_step", "8", "--sft_until", "0.95", "--steps", "100",
         "--prompts_per_step", "16", "--group_size", "8", "--kl_coef", "0.05",
+        "--ppo_epochs", "1", "--learning_rate", "0.0008", "--lr_schedule", "linear",
         "--prompts_per_forward", "16", "--prompts_per_rollout", "16", "--eval_batch", "32",
         *more,
     ]  # fmt: skip
