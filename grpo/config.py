@@ -254,6 +254,7 @@ def overlay(values, given):
 
 
 OF_A_COMMAND = ("config", "plan", "resume")  # not settings of a run, though its run.json has them
+IMPLIED = {"freeze_vision": "lora_rank", "dynamic_filter": "dynamic_sampling"}  # on if the other is, also in a run.json
 IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list of texts"}
 
 
@@ -271,7 +272,8 @@ def read_settings(path):
     if not isinstance(settings, dict):
         raise ConfigError(f"--config {path}: must hold settings, such as `group_size: 8`")
     if is_json:
-        settings = {name: value for name, value in renamed(settings).items() if name not in OF_A_COMMAND}
+        unset = {*OF_A_COMMAND, *(name for name, other in IMPLIED.items() if settings.get(other))}
+        settings = {name: value for name, value in renamed(settings).items() if name not in unset}
     else:
         names = [name.value for name, _ in yaml.compose(text).value]
         if twice := [name for name in settings if names.count(name) > 1]:
@@ -428,9 +430,8 @@ def check(config):
         raise ConfigError("--prompt_template must hold {problem}, where the question goes")
     if config.sft_steps and not config.sft_data:
         raise ConfigError("--sft_steps needs --sft_data, whose rows have `completions`")
-    size, whole = config.mini_batch_size, config.prompts_per_step
-    if size > whole:
-        raise ConfigError(f"--mini_batch_size {size}: is above --prompts_per_step {whole}; lower it")
+    if (size := config.mini_batch_size) > config.prompts_per_step:
+        raise ConfigError(f"--mini_batch_size {size}: is above --prompts_per_step {config.prompts_per_step}; lower it")
     for name in ("dynamic_filter", "dynamic_sampling", "temporal_bonus"):
         if getattr(config, name) and not any(spec.split(":")[0] == "accuracy" for spec in config.reward):
             raise ConfigError(f"--{name} looks at the accuracy; add accuracy:1 to --reward")

@@ -20,9 +20,9 @@ EVERYTHING = "all but tests and bench"
 # sequence parallelism (160), the filter of questions (173), kept vision features (43), videos read by shares (58),
 # the demo's videos encoded in processes (6), the clips of demo/grounding.py (92), products of a few rows on a CPU (12,
 # ring 2) and evaluation that takes the sampler's own settings (5; ring 3: 2, ring 2: -4); the rest is hints for
-# misspelt names and for settings that are given twice or do nothing (ring 3: 10). What stood twice, or in a library
-# too, and loops that could be plainer then gave back 123 lines (ring 1: 12, ring 2: 39, ring 3: 19).
-LIMITS = {"ring 1": 963, "ring 2": 1332, "ring 3": 1549, EVERYTHING: 7498}
+# misspelt names and for settings that are given twice, do nothing or were implied (ring 3: 11). What stood twice, or
+# in a library too, and loops that could be plainer then gave back 123 lines (ring 1: 12, ring 2: 39, ring 3: 19).
+LIMITS = {"ring 1": 963, "ring 2": 1332, "ring 3": 1550, EVERYTHING: 7499}
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

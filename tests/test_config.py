@@ -255,6 +255,19 @@ def test_what_is_given_counts_more_than_an_earlier_value_that_would_hide_it(tmp_
     assert parse_config(["--config", own, "--epochs", "3", "--steps", "7"]).steps == 7
 
 
+def test_what_one_setting_of_a_run_json_implied_ends_with_it(tmp_path):
+    """Its run.json says that the vision tower is frozen because the run had adapters; so for the dynamic filter."""
+    own = str(tmp_path / "run.json")
+    save_config(parse_config(["--lora_rank", "8", "--dynamic_sampling", "3"]), own)
+    config = parse_config(["--config", own])
+    assert config.freeze_vision and config.dynamic_filter
+    config = parse_config(["--config", own, "--lora_rank", "0", "--dynamic_sampling", "0"])
+    assert not config.freeze_vision and not config.dynamic_filter
+    save_config(parse_config(["--freeze_vision", "--dynamic_filter"]), own)
+    config = parse_config(["--config", own, "--lora_rank", "0", "--dynamic_sampling", "0"])
+    assert config.freeze_vision and config.dynamic_filter, "asked for by name"
+
+
 def test_help_shows_the_values_of_a_file(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_config(["--help", "--config", settings_file(tmp_path, "preset: demo\ngroup_size: 31")])
