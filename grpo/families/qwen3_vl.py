@@ -57,8 +57,8 @@ class Qwen3VL(Family):
 
     def vision_features(self, model, pixels, grids):
         """The features of DeepStack stand beside the tower's own, on the last axis: all of a token in one row."""
-        out = model.get_image_features(pixels, grids, return_dict=True)
-        return torch.cat([torch.cat(depth) for depth in (out.pooler_output, *out.deepstack_features)], dim=-1)
+        out = model.model.visual(pixels.to(model.model.visual.dtype), grid_thw=grids, return_dict=True)
+        return torch.cat((out.pooler_output, *out.deepstack_features), dim=-1)
 
     def feature_width(self, config):
         return config.text_config.hidden_size * (1 + len(config.vision_config.deepstack_visual_indexes))
