@@ -31,7 +31,12 @@ def parse_flags(description: str, arguments: list[str] | None = None) -> argpars
     add("--data", help="Questions, in place of the run's own held-out ones.")
     add("--benchmark", choices=tuple(BENCHMARKS), help="A published benchmark, scored as it scores.")
     add("--benchmark_dir", help="Its folder: annotation files and videos as published.")
-    add("--mode", choices=("think", "direct", "both"), default="think", help="As in training, or the answer only.")
+    add(
+        "--mode",
+        choices=("think", "direct", "both"),
+        default="think",
+        help="As in training, or the answer only. [think]",
+    )
     add("--controls", action="store_true", help="Also with the video shuffled, reversed and blank, and with no video.")
     add("--against", help="A second checkpoint for the same questions and settings: paired difference and its p-value.")
     add("--temperature", type=float, default=0.0, help="Sampling temperature; 0 is greedy. [0.0]")
@@ -80,7 +85,7 @@ def _parser(description, prog=None):
     note = "Frames, pixels and prompt are as in training; a value in brackets holds if the checkpoint has none."
     parser = OneLineParser(prog=prog, description=description, allow_abbrev=False, epilog=note, synonyms=SYNONYMS)
     add = parser.add_argument
-    add("--ckpt", required=True, help="Checkpoint of a run, or any Hugging Face folder or hub name of this family.")
+    add("--ckpt", required=True, help="Checkpoint of a run, or any Hugging Face folder or hub name of a known family.")
     add("--video_root", help="Folder that video paths are under (default: that of the data file, or as in training).")
     add("--samples", type=int, help="Only so many questions, drawn from all, always the same.")
     return parser

@@ -61,7 +61,7 @@ class Config:
     top_p: float = flag(1.0, "Sample among the likeliest tokens of this probability; 1 is off.", gt=0.0, le=1.0)
 
     reward: tuple = flag(("accuracy:1",), "Rewards as name:weight, or file.py:function:weight.", section="rewards")
-    reward_timeout: float = flag(30.0, "Seconds that your own reward functions have for a step.", gt=0.0)
+    reward_timeout: float = flag(30.0, "Seconds that your own reward functions, and a judge, have for a step.", gt=0.0)
     judge_url: str | None = flag(None, "Server, with OpenAI's API, whose model scores free text in place of ROUGE.")
     judge_model: str | None = flag(None, "Name of that model; its key is the environment variable JUDGE_API_KEY.")
     judge_prompt: str | None = flag(None, "File with what it is asked: docs/rewards.md.")
@@ -231,7 +231,7 @@ def preset_values(preset, seed, family):
     """{flag: value} of a preset. Each seed of the demo has a folder of its own, so that no demo touches the videos of
     another: runs/demo for the default seed, else runs/demo-seed-N. In it each family has its own start model and run:
     start and run for the default family, else start-FAMILY and run-FAMILY."""
-    values = PRESETS[preset]
+    values = checked_settings(PRESETS[preset], f"grpo/presets.yaml, {preset}")
     if preset != "demo":
         return values
     if family != Config.family:
@@ -261,7 +261,7 @@ IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str
 def read_settings(path):
     """{setting: value} of a --config file: the run.json of a run, or YAML. Raises ConfigError, which names the file and
     the setting."""
-    is_json, fields = path.endswith(".json"), {item.name: item for item in dataclasses.fields(Config)}
+    is_json = path.endswith(".json")
     try:
         text = Path(path).read_text(encoding="utf-8")
         settings = json.loads(text) if is_json else yaml.safe_load(text)
@@ -278,17 +278,23 @@ def read_settings(path):
         names = [name.value for name, _ in yaml.compose(text).value]
         if twice := [name for name in settings if names.count(name) > 1]:
             raise ConfigError(f"--config {path}: {twice[0]} is given twice; remove one")
+    return checked_settings(settings, f"--config {path}")
+
+
+def checked_settings(settings, source):
+    """`settings` as the fields of Config have them. Raises ConfigError, which names the source and the setting."""
+    fields = {item.name: item for item in dataclasses.fields(Config)}
     for name in settings:
         if name not in fields:
             close = [flag[2:] for flag in meant(f"--{name}", [f"--{known}" for known in fields], SYNONYMS)]
             hint = f"did you mean {' '.join(close)}?" if close else "see --help"
-            raise ConfigError(f"--config {path}: unknown setting {name} ({hint})")
+            raise ConfigError(f"{source}: unknown setting {name} ({hint})")
         if name in OF_A_COMMAND:
-            raise ConfigError(f"--config {path}: {name} is not a setting of a run; give it as --{name}")
+            raise ConfigError(f"{source}: {name} is not a setting of a run; give it as --{name}")
     try:
         return {name: typed(fields[name], value) for name, value in settings.items()}
     except ConfigError as error:
-        raise ConfigError(f"--config {path}: {error}") from error
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def typed(item, value):
@@ -297,7 +303,7 @@ def typed(item, value):
     kind = type_of(item)
     if value is None and kind is not item.type:  # the field may be None
         return None
-    values = value if kind is tuple and isinstance(value, list) else [value]
+    values = value if kind is tuple and isinstance(value, list | tuple) else [value]
     try:
         if not all(isinstance(part, bool if kind is bool else str | int | float) for part in values):
             raise ValueError

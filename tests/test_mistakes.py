@@ -273,7 +273,7 @@ MISTAKES = {
     "categories of every type, and rows without media, while training": (
         "train", lambda b: [
             "--data", b.rows(b.row(category=[]), b.row(1, category=3, video=...), b.row(2, video=[]))], 0,
-        ("2 of 3 questions to train on have no video or image: they are asked as text alone",
+        ("2 of 3 questions to train on have no video or image, the first rows.jsonl:2: they are asked as text alone",
          "evaluation:   0%", "step 1: held-out accuracy ", "of all 2 questions; 0 unreadable"),
     ),
     "a line that is not UTF-8": (

@@ -233,14 +233,14 @@ def test_plan_is_printed_before_anything_loads(capsys, monkeypatch):
     assert train.main(["--plan", "4", "--max_frames", "32"]) == 0
     shown = capsys.readouterr().out
     assert (Path(__file__).parent.parent / re.search(r"a formula \((.*)\)", shown)[1]).is_file()
-    for words in ("8.29B parameters on 4 GPUs", "32 frames", "gathered weights", "most frames that fit", "not yet run",
+    for words in ("8.29B parameters on 4 GPUs", "32 frames", "gathered weights", "most frames: ", "not yet run",
                   "torch reserves up to ", "with --activation_checkpointing selective: ", "; none: ",
                   "prompts this long fit --max_prompt_tokens 8192"):  # fmt: skip
         assert words in shown
     assert train.main(["--plan", "4", "--max_frames", "128"]) == 0  # 12,800 tokens; 80 frames are 8,096, 82 are 8,292
     shown = capsys.readouterr().out
     assert "prompts this long are SKIPPED: raise --max_prompt_tokens 8192" in shown
-    assert shown.splitlines()[-3].endswith("most frames that fit: 80")
+    assert shown.splitlines()[-3].endswith("most frames: 536 in this memory, 80 in --max_prompt_tokens")
     assert train.main(["--plan", "4", "--model", "no/such"]) == 2
     assert "--model no/such" in capsys.readouterr().err
     assert train.main(["--plan", "4", "--sequence_parallel", "4"]) == 0

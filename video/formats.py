@@ -27,6 +27,7 @@ LETTERS = string.ascii_uppercase  # of options
 MULTIPLE_CHOICE = "multiple choice"
 NAMED = 10  # so many are named, of many bad rows
 CLIP_FIELDS = ("video_start", "video_end", "sample_fps")  # in the order of Clip's fields
+OF_ANY_FORMAT = ("problem_type", "options", "completions", "box_size", "answer_form", *CLIP_FIELDS)
 SUFFIXES = ("", ".mp4", ".mkv", ".webm", ".avi", ".mov")
 FOLDERS = ("", "videos", "video", "data")  # where benchmarks keep their videos, under their own root
 # MVBench's rows name a file alone; the folder under its `video` depends on the subtask, which names the .json
@@ -164,7 +165,7 @@ def misspelt(fields: Iterable[str], needed: list[str]) -> str:
     in:  ["probelm", "solution"], ["problem", "solution"]
     out: " (did you mean problem by probelm?)"
     """
-    others = [name for name in fields if name not in needed]
+    others = [name for name in fields if name not in (*needed, *OF_ANY_FORMAT)]
     close = {name: get_close_matches(name, others, 1, 0.7) for name in needed if name not in fields}
     if not all(close.values()):
         return ""

@@ -128,8 +128,9 @@ def check_completions(sample):
 
 def say_text_only(samples, name, say):
     """Says how many of the questions `name` have no video or image, if any: a misspelt field may be why."""
-    if without := sum(not sample.media for sample in samples):
-        say(f"{without} of {len(samples)} questions {name} have no video or image: they are asked as text alone")
+    if without := [sample.key for sample in samples if not sample.media]:
+        count = f"{len(without)} of {len(samples)} questions {name}"
+        say(f"{count} have no video or image, the first {without[0]}: they are asked as text alone")
 
 
 def say_free_text(samples, name, config, say):

@@ -54,7 +54,7 @@ def check_inputs(config):
         get = "there is no such folder" if is_path else f"`hf download {config.model}` gets it"
         missing.append(f"--model {config.model}: not on this machine; {get}")
     if missing:
-        raise ConfigError("; ".join([*missing, f"or try `{DEMO_COMMAND}`, which needs neither"]))
+        raise ConfigError("; ".join([*missing, f"or try `{DEMO_COMMAND}`, which makes its own model and data"]))
 
 
 @contextmanager

@@ -22,6 +22,7 @@ and COPIES are estimates; `bench/gpu_check.py` puts measured peaks beside it.
 
 from bisect import bisect_left
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import torch
@@ -258,7 +259,7 @@ def plan_text(config):
     others = [name for name in ("full", "selective", "none") if name != config.activation_checkpointing]
     plan_with = lambda setting: memory_plan(model, counts, replace(config, activation_checkpointing=setting))
     reserved = RESERVED * (plan["peak"] - OVERHEAD) + OVERHEAD
-    most = most_frames(plan_of, limit, config.max_prompt_tokens)
+    in_memory, in_tokens = (most_frames(plan_of, *of) for of in ((limit, inf), (inf, config.max_prompt_tokens)))
     skipped = plan["tokens"]["prompt tokens"] > config.max_prompt_tokens
     return "\n".join(
         [
@@ -270,7 +271,7 @@ def plan_text(config):
             *(row(name, [part(phase, name) for phase in plan["phases"]]) for name in names),
             row("sum", [f"{sum(parts.values()) / GIB:.2f}" for parts in plan["phases"].values()]),
             f"peak {fits(plan)} --gpu_memory {config.gpu_memory:g} (torch reserves up to {reserved / GIB:.1f} if there "
-            f"is room); most frames that fit: {most}",
+            f"is room); most frames: {in_memory} in this memory, {in_tokens} in --max_prompt_tokens",
             "with --activation_checkpointing " + "; ".join(f"{name}: {fits(plan_with(name))}" for name in others),
             f"prompts this long {'are SKIPPED: raise' if skipped else 'fit'} --max_prompt_tokens "
             f"{config.max_prompt_tokens}; a formula (grpo/run/plan.py), not yet run on a GPU",

@@ -143,9 +143,10 @@ class Run:
         if config.top_k or config.top_p < 1:
             say("--top_k or --top_p is on: sampling sees fewer tokens than the log-probabilities are over")
         shared = f", {sequence.size()} to a prompt" if sequence.size() > 1 else ""
+        source = f" of {config.eval_data}" if config.eval_data else ""
         say(
             f"{config.model} on {world_size()} x {self.device.type}{shared}: {len(self.train)} questions to train on, "
-            f"{len(self.held_out)} held out, {config.steps} steps"
+            f"{len(self.held_out)} held out{source}, {config.steps} steps"
         )
         if self.checkpoint:
             done = f"{self.state['step']} of {config.steps} steps are done"
