@@ -143,7 +143,7 @@ class Run:
         if config.top_k or config.top_p < 1:
             say("--top_k or --top_p is on: sampling sees fewer tokens than the log-probabilities are over")
         shared = f", {sequence.size()} to a prompt" if sequence.size() > 1 else ""
-        source = f" of {config.eval_data}" if config.eval_data else ""
+        source = f" of {config.eval_data}" if config.eval_data and self.held_out else ""
         say(
             f"{config.model} on {world_size()} x {self.device.type}{shared}: {len(self.train)} questions to train on, "
             f"{len(self.held_out)} held out{source}, {config.steps} steps"
