@@ -34,7 +34,7 @@ import torch
 from evaluation.benchmarks import benchmark_score, read_benchmark
 from evaluation.flags import SHARED, parse_flags
 from evaluation.plot import plot_runs
-from evaluation.predictions import Predictions, checkpoint_identity, settings_of
+from evaluation.predictions import Predictions, settings_of
 from evaluation.report import evaluation_table, write_report
 from evaluation.significance import paired, with_intervals
 from grpo.config import Config, check, load_config
@@ -43,9 +43,9 @@ from grpo.engine.build import build_policy
 from grpo.engine.distributed import is_main
 from grpo.engine.evaluate import CONTROLS, EvalSettings, predict, show_progress, summarise
 from grpo.engine.fast_paths import choose_fast_paths
-from grpo.engine.model_files import find_model, read_processor
+from grpo.engine.model_files import find_model, model_identity, read_processor
 from grpo.errors import ConfigError
-from grpo.run.data import check_answers, draw, say_free_text, say_text_only, split_data
+from grpo.run.data import check_answers, digest, draw, say_free_text, say_text_only, split_data
 from grpo.run.folder import sole_use
 from grpo.run.log import quiet_libraries
 from grpo.run.run import make_encoder
@@ -84,7 +84,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     # 1) The checkpoints
     folder = find_checkpoint("--ckpt", arguments.ckpt)
     against = arguments.against and find_checkpoint("--against", arguments.against)
-    if against and checkpoint_identity(against) == checkpoint_identity(folder):
+    if against and model_identity(against) == model_identity(folder):
         raise ConfigError(f"--against {arguments.against}: has the same weights as --ckpt; give another checkpoint")
 
     # 2) The settings, the questions, and the ways in which they are asked
@@ -186,7 +186,20 @@ def held_out_samples(folder: Path, config: Config, arguments: argparse.Namespace
         raise DataError(f"{error}; {folder / 'run.json'} names that data; --data takes another") from error
     if not samples:
         raise ConfigError(f"--ckpt {arguments.ckpt}: its run held out no questions; give --data FILE")
+    if not config.eval_data and (was := held_out_by(folder.parent)) not in (None, digest(samples)):
+        raise ConfigError(
+            f"--ckpt {arguments.ckpt}: its run held out {was}, of data that has changed since: what would be held out "
+            f"now ({digest(samples)}) may have been trained on; give --data FILE"
+        )
     return samples
+
+
+def held_out_by(run: Path) -> str | None:
+    """The digest of the questions that a run held out, as its folder says; None if it does not."""
+    try:
+        return json.loads((run / "versions.json").read_text())["data"]["held out"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def make_variants(arguments: argparse.Namespace, folder: Path, against: Path | None) -> list[Variant]:
@@ -213,7 +226,7 @@ def answer(
     asking: how the questions are asked, but for the control, which is each variant's. build: returns the policy of
     (folder, processor=...); say: takes a line for the user.
     """
-    places = {v: (checkpoint_identity(v.folder), v.mode, v.control) for v in variants}
+    places = {v: (model_identity(v.folder), v.mode, v.control) for v in variants}
     done = {v: predictions.done.get(place, {}) for v, place in places.items()}
     missing = [v for v in variants if any(s.key not in done[v] for s in samples)]
     policy = loaded = None

@@ -5,7 +5,6 @@ FOLDER/predictions.jsonl   one line an answer: checkpoint, mode, control, key, c
 """
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from video.files import append_rows, read_rows, write_rows, write_text
 from video.settings import VideoSettings
 
 VARIANT = ("checkpoint", "mode", "control")  # the fields that tell two answers to one question apart
-TAIL = 2**20  # bytes read at each end of a file of weights
 
 
 class Predictions:
@@ -81,21 +79,3 @@ def settings_of(config: Config, samples: list[Sample], sampling: SamplingSetting
     asked = {name: getattr(config, name) for name in names}
     own = {"temperature": sampling.temperature, "device": device, "questions": digest(samples)}
     return {**dataclasses.asdict(VideoSettings.of(config)), **asked, **own}
-
-
-def checkpoint_identity(folder: Path) -> str:
-    """The folder's name and a digest of its weights, e.g. "checkpoint-400@0f3c5a9d2b41".
-
-    The digest is of the config, and of the size and both ends (TAIL bytes) of each file of weights: 15 GB need not be
-    read.
-    """
-    total, folder = hashlib.sha256(), Path(folder)
-    weights = {*folder.glob("*.safetensors")} - {folder / "optimizer.safetensors"}
-    for path in sorted(weights | {folder / "config.json"}):
-        size = path.stat().st_size
-        total.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            total.update(file.read(TAIL))
-            file.seek(max(0, size - TAIL))
-            total.update(file.read())
-    return f"{folder.name}@{total.hexdigest()[:12]}"

@@ -45,8 +45,8 @@ class Config:
     text_only: bool = flag(False, "Allow data files in which no row has a video or image.")
     output: str = flag("runs/qwen2-vl-7b", "Run folder: configuration, metrics, curve, checkpoints.")
     resume: str = flag(
-        "auto", "Go on from the run folder's newest checkpoint, even if the data has changed since (anyway), or start "
-        "anew (no).", choices=("auto", "anyway", "no"),
+        "auto", "Go on from the run folder's newest checkpoint, even if data or model have changed since (anyway), or "
+        "start anew (no).", choices=("auto", "anyway", "no"),
     )  # fmt: skip
     demo: bool = flag(False, "Build the demo's tiny model and videos, in runs/demo (runs/demo-seed-N for other seeds).")
     family: str = flag("qwen2_vl", "Family of the demo's tiny model.", choices=family_names())
@@ -386,6 +386,9 @@ def parse_config(arguments=None):
     check_combinations(config, given)
     config.freeze_vision |= config.lora_rank > 0  # adapters are the decoder's
     config.dynamic_filter |= config.dynamic_sampling > 0
+    # A flag that trains the tower, or adapters, counts more than what a file has for the other case
+    config.feature_cache = config.feature_cache if config.freeze_vision else None
+    config.ref_sync_steps = 0 if config.lora_rank else config.ref_sync_steps
     return config
 
 
@@ -469,6 +472,11 @@ def check_combinations(config, given):
         ("kl_correction", not in_loss, "is about the gradient of the KL; --kl_in reward has none; leave it out"),
         ("kl_estimator", kl and in_loss and config.kl_estimator == "k1" and not config.kl_correction,
          "its mean gradient with --kl_in loss is 0; set k2, k3 or --kl_correction"),
+        ("kl_in", kl and in_loss and config.kl_estimator == "k1" and not config.kl_correction,
+         "the mean gradient of --kl_estimator k1 is then 0; set k2, k3 or --kl_correction"),
+        ("kl_estimator", kl and not in_loss and config.kl_estimator != "k1",
+         "hardly pulls with --kl_in reward; set k1, or --kl_in loss"),
+        ("lora_rank", given.get("freeze_vision") is False, "trains the decoder alone; leave out --no-freeze_vision"),
         ("ref_sync_steps", config.lora_rank > 0, "with --lora_rank the reference is the model without adapters"),
         ("ref_mixup_alpha", not config.ref_sync_steps, "does nothing without --ref_sync_steps"),
         ("tis_mode", config.tis_cap is None, "weighs nothing without --tis_cap"),

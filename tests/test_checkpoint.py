@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import threading
@@ -164,8 +165,11 @@ def test_a_damaged_checkpoint_is_named_and_so_is_the_next_older_whole_one(world,
         (tmp_path / "checkpoint-3" / name).unlink()
         assert said_of("checkpoint-3") == f"{name} is missing; {ways}"
         for step, content in contents.items():
+            (tmp_path / f"checkpoint-{step}" / name).write_bytes(content[:8] + b"\0" * 64 + content[72:])
+        assert re.fullmatch(rf"{name} is damaged \(.+\); {ways}", said_of("checkpoint-3"))
+        for step, content in contents.items():
             (tmp_path / f"checkpoint-{step}" / name).write_bytes(content)
-    for step, state in ((1, ""), (2, "\0" * 40), (3, "{}")):
+    for step, state in ((1, ""), (2, "\0" * 40), (3, '{"files": {}}')):
         (tmp_path / f"checkpoint-{step}" / "training" / "state.json").write_text(state)
     ways = "copy it again, or --resume no starts anew"
     assert said_of("checkpoint-3") == f"training/state.json is damaged; {ways}"

@@ -77,6 +77,7 @@ def test_a_frame_flag_counts_more_than_the_presets_nframes(flag):
     ("--kl_in reward --kl_estimator k2", ("--kl_in reward", "--kl_estimator k2")),
     ("--kl_in reward --kl_estimator k1 --kl_correction", ("--kl_correction", "--kl_in reward")),
     ("--kl_estimator k1", ("--kl_estimator k1", "--kl_in loss")),
+    ("--lora_rank 8 --no-freeze_vision", ("--lora_rank 8", "--no-freeze_vision")),
     ("--ref_sync_steps 5 --lora_rank 8", ("--ref_sync_steps 5", "--lora_rank")),
     ("--ref_mixup_alpha 0.5", ("--ref_mixup_alpha 0.5", "--ref_sync_steps")),
     ("--feature_cache_gb 5", ("--feature_cache_gb 5", "without --feature_cache")),
@@ -266,6 +267,28 @@ def test_what_one_setting_of_a_run_json_implied_ends_with_it(tmp_path):
     save_config(parse_config(["--freeze_vision", "--dynamic_filter"]), own)
     config = parse_config(["--config", own, "--lora_rank", "0", "--dynamic_sampling", "0"])
     assert config.freeze_vision and config.dynamic_filter, "asked for by name"
+
+
+def test_a_flag_counts_more_than_what_a_file_has_for_the_other_case(tmp_path):
+    """A feature cache beside a tower that is trained would give sampling, or training too, the features of before."""
+    own = str(tmp_path / "run.json")
+    save_config(parse_config(["--freeze_vision", "--feature_cache", "kept"]), own)
+    assert parse_config(["--config", own]).feature_cache == "kept"
+    assert parse_config(["--config", own, "--no-freeze_vision"]).feature_cache is None
+    own = settings_file(tmp_path, "preset: time-r1\nfeature_cache: kept\n")
+    assert parse_config(["--config", own, "--no-freeze_vision"]).feature_cache is None
+    own = settings_file(tmp_path, "ref_sync_steps: 5\n")
+    assert parse_config(["--config", own]).ref_sync_steps == 5
+    assert parse_config(["--config", own, "--lora_rank", "4"]).ref_sync_steps == 0
+
+
+def test_a_flag_that_turns_a_files_kl_into_none_is_refused(tmp_path):
+    own = settings_file(tmp_path, "kl_in: reward\nkl_estimator: k1\n")
+    with pytest.raises(ConfigError, match="^--kl_in loss: the mean gradient of --kl_estimator k1 is then 0; set k2"):
+        parse_config(["--config", own, "--kl_in", "loss"])
+    with pytest.raises(ConfigError, match="^--kl_estimator k3: hardly pulls with --kl_in reward; set k1, or --kl_in"):
+        parse_config(["--config", own, "--kl_estimator", "k3"])
+    assert parse_config(["--config", own, "--kl_in", "loss", "--kl_estimator", "k3"]).kl_in == "loss"
 
 
 def test_help_shows_the_values_of_a_file(tmp_path, capsys):

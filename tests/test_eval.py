@@ -21,11 +21,12 @@ import eval as eval_script
 import grpo.engine.evaluate
 from demo.synthetic import DemoSpec, make_demo_set
 from demo.tiny import build_tiny_model
-from evaluation.predictions import Predictions, checkpoint_identity
+from evaluation.predictions import Predictions
 from evaluation.significance import mcnemar, paired, with_intervals
 from grpo.config import Config, ConfigError, save_config
 from grpo.engine.evaluate import NO_VIDEO, EvalSettings, encode, plan, predict, summarise, wilson
 from grpo.engine.model import model_spec
+from grpo.engine.model_files import model_identity
 from grpo.policy import Policy
 from grpo.run.data import digest, draw, split_data
 from grpo.sampler import SamplingSettings
@@ -274,6 +275,25 @@ def test_more_samples_than_a_run_held_out_are_none_it_was_trained_on(tmp_path, d
     assert len(eval_script.find_samples(tmp_path, config, arguments)) == held
 
 
+def test_questions_held_out_of_data_that_has_changed_since_are_refused(tmp_path, demo):
+    """One row more and other questions would be drawn: ones that the run was trained on."""
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    save_config(Config(), checkpoint / "run.json")
+    data = tmp_path / "rows.jsonl"
+    data.write_text(demo.read_text())
+    config = Config(data=(str(data),), eval_samples=6, video_root=str(demo.parent))
+    arguments = SimpleNamespace(benchmark=None, data=None, video_root=None, samples=4, ckpt="RUN/checkpoint-1")
+    held_out = eval_script.held_out_samples(checkpoint, config, arguments)
+    (checkpoint.parent / "versions.json").write_text(json.dumps({"data": {"held out": digest(held_out)}}))
+    assert len(eval_script.find_samples(checkpoint, config, arguments)) == 4
+    data.write_text(demo.read_text() + demo.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ConfigError, match="its run held out 6 rows, digest .* has changed since.*give --data FILE"):
+        eval_script.find_samples(checkpoint, config, arguments)
+    config = dataclasses.replace(config, eval_data=str(data))
+    assert len(eval_script.find_samples(checkpoint, config, arguments)) == 4, "a file of their own is never trained on"
+
+
 def test_unreadable_videos_are_reported_apart(tmp_path, demo, tiny_folder):
     rows = [json.loads(line) for line in demo.read_text().splitlines()[:6]]
     rows = [{**row, "video": str(demo.parent / row["video"])} for row in rows]
@@ -334,7 +354,7 @@ def test_a_line_cut_short_is_dropped_and_weights_are_told_apart(tmp_path, tiny_f
     assert sorted(p.name for p in tmp_path.iterdir()) == ["predictions.jsonl", "settings.json"]
     with pytest.raises(ConfigError, match="fps was 2.0, is 1.0"):
         Predictions(tmp_path, {"fps": 1.0})
-    assert checkpoint_identity(tiny_folder) != checkpoint_identity(checkpoints["qwen2_vl"])
+    assert model_identity(tiny_folder) != model_identity(checkpoints["qwen2_vl"])
 
 
 def test_stopped_at_five_random_batches_and_resumed_gives_the_same_bytes(tmp_path, demo, tiny_folder):

@@ -159,7 +159,7 @@ def with_settings(b, **settings):
 MISTAKES = {
     "data that was changed since the run stopped": (
         "train", lambda b: stopped_run(b, {"train": "25 rows, digest 123"}), 2,
-        ("run holds a run whose data has changed since (train was 25 rows, digest 123, is 24 rows", "--resume anyway"),
+        ("whose data or model has changed since (train was 25 rows, digest 123, is 24 rows", "--resume anyway"),
     ),
     "a versions.json that is cut": (
         "train", lambda b: stopped_run(b, ...), 2, ("versions.json: is damaged; --resume anyway goes on without it",),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import FAMILIES
 from processes import full_disk, held
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 import demo.build
@@ -225,6 +225,20 @@ def test_a_run_that_stopped_after_its_warm_up_does_not_repeat_it(flags, monkeypa
     assert metrics_of(run(flags)) == whole
 
 
+def test_a_run_does_not_go_on_from_other_weights_in_its_models_folder(flags, checkpoints, tmp_path, capsys):
+    """The reference, and what is beneath adapters, would be another model's."""
+    model = tmp_path / "model"
+    shutil.copytree(checkpoints["qwen2_vl"], model)
+    flags = [*flags, "--model", str(model)]
+    run(flags)
+    [file] = model.glob("*.safetensors")
+    weights = load_file(file)
+    save_file({name: weight + 1 for name, weight in weights.items()}, file, metadata={"format": "pt"})
+    assert train.main([*flags, "--controls"]) == 2
+    assert "whose data or model has changed since (model was model@" in capsys.readouterr().err
+    run(flags, "--resume", "anyway")
+
+
 def test_a_finished_run_is_only_reported(flags, demo_set, capsys):
     data = demo_set["train"].with_name("own.jsonl")
     data.write_text(demo_set["train"].read_text())
@@ -239,12 +253,12 @@ def test_a_finished_run_is_only_reported(flags, demo_set, capsys):
     data.write_text("".join(lines[:-1]))
     assert train.main(flags) == 2
     error = capsys.readouterr().err
-    assert "data has changed since (train was 24 rows, digest " in error and ", is 23 rows, digest " in error
+    assert "data or model has changed since (train was 24 rows, digest " in error and ", is 23 rows, digest " in error
     assert "--resume anyway goes on" in error and "held out" not in error
     old = json.loads((folder / "versions.json").read_text())["data"]
     run(flags, "--resume", "anyway")
     output = capsys.readouterr().out
-    assert f"data has changed (train was {old['train']}, is 23 rows, digest " in output
+    assert f"data or model has changed (train was {old['train']}, is 23 rows, digest " in output
     assert "); goes on as --resume anyway asks" in output
     run(flags)
     assert metrics_of(folder) == before

@@ -229,6 +229,11 @@ def test_rows_of_moments_by_video(tmp_path):
 
 BAD_FILES = {  # name: (content, message)
     "d.txt": (b"3MSZA 24.3 30.4 person", r"d.txt:1: a line of a .txt file must be VIDEO START END##SENTENCE"),
+    "e.txt": (b"3MSZA 1..2 3.0##a light on.", r"e.txt:1: a line of a .txt file must be VIDEO START END##SENTENCE"),
+    "t.jsonl": (
+        b'{"path": "a.mp4", "question": "a light on.", "answer": "1..2-3", "qsemtype": "x"}',
+        "t.jsonl:1: the answer '1..2-3' must be",
+    ),
     "v.json": (b'{"v": {"sentences": ["a"], "timestamps": []}}', "v.json: 'v' must have as many timestamps as"),
     "o.json": (b'{"v": {"a": 1}}', "o.json: holds no array"),
     "d.xlsx": (b"PK", "d.xlsx: unsupported file type; use one of .jsonl, .jsonl.gz, .json, .parquet, .csv, .tsv"),

@@ -212,7 +212,7 @@ def _moments(name: str, video: dict, place: str) -> list[dict]:
 def _charades_sta(path: Path, flag: str) -> Iterator[tuple[int, dict]]:
     """Charades-STA's own lines: "3MSZA 24.3 30.4##person turn a light on." """
     for number, line in _lines(path, flag):
-        found = re.fullmatch(r"(\S+) ([\d.]+) ([\d.]+)##(.*\S)\s*", line.decode(errors="replace"))
+        found = re.fullmatch(r"(\S+) (\d+\.?\d*) (\d+\.?\d*)##(.*\S)\s*", line.decode(errors="replace"))
         if not found:
             raise DataError(f"{flag} {path}:{number}: a line of a .txt file must be VIDEO START END##SENTENCE")
         yield number, {"vid": found[1], "timestamp": [float(found[2]), float(found[3])], "sentence": found[4]}

@@ -341,7 +341,7 @@ def _moment(row: Row) -> Sample:
 
 def _tvgbench(row: Row) -> Sample:
     """TVGBench: the answer is "13.4-28.1". `start` and `end` are as `video_start` and `video_end` in `_moment`."""
-    times = re.fullmatch(r"([\d.]+)-([\d.]+)", row.text("answer"))
+    times = re.fullmatch(r"(\d+\.?\d*)-(\d+\.?\d*)", row.text("answer"))
     if not times:
         raise row.error(f"the answer {row.text('answer')!r:.200} must be START-END in seconds")
     return _located(row, row.text("path"), row.text("question"), [float(time) for time in times.groups()])

@@ -19,11 +19,13 @@ import shutil
 import threading
 from contextlib import contextmanager
 from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
@@ -58,9 +60,9 @@ def step_of(checkpoint: Path) -> int:
 
 def damage(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be loaded. None if its state can be read and each safetensors file has the size that was
-    written."""
+    written, and a header."""
     try:
-        sizes = load_state(checkpoint)["files"]
+        sizes, _, _ = itemgetter("files", "step", "adam_steps")(load_state(checkpoint))
     except (OSError, ValueError, TypeError, KeyError):
         return "training/state.json is damaged"
     for name, size in sizes.items():
@@ -69,6 +71,11 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} of {size} bytes"
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            return f"{name} is damaged ({error})"
 
 
 class Saver:

@@ -4,6 +4,7 @@ transformers checks few of the values that it reads. So a value that cannot work
 that names the file, the field and the fix, before any weight is read.
 """
 
+import hashlib
 import json
 from contextlib import contextmanager
 from functools import reduce
@@ -21,6 +22,7 @@ from video.prompt import load_processor
 CONFIGS = ("*config.json",)
 TEXTS = ("*.json", "*.jinja", "*.txt")
 EVERYTHING = (*TEXTS, "*.safetensors")
+TAIL = 2**20  # bytes read at each end of a file of weights
 
 
 def find_model(path: str | Path, flag: str = "--model", files: tuple[str, ...] = EVERYTHING) -> Path:
@@ -49,6 +51,24 @@ def find_model(path: str | Path, flag: str = "--model", files: tuple[str, ...] =
     if not (folder / "config.json").is_file():
         raise ModelError(f"{flag} {path}: has no config.json; give a model's folder, such as RUN/checkpoint-200")
     return folder
+
+
+def model_identity(folder: Path) -> str:
+    """The folder's name and a digest of its weights, e.g. "checkpoint-400@0f3c5a9d2b41".
+
+    The digest is of the config, and of the size and both ends (TAIL bytes) of each file of weights: 15 GB need not be
+    read.
+    """
+    total, folder = hashlib.sha256(), Path(folder)
+    weights = {*folder.glob("*.safetensors")} - {folder / "optimizer.safetensors"}
+    for path in sorted(weights | {folder / "config.json"}):
+        size = path.stat().st_size
+        total.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            total.update(file.read(TAIL))
+            file.seek(max(0, size - TAIL))
+            total.update(file.read())
+    return f"{folder.name}@{total.hexdigest()[:12]}"
 
 
 @contextmanager

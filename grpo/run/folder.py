@@ -193,10 +193,11 @@ def held_out_apart(config):
 
 
 def data_before(config, digests, say):
-    """The digests of other data that the run to go on with has had, oldest first, as its versions.json has them.
+    """The digests of other data, or of another model, that the run to go on with has had, oldest first, as its
+    versions.json has them.
 
-    Raises ConfigError if its last data was other than that of `digests`; under --resume anyway says so instead. The
-    held-out questions may change if they are `held_out_apart`.
+    Raises ConfigError if its last ones were other than `digests`; under --resume anyway says so instead. The held-out
+    questions may change if they are `held_out_apart`.
     """
     path = Path(config.output) / "versions.json"
     found = checkpoints(config.output) or (path.parent / "warmup").exists()
@@ -219,8 +220,8 @@ def data_before(config, digests, say):
         return before
     if config.resume == "auto":
         raise ConfigError(
-            f"--output {config.output} holds a run whose data has changed since ({'; '.join(changed)}); --resume "
-            "anyway goes on, --resume no starts anew there, another --output does elsewhere"
+            f"--output {config.output} holds a run whose data or model has changed since ({'; '.join(changed)}); "
+            "--resume anyway goes on, --resume no starts anew there, another --output does elsewhere"
         )
-    say(f"data has changed ({'; '.join(changed)}); goes on as --resume anyway asks")
+    say(f"data or model has changed ({'; '.join(changed)}); goes on as --resume anyway asks")
     return before

@@ -15,7 +15,7 @@ from grpo.engine.checkpoint import Saver, load_state, note_if_best
 from grpo.engine.distributed import barrier, data_rank, data_size, gather, is_main, reduce_sum, world_size
 from grpo.engine.evaluate import GAPS, EvalSettings, category_of, predict, show_progress, summarise
 from grpo.engine.fast_paths import choose_fast_paths
-from grpo.engine.model_files import read_config, read_processor
+from grpo.engine.model_files import find_model, model_identity, read_config, read_processor
 from grpo.errors import ConfigError, RunError, Stopped
 from grpo.families import load_family
 from grpo.run.data import digest, draw_samples, read_questions, steps_of
@@ -67,6 +67,7 @@ def open_run(config, device, mesh, signalled, began):
     if config.steps is None:
         config.steps = steps_of(config.epochs, len(train), config.prompts_per_step)
     digests = {"train": digest(train), "held out": digest(held_out), "warm-up": digest(warmup)}
+    digests["model"] = model_identity(find_model(config.model))
     checkpoint = find_checkpoint(config)  # before its data is compared: other settings may make other data
     before = data_before(config, digests, say)
     state = load_state(checkpoint) if checkpoint else {"step": 0}
