@@ -31,12 +31,7 @@ def parse_flags(description: str, arguments: list[str] | None = None) -> argpars
     add("--data", help="Questions, in place of the run's own held-out ones.")
     add("--benchmark", choices=tuple(BENCHMARKS), help="A published benchmark, scored as it scores.")
     add("--benchmark_dir", help="Its folder: annotation files and videos as published.")
-    add(
-        "--mode",
-        choices=("think", "direct", "both"),
-        default="think",
-        help="As in training, or the answer only. [think]",
-    )
+    add("--mode", choices=("think", "direct", "both"), default="think", help="As trained, or the answer only. [think]")
     add("--controls", action="store_true", help="Also with the video shuffled, reversed and blank, and with no video.")
     add("--against", help="A second checkpoint for the same questions and settings: paired difference and its p-value.")
     add("--temperature", type=float, default=0.0, help="Sampling temperature; 0 is greedy. [0.0]")
