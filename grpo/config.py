@@ -254,7 +254,8 @@ def overlay(values, given):
 
 
 OF_A_COMMAND = ("config", "plan", "resume")  # not settings of a run, though its run.json has them
-IMPLIED = {"freeze_vision": "lora_rank", "dynamic_filter": "dynamic_sampling"}  # on if the other is, also in a run.json
+# On if the other is, also in a run.json. (Adapters are the decoder's.)
+IMPLIED = {"freeze_vision": "lora_rank", "dynamic_filter": "dynamic_sampling"}
 IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a list of texts"}
 
 
@@ -384,8 +385,8 @@ def parse_config(arguments=None):
     changed = {name: value for name, value in own.items() if value != getattr(base, name)}
     check_combinations(Config(**values), changed)  # by itself: a flag may override a part of the file
     check_combinations(config, given)
-    config.freeze_vision |= config.lora_rank > 0  # adapters are the decoder's
-    config.dynamic_filter |= config.dynamic_sampling > 0
+    for name, other in IMPLIED.items():
+        setattr(config, name, getattr(config, name) or getattr(config, other) > 0)
     # A flag that trains the tower, or adapters, counts more than what a file has for the other case
     config.feature_cache = config.feature_cache if config.freeze_vision else None
     config.ref_sync_steps = 0 if config.lora_rank else config.ref_sync_steps

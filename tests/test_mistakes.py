@@ -274,7 +274,8 @@ MISTAKES = {
         "train", lambda b: [
             "--data", b.rows(b.row(category=[]), b.row(1, category=3, video=...), b.row(2, video=[]))], 0,
         ("2 of 3 questions to train on have no video or image, the first rows.jsonl:2: they are asked as text alone",
-         "evaluation:   0%", "step 1: held-out accuracy ", "of all 2 questions; 0 unreadable"),
+         "data/val.jsonl, 1 steps", "evaluation:   0%", "step 1: held-out accuracy ",
+         "of all 2 questions; 0 unreadable"),
     ),
     "a line that is not UTF-8": (
         "scan", lambda b: ["--data", latin(b)], 2, ("rows.jsonl:2: is not UTF-8 text", "save the file as UTF-8"),

@@ -90,6 +90,10 @@ def test_video_r1_rows_of_a_json_array(tmp_path):
             {"question": "q"},
             r"d.jsonl:2: has the fields \['question'\], of no known format; needed are: .*problem \+ solution",
         ),
+        (
+            {"question": "q", "solution": "<answer>A</answer>", "problem_type": "multiple choice"},
+            r"d.jsonl:2: has the fields .*, of no known format; needed are: ",  # no "did you mean"
+        ),
         (ROW | {"problem": 3}, r"d.jsonl:2: field 'problem' must be a text"),
         (ROW | {"problem": " "}, r"d.jsonl:2: field 'problem' must be a text"),
         (ROW | {"solution": None}, r"d.jsonl:2: field 'solution' must be a text"),
